@@ -1,0 +1,1341 @@
+#!/usr/bin/env python3
+"""GRPO: teach a language model to reason by reinforcement learning, in one file, on MLX.
+
+One update of group relative policy optimization (DeepSeekMath, arXiv:2402.03300) is:
+
+  1. sample a group of completions for each of a few prompts from the policy     (rollouts)
+  2. score every completion with reward functions                                (rewards)
+  3. advantage = how much better than its own group, in standard deviations      (no value model)
+  4. raise the log-probability of the tokens of good completions and lower that of bad ones,
+     clipped where the policy has moved too far from the one that is being improved (loss)
+
+What was simplified away: the value model, the KL term unless `kl_coeff` > 0 (then k3 against a
+frozen reference), and, with `num_iterations` = 1, the old policy: the ratio is 1, its gradient not.
+
+    uv run mlx-grpo.py --config configs/tiny_math.toml     watch a tiny model learn, offline
+    uv run mlx-grpo.py --config configs/default.toml       Qwen2.5-1.5B-Instruct on GSM8K
+    uv run mlx-grpo.py --help                              every setting with its meaning
+
+Shapes in comments: B sequences, T tokens, V vocabulary, G completions a prompt. `utils/` holds
+what changes only where, how fast or how it looks; everything that changes the mathematics is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING or not __package__:
+    from utils import checkpoints, checks, console, datafiles, loading, memory, planning
+    from utils import rewarding, runtime, settings, tracking
+    from utils.console import say
+    from utils.errors import RunError, UserError
+    from utils.runlog import RunLog, rollout_metrics
+    from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
+else:  # installed: this file is mlx_grpo/__init__.py
+    from .utils import checkpoints, checks, console, datafiles, loading, memory, planning
+    from .utils import rewarding, runtime, settings, tracking
+    from .utils.console import say
+    from .utils.errors import RunError, UserError
+    from .utils.runlog import RunLog, rollout_metrics
+    from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
+
+BLAS = runtime.preload_blas()  # before MLX: its CPU wheel bundles a BLAS that is 15-50x slower
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map, tree_unflatten
+
+# mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
+# `--help` and a mistyped setting answer at once.
+
+SYSTEM_PROMPT = """
+Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+"""
+
+
+@dataclass
+class MLXGRPOConfig:
+    """All settings. Precedence: these defaults < TOML file < `--set key=value`."""
+
+    model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    """Model to train: a folder, or a Hugging Face hub name."""
+    output_dir: str = "outputs/Qwen-1.5B-MLX-GRPO"
+    """Where logs, checkpoints and the final model go."""
+    run_name: str = "Qwen-1.5B-MLX-GRPO-gsm8k"
+    """Name of the run in logs and trackers."""
+    seed: int = 0
+    """Decides data order, every sampled token, adapter initialisation and dropout."""
+    dtype: str = "auto"
+    """auto (float32 on the CPU, the model's own on a GPU), float32, bfloat16 or float16."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models you trust."""
+
+    train_type: str = "auto"
+    """full, lora, dora; auto is full, or lora when the model is quantized."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    lora_scale: float = 2.0
+    """Factor on the adapters' output (alpha / rank in other libraries)."""
+    lora_layers: int = -1
+    """Adapt the last so many layers; -1 all."""
+    lora_keys: list[str] = field(default_factory=list)
+    """Names inside a layer to adapt, such as self_attn.q_proj; empty: every linear layer."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    lora_learning_rate: float = 2e-5
+    """Learning rate of adapters (they need more than full fine-tuning)."""
+    adapter_path: str = ""
+    """Adapters to start from (a checkpoint folder, or one that mlx_lm.lora wrote)."""
+
+    dataset: str = "openai/gsm8k"
+    """Hub name, or a .jsonl/.json/.csv/.parquet file, or a folder of such files named by split."""
+    dataset_config: str = "main"
+    """Configuration (subset) of a hub data set."""
+    train_split: str = "train"
+    """Split to train on."""
+    test_split: str = "test"
+    """Split to evaluate on; a single local file keeps its last tenth for this."""
+    question_column: str = "question"
+    """Column with the question."""
+    answer_column: str = "answer"
+    """Column with the answer; what follows `####` counts where that occurs."""
+    max_train_samples: int = 0
+    """Train on the first so many questions; 0 all."""
+    system_prompt: str = SYSTEM_PROMPT
+    """System message; empty for none."""
+    reasoning_prefix: str = "<reasoning>\n"
+    """Text every completion starts with; given, not sampled."""
+    chat_template: str = ""
+    """Empty: the tokenizer's own. A Jinja file, or "plain" for models without a template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed on to the chat template, such as {enable_thinking = false}."""
+    max_prompt_length: int = 512
+    """Longer prompts (tokens) are left out and counted, never cut."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["correctness", "xmlcount", "soft_format", "int"]
+    )
+    """Built-in names (correctness, int, strict_format, soft_format, xmlcount), or module:function,
+    or file.py:function with TRL's interface. Reward files are code: they run with your rights."""
+    reward_weights: list[float] = field(default_factory=list)
+    """One factor per reward function; empty: all 1."""
+
+    num_generations: int = 64
+    """Completions sampled per prompt: the group."""
+    batch_size: int = 1
+    """Prompts per batch (a batch is the unit of `step`)."""
+    gradient_accumulation_steps: int = 4
+    """Batches per optimizer update."""
+    num_epochs: int = 1
+    """Passes over the data."""
+    max_updates: int = 0
+    """Stop (and end the schedule) after so many optimizer updates; 0 all."""
+    max_hours: float = 0.0
+    """Stop cleanly after so many hours; 0 never."""
+    num_iterations: int = 1
+    """Optimizer updates on each rollout batch; from the second on, clip_eps limits the step."""
+    sync_every_updates: int = 1
+    """Refresh the sampling policy after so many updates; above 1, rollouts are off-policy."""
+    quantize_for_rollouts: bool = True
+    """Sample (and take the reference) from 4-bit copies, corrected by importance weights."""
+
+    temperature: float = 0.7
+    """Sampling temperature; log-probabilities are taken at it everywhere."""
+    top_k: int = 0
+    """Sample from the k most probable tokens; 0 off. Biases the gradient, as top_p and min_p do."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability; 1 off."""
+    min_p: float = 0.0
+    """Sample from tokens with at least this fraction of the best one's probability; 0 off."""
+    max_new_tokens: int = 512
+    """Most tokens sampled per completion."""
+    max_completion_length: int = 1024
+    """Most tokens of a completion with the given reasoning prefix."""
+    stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])
+    """Text that ends a completion; empty: only the end-of-sequence token does (and is trained)."""
+
+    loss_type: str = "grpo"
+    """How tokens are averaged over the update: grpo (mean over sequences of token means), dapo
+    (mean over tokens), dr_grpo (token sums over sequences x longest possible completion)."""
+    clip_eps: float = 0.2
+    """The ratio to the old policy counts only within 1 +- this. Acts when num_iterations > 1."""
+    kl_coeff: float = 0.0
+    """Weight of the KL penalty (k3) against the frozen reference; 0: no reference is kept."""
+    importance_cap: float = 2.0
+    """Cap on the importance weight between sampler and policy (4-bit or stale rollouts)."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate of full fine-tuning."""
+    lr_scheduler_type: str = "cosine"
+    """After the warm-up: cosine (to 0), linear (to 0) or constant."""
+    warmup_ratio: float = 0.1
+    """Part of the updates with a linearly rising learning rate."""
+    adam_beta1: float = 0.9
+    """AdamW: decay of the gradient's mean."""
+    adam_beta2: float = 0.999
+    """AdamW: decay of the gradient's mean square."""
+    weight_decay: float = 0.0
+    """AdamW: decoupled weight decay."""
+    max_grad_norm: float = 0.1
+    """Gradients are scaled down to this global norm."""
+
+    eval_steps: int = 50
+    """Evaluate on the test split every so many batches; 0 only before and after training."""
+    eval_samples: int = 200
+    """Test questions per evaluation; 0 turns evaluation on the test split off."""
+    eval_every_updates: int = 25
+    """Evaluate on a subset of the training questions every so many updates; 0 never."""
+    eval_subset_size: int = 200
+    """Training questions in that subset; 0 none."""
+    eval_max_new_tokens: int = 128
+    """Most tokens per evaluated completion."""
+    eval_metric: str = "em"
+    """em (exact match, numbers compare as numbers), or a reward function whose mean is reported."""
+
+    logging_steps: int = 1
+    """One training record every so many batches."""
+    log_jsonl: bool = True
+    """Write training_log.jsonl."""
+    log_completions: int = 0
+    """Show so many sampled completions with their rewards at every training record."""
+    closing_note: str = ""
+    """Text to show when the run ends."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers beside the log: csv, tensorboard, wandb (the last two are optional extras)."""
+    save_steps: int = 100
+    """Checkpoint every so many batches; 0 only at the end."""
+    save_total_limit: int = 3
+    """Keep the newest so many checkpoints; 0 all."""
+    resume: str = ""
+    """auto continues output_dir's newest checkpoint (or starts); or a checkpoint folder."""
+    overwrite: bool = False
+    """Replace a run that output_dir already holds."""
+
+    use_compile: bool = True
+    """Compile the gradient step (slow first step per shape; pays on GPUs, not on CPUs)."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, a third more time."""
+    rollout_batch_size: int = 0
+    """Completions sampled at once; 0: as many as memory allows."""
+    micro_batch_tokens: int = 0
+    """Tokens (with padding) per forward and backward pass; 0: as many as memory allows."""
+    wired_limit_gb: float = 0.0
+    """Metal: memory kept resident; 0 is MLX's recommendation."""
+    cache_limit_gb: float = 0.0
+    """Freed memory that MLX keeps for reuse; 0 is MLX's default."""
+
+    def __post_init__(self) -> None:
+        self.explicit: frozenset[str] = frozenset()
+        checks.check(self)
+
+
+def extract_hash_answer(text: str) -> str | None:
+    """GSM8K's final answer: what follows the last `####`; None without one."""
+    return text.rpartition("####")[2].strip() if "####" in text else None
+
+
+def extract_xml_answer(text: str) -> str:
+    """The text of the last complete <answer>...</answer>; empty without one."""
+    before, closing, _ = text.rpartition("</answer>")
+    return before.rpartition("<answer>")[2].strip() if closing and "<answer>" in before else ""
+
+
+NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d*)?|[-+]?\$?\.\d+", re.ASCII)
+
+
+def as_number(text: str) -> Decimal | None:
+    """The number that `text` writes ("-3", "$1,234.00"); None when it is not just a number."""
+    if not NUMBER.fullmatch(text.strip()):
+        return None
+    return Decimal(text.strip().replace("$", "").replace(",", "").rstrip("."))
+
+
+def same_answer(given: str, expected: str) -> bool:
+    """Equal as numbers where both are numbers ("1,234.00" and "$1234"), else as text."""
+    numbers = as_number(given), as_number(expected)
+    return numbers[0] == numbers[1] if None not in numbers else given.strip() == expected.strip()
+
+
+def load_questions(config: MLXGRPOConfig, split: str) -> list[dict[str, Any]]:
+    """Rows of "train" or "test": the file's columns with `question`, `answer` (extracted; the raw
+    text is kept as `solution`) and `prompt` (chat messages).
+
+    Raises:
+        UserError: missing file, split or column, malformed or empty data.
+        RunError: the hub is out of reach.
+    """
+    name = config.train_split if split == "train" else config.test_split
+    rows = datafiles.read_dataset(config, split, name)
+    for column in (config.question_column, config.answer_column):
+        if column not in rows[0]:
+            raise UserError(
+                f"data set {config.dataset} ({name}) has no column {column!r}; it has "
+                f"{', '.join(rows[0])}: set question_column and answer_column"
+            )
+    return [as_question(config, number, row) for number, row in enumerate(rows, start=1)]
+
+
+def as_question(config: MLXGRPOConfig, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    question, solution = row.get(config.question_column), row.get(config.answer_column)
+    if question in (None, "") or solution in (None, ""):
+        raise UserError(f"data set {config.dataset}: row {number} has no question or no answer")
+    answer = extract_hash_answer(str(solution))
+    messages = [{"role": "user", "content": str(question)}]
+    if config.system_prompt:
+        messages.insert(0, {"role": "system", "content": config.system_prompt})
+    return {
+        "solution": solution,
+        **row,
+        "question": question,
+        "answer": str(solution).strip() if answer is None else answer,
+        "prompt": messages,
+    }
+
+
+def get_gsm8k_questions(split: str = "train") -> list[dict[str, Any]]:
+    """GSM8K from the hub, as rows that the trainer takes."""
+    return load_questions(MLXGRPOConfig(), split)
+
+
+def encode_prompt(tokenizer: Any, config: MLXGRPOConfig, row: dict[str, Any]) -> list[int]:
+    """Token ids of chat template + reasoning prefix, each tokenized apart so that no merge crosses.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or its template refuses the messages.
+    """
+    import jinja2
+
+    prefix = tokenizer.encode(config.reasoning_prefix, add_special_tokens=False)
+    options = dict(config.chat_template_kwargs)
+    if config.chat_template == "plain":
+        text = "\n\n".join(m["content"].strip() for m in row["prompt"]) + "\n\n"
+        return [*tokenizer.encode(text), *prefix]
+    if config.chat_template:
+        options["chat_template"] = Path(config.chat_template).read_text(encoding="utf-8")
+    elif getattr(tokenizer, "has_chat_template", True) is False:
+        raise UserError(
+            f"the tokenizer of {config.model_name} has no chat template: set chat_template to a "
+            'Jinja file, or chat_template = "plain"'
+        )
+    try:
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **options)
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"the chat template of {config.model_name} refuses the prompt: {error} "
+            '(system_prompt = "" leaves the system message out)'
+        ) from None
+    return [*ids, *prefix]
+
+
+def correctness_reward_func(completions: list, answer: list[str], **_: Any) -> list[float]:
+    """2.0 for the right answer, numbers compared as numbers."""
+    given = (extract_xml_answer(c[0]["content"]) for c in completions)
+    return [2.0 if same_answer(g, a) else 0.0 for g, a in zip(given, answer, strict=True)]
+
+
+def int_reward_func(completions: list, **_: Any) -> list[float]:
+    """0.5 for an answer that is an integer ("-3" and "1,234" are)."""
+    given = (extract_xml_answer(c[0]["content"]) for c in completions)
+    return [0.5 if re.fullmatch(r"-?(\d{1,3}(,\d{3})+|\d+)", g, re.ASCII) else 0.0 for g in given]
+
+
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+
+
+def well_formed(text: str, between: str, inside: str) -> bool:
+    """Exactly one of each tag, in order, nothing else outside but white space.
+
+    `between` separates </reasoning> from <answer>; `inside` must stand at both inner edges of each
+    pair of tags. Written with `find`, not one regular expression, to stay linear in the length.
+    """
+    text = text.strip()
+    if [text.count(tag) for tag in TAGS] != [1] * 4:
+        return False
+    if not (text.startswith(TAGS[0]) and text.endswith(TAGS[3])):
+        return False
+    reasoning, _, rest = text[len(TAGS[0]) : -len(TAGS[3])].partition(TAGS[1])
+    gap, opening, answer = rest.partition(TAGS[2])
+    edges = all(t.startswith(inside) and t.endswith(inside) for t in (reasoning, answer))
+    return bool(opening) and edges and (gap == between if between else not gap.strip())
+
+
+def strict_format_reward_func(completions: list, **_: Any) -> list[float]:
+    """0.5 for the tags each on a line of their own."""
+    return [0.5 if well_formed(c[0]["content"], "\n", "\n") else 0.0 for c in completions]
+
+
+def soft_format_reward_func(completions: list, **_: Any) -> list[float]:
+    """0.5 for the tags in order, however they are spaced."""
+    return [0.5 if well_formed(c[0]["content"], "", "") else 0.0 for c in completions]
+
+
+def xmlcount_reward_func(completions: list, **_: Any) -> list[float]:
+    """0.25 per complete pair of tags, minus 0.001 per character after </answer>, at least 0."""
+    return [xmlcount(c[0]["content"]) for c in completions]
+
+
+def xmlcount(text: str) -> float:
+    pairs = ((TAGS[0], TAGS[1]), (TAGS[2], TAGS[3]))
+    score = 0.25 * sum(
+        text.count(a) == text.count(b) == 1 and text.index(a) < text.index(b) for a, b in pairs
+    )
+    trailing = text.rpartition(TAGS[3])[2].strip() if TAGS[3] in text else ""
+    return max(0.0, score - 0.001 * len(trailing))
+
+
+REWARDS: dict[str, Callable[..., list]] = {
+    "correctness": correctness_reward_func,
+    "int": int_reward_func,
+    "strict_format": strict_format_reward_func,
+    "soft_format": soft_format_reward_func,
+    "xmlcount": xmlcount_reward_func,
+}
+
+
+def group_advantages(rewards: np.ndarray) -> np.ndarray:
+    """(P, G) rewards -> (P, G) advantages (R - mean) / (std + 1e-4), as in TRL, with ddof = 1.
+
+    A reward of NaN (no function applied) counts nowhere and gets 0, and so does a group whose
+    rewards span less than 1e-8: it says nothing about which completion was better.
+    """
+    valid = ~np.isnan(rewards)
+    count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
+    mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
+    centred = np.where(valid, rewards - mean, 0.0)
+    std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    span = np.where(valid, rewards, -np.inf).max(1) - np.where(valid, rewards, np.inf).min(1)
+    return np.where((span > 1e-8)[:, None], centred / (std + 1e-4), 0.0)
+
+
+@dataclass
+class LoadedModel:
+    """A model with all that saving it again takes."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    folder: Path
+    train_type: str
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+
+
+def load_model(config: MLXGRPOConfig) -> LoadedModel:
+    """Load model and tokenizer, cast to `dtype`, and make the trainable part trainable.
+
+    Raises:
+        UserError: missing folder, unusable model or adapter settings.
+        RunError: the hub is out of reach.
+    """
+    local = loading.find_model(config.model_name)
+    try:
+        model, tokenizer, model_config, folder = loading.read_model(config, local)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # what loading raises on bad files
+        kind, where = (UserError, local) if local else (RunError, f"{config.model_name} (hub)")
+        raise kind(f"model {where} cannot be loaded: {error}") from error
+    dtype = config.dtype
+    if dtype == "auto" and mx.default_device() == mx.cpu:
+        dtype = "float32"  # other types are slower on the CPU, not faster
+    if dtype != "auto":
+        model.set_dtype(getattr(mx, dtype))
+    train_type = loading.choose_train_type(config, model)
+    loaded = LoadedModel(model, tokenizer, model_config, folder, train_type)
+    if train_type != "full":
+        loading.add_adapters(config, loaded)
+    if config.gradient_checkpointing:
+        memory.checkpoint_layers(model)
+    mx.eval(model.parameters())
+    return loaded
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """A view of the model with each adapter replaced by the layer it wraps; shares all arrays."""
+    base = copy.deepcopy(model)
+    wrapped = [
+        (name, module.linear if "linear" in module else module.embedding)
+        for name, module in base.named_modules()
+        if "lora_a" in module
+    ]
+    base.update_modules(tree_unflatten(wrapped))
+    return base
+
+
+def quantize_copy(model: nn.Module) -> nn.Module:
+    """A frozen 4-bit copy (groups of 64); what is quantized or can't be grouped is shared."""
+    quantized = copy.deepcopy(model)  # shares arrays until nn.quantize replaces them
+    nn.quantize(quantized, group_size=64, bits=4, class_predicate=lambda _, m: can_quantize(m))
+    quantized.freeze()
+    return quantized
+
+
+def can_quantize(module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 64 == 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; temperature 0 is greedy."""
+
+    temperature: float
+    max_tokens: int
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclass
+class Completion:
+    """One sampled completion: `ids` with the stop token, each with its log-probability."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = ""  # "stop" (end of sequence or a stop string) or "length"
+    text: str = ""  # reasoning prefix + text up to the end of the stop string
+
+
+class StopRule:
+    """Decides on the host where a completion ends: at an EOS token, or within a stop string."""
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.eos_ids = set(tokenizer.eos_token_ids)
+        self.stop_strings = stop_strings
+        # A stop string of n bytes can't be spread over more than n tokens.
+        self.reach = max((len(s.encode()) for s in stop_strings), default=0)
+
+    def length(self, ids: list[int], checked: int) -> int | None:
+        """How many of `ids` to keep if they reach an end; the first `checked` hold none."""
+        ends = [n for n, token in enumerate(ids[checked:], checked + 1) if token in self.eos_ids]
+        limit = ends[0] if ends else len(ids)
+        start = max(0, checked - self.reach)
+        if self._stops(ids[start:limit]):
+            return next(n for n in range(checked + 1, limit + 1) if self._stops(ids[start:n]))
+        return limit if ends else None
+
+    def _stops(self, ids: list[int]) -> bool:
+        text = self.tokenizer.decode(ids) if self.stop_strings else ""
+        return any(stop in text for stop in self.stop_strings)
+
+    def text(self, ids: list[int]) -> str:
+        """What rewards read: without the EOS token, cut right after the first stop string."""
+        text = self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
+        cuts = [text.index(s) + len(s) for s in self.stop_strings if s in text]
+        return text[: min(cuts)] if cuts else text
+
+
+def row_key(*stream: int) -> np.ndarray:
+    """(2,) uint32 random key of one completion, from (seed, update, prompt, row).
+
+    Because a sample depends on nothing else, resuming a run, splitting a batch or dropping
+    finished rows changes no token.
+    """
+    return np.random.SeedSequence(stream).generate_state(2, np.uint32)
+
+
+def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.array, mx.array]:
+    """(B, V) logits, (B, 2) keys -> (B,) tokens and their (B,) log-probs before any filter.
+
+    Temperature first, then top_k, top_p, min_p: the order of Hugging Face and vLLM.
+    """
+    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+    logits = logits.astype(mx.float32) / (how.temperature or 1.0)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)  # (B, V)
+    kept = logprobs
+    if 0 < how.top_k < logits.shape[-1]:
+        kept = apply_top_k(kept, how.top_k)
+    if how.top_p < 1:
+        kept = apply_top_p(kept, how.top_p)
+    if how.min_p > 0:
+        kept = apply_min_p(kept, how.min_p)
+    if how.temperature:
+        tokens = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(kept, keys)
+    else:
+        tokens = mx.argmax(kept, axis=-1)
+    return tokens, mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def prefill(model: nn.Module, prompts: list[list[int]]) -> list[Any]:
+    """The batch cache of all prompts but their last tokens, in one right-padded forward."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    for layer in cache:
+        if not hasattr(layer, "merge"):
+            raise RunError(
+                f"{type(layer).__name__}, this model's cache, can't be batched by mlx-lm"
+            )
+    cache = [layer.merge([layer] * len(prompts)) for layer in cache]
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    longest = max(lengths)
+    padding = [longest - length for length in lengths]
+    if any(padding):
+        for layer in cache:
+            layer.prepare(lengths=lengths, right_padding=padding)
+    if longest:
+        tokens = [prompt[:-1] + [0] * pad for prompt, pad in zip(prompts, padding, strict=True)]
+        model(mx.array(tokens), cache=cache)  # its logits are never evaluated
+    if any(padding):
+        for layer in cache:
+            layer.finalize()
+    return cache
+
+
+BLOCK = 8  # decode steps between looks at the tokens on the host
+
+
+def sample_batch(
+    model: nn.Module,
+    prompts: list[list[int]],
+    rows: list[int],
+    keys: np.ndarray,
+    how: Sampling,
+    stop: StopRule,
+    between_blocks: Callable[[], None] = lambda: None,
+) -> list[Completion]:
+    """One completion for each of `rows` (indices into `prompts`), all in one batch.
+
+    The host looks for ends one block behind the device; rows that have ended leave the batch, and
+    what they sampled past their end is dropped.
+    """
+    completions = [Completion() for _ in rows]
+    cache = prefill(model, prompts)
+    for layer in cache:
+        layer.filter(mx.array(rows))  # a prompt is read once and its cache copied to its group
+    tokens = mx.array([prompts[row][-1] for row in rows])  # (B,)
+    split = mx.vmap(lambda key: mx.random.split(key, how.max_tokens))
+    step_keys = split(mx.array(keys))  # (B, max_tokens, 2)
+    live = completions
+    unread: tuple[list[Completion], list, list] = ([], [], [])
+    for start in range(0, how.max_tokens, BLOCK):
+        ids, logprobs = [], []
+        for step in range(start, min(start + BLOCK, how.max_tokens)):
+            logits = model(tokens[:, None], cache=cache)[:, -1]  # (B, V)
+            tokens, logprob = sample_tokens(logits, step_keys[:, step], how)
+            mx.async_eval(tokens, logprob)
+            ids.append(tokens)
+            logprobs.append(logprob)
+        between_blocks()
+        read_block(*unread, stop)
+        unread = (live, ids, logprobs)
+        keep = [i for i, completion in enumerate(live) if not completion.finish_reason]
+        if not keep:
+            break
+        if len(keep) < len(live):
+            index = mx.array(keep)
+            live = [live[i] for i in keep]
+            tokens, step_keys = tokens[index], step_keys[index]
+            for layer in cache:
+                layer.filter(index)
+    read_block(*unread, stop)
+    for completion in completions:
+        completion.finish_reason = completion.finish_reason or "length"
+        completion.text = stop.text(completion.ids)
+    return completions
+
+
+def read_block(live: list[Completion], ids: list, logprobs: list, stop: StopRule) -> None:
+    """Append a block of K sampled tokens, K arrays of (B,), to the completions that go on."""
+    if not ids:
+        return
+    id_rows: Any = mx.stack(ids, axis=1).tolist()  # (B, K)
+    logprob_rows: Any = mx.stack(logprobs, axis=1).tolist()
+    for completion, new_ids, new_logprobs in zip(live, id_rows, logprob_rows, strict=True):
+        if completion.finish_reason:
+            continue
+        checked = len(completion.ids)
+        completion.ids += new_ids
+        completion.logprobs += new_logprobs
+        end = stop.length(completion.ids, checked)
+        if end is not None:
+            del completion.ids[end:], completion.logprobs[end:]
+            completion.finish_reason = "stop"
+
+
+def token_logprobs(model: nn.Module, tokens: mx.array, width: int, temperature: float) -> mx.array:
+    """(B, width) log pi, at `temperature`, of the last `width` of (B, T) tokens."""
+    logits = model(tokens[:, :-1])[:, -width:]  # (B, width, V)
+    logits = logits.astype(mx.float32) / temperature
+    chosen = mx.take_along_axis(logits, tokens[:, -width:, None], axis=-1)[..., 0]
+    return chosen - mx.logsumexp(logits, axis=-1)
+
+
+def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.ndarray:
+    """(B,) weight of each token of a sequence, over the whole update of B sequences.
+
+    grpo: mean over sequences of token means (DeepSeekMath eq. 3); dapo: mean over all tokens
+    (arXiv:2503.14476 eq. 8); dr_grpo: a constant, so that length has no influence
+    (arXiv:2503.20783). Since the weights are fixed before the update is split, any split into
+    micro-batches gives the same gradient.
+    """
+    sequences = len(lengths)
+    weights = {
+        "grpo": 1.0 / (sequences * np.maximum(lengths, 1)),
+        "dapo": np.full(sequences, 1.0 / max(lengths.sum(), 1)),
+        "dr_grpo": np.full(sequences, 1.0 / (sequences * longest)),
+    }
+    return weights[loss_type]
+
+
+def grpo_loss(
+    logprobs: mx.array,
+    batch: dict[str, mx.array],
+    *,
+    clip_eps: float,
+    kl_coeff: float,
+    importance_cap: float,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The clipped surrogate (PPO eq. 7 with group advantages) plus kl_coeff * k3.
+
+    Args:
+        logprobs: (B, T) of the current policy.
+        batch: (B, T) mask and sampler_logprobs, (B,) advantages and weights, and optionally
+            (B, T) old_logprobs (without it the current policy is its own anchor: the ratio is 1,
+            its gradient that of log pi) and ref_logprobs.
+
+    Returns:
+        The loss, a sum weighted by `weights`, and sums over tokens for the log.
+    """
+    mask, advantages = batch["mask"], batch["advantages"][:, None]
+    old = batch.get("old_logprobs", mx.stop_gradient(logprobs))
+    ratio = mx.exp(mx.clip(logprobs - old, -20, 20))
+    clipped = mx.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+    surrogate = mx.minimum(ratio * advantages, clipped * advantages)
+    # Rollouts may come from a 4-bit or stale sampler: truncated importance weight per token.
+    mismatch = mx.clip(old - batch["sampler_logprobs"], -20, 20)
+    importance = mx.minimum(mx.exp(mismatch), importance_cap)
+    per_token = -importance * surrogate
+    sums = {
+        "policy_reward": ratio * advantages,
+        "clip_low": (ratio < 1 - clip_eps) & (advantages < 0),
+        "clip_high": (ratio > 1 + clip_eps) & (advantages > 0),
+        "importance_weight": importance,
+        "importance_capped": mx.exp(mismatch) > importance_cap,
+        "sampler_mismatch": mx.abs(mismatch),
+    }
+    if "ref_logprobs" in batch:
+        log_ratio = mx.clip(batch["ref_logprobs"] - logprobs, -20, 20)
+        k3 = mx.minimum(mx.exp(log_ratio) - log_ratio - 1, 10)  # joschu.net/blog/kl-approx.html
+        per_token = per_token + kl_coeff * k3
+        sums["kl"] = k3
+    loss = (per_token * mask * batch["weights"][:, None]).sum()
+    return loss, {name: mx.stop_gradient((x * mask).sum()) for name, x in sums.items()}
+
+
+class Interrupted(Exception):
+    """Ctrl-C arrived: the unfinished update is dropped."""
+
+
+class MLXGRPOTrainer:
+    """Holds the policies and runs the loop sample -> score -> update.
+
+    `step` counts batches of prompts, `update_step` optimizer updates.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        reward_funcs: dict[str, Callable[..., list]],
+        args: MLXGRPOConfig,
+        train_dataset: list[dict[str, Any]],
+        eval_dataset: list[dict[str, Any]],
+        command: str = "mlx-grpo.py",
+    ) -> None:
+        self.args, self.loaded, self.command = args, loaded, command
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.reward_funcs = reward_funcs
+        self.output_dir = Path(args.output_dir)
+        self.prefix_ids = self.tokenizer.encode(args.reasoning_prefix, add_special_tokens=False)
+        self.train_dataset = self.encode(train_dataset, "training")
+        self.eval_dataset = self.encode(eval_dataset, "evaluation") if eval_dataset else []
+        self.sampling = self.sampling_with(args.temperature, args.max_new_tokens)
+        self.step = self.update_step = self.rollout = 0
+        self.elapsed = 0.0
+        self.bad_updates = 0
+        self.interrupted = False
+        self.saved_at = self.updates_done = 0
+        self.log = RunLog(args)
+        self.plan = self.make_plan()
+        self.set_up_optimizer()
+        self.set_up_policies()
+
+    def encode(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+        """Add `prompt_ids` to each row; prompts over max_prompt_length are left out and counted."""
+        rows = [{**r, "prompt_ids": encode_prompt(self.tokenizer, self.args, r)} for r in rows]
+        vocabulary = self.loaded.config.get("vocab_size", 2**31)
+        worst = max((i for row in rows for i in row["prompt_ids"]), default=0)
+        if worst >= vocabulary:  # MLX does not check: this would read foreign memory
+            raise UserError(f"the tokenizer gives id {worst}, the model knows {vocabulary} tokens")
+        limit = self.args.max_prompt_length
+        kept = [row for row in rows if 0 < len(row["prompt_ids"]) <= limit]
+        if not kept:
+            shortest = min(len(row["prompt_ids"]) for row in rows)
+            raise UserError(
+                f"all {len(rows)} {what} prompts are longer than max_prompt_length = {limit} "
+                f"tokens; the shortest has {shortest}"
+            )
+        if len(kept) < len(rows):
+            say(f"data      {len(rows) - len(kept)} {what} prompts over {limit} tokens left out")
+        return kept
+
+    def sampling_with(self, temperature: float, max_tokens: int) -> Sampling:
+        a = self.args
+        room = a.max_completion_length - len(self.prefix_ids)
+        if room < 1:
+            raise UserError(f"max_completion_length = {a.max_completion_length} is all prefix")
+        stops = tuple(a.stop_strings)
+        filters = (a.top_k, a.top_p, a.min_p) if temperature else (0, 1.0, 0.0)
+        return Sampling(temperature, min(max_tokens, room), *filters, stops)
+
+    def make_plan(self) -> memory.Plan:
+        """Rollout batch and micro-batch sizes that fit this machine's memory."""
+        prompt_tokens = max(len(row["prompt_ids"]) for row in self.train_dataset)
+        return planning.plan_memory(
+            self.args,
+            memory.read_shape(self.loaded.folder),
+            self.loaded.train_type,
+            prompt_tokens,
+            self.sampling.max_tokens,
+        )
+
+    def set_up_optimizer(self) -> None:
+        """AdamW over float32 masters: bfloat16 weights do not move at a learning rate of 1e-6."""
+        a = self.args
+        self.peak_lr = a.learning_rate
+        if self.loaded.train_type != "full":
+            self.peak_lr = a.lora_learning_rate
+        prompts = a.batch_size * a.gradient_accumulation_steps
+        self.rollouts_per_epoch = math.ceil(len(self.train_dataset) / prompts)
+        self.total_updates = a.num_epochs * self.rollouts_per_epoch * a.num_iterations
+        if a.max_updates:
+            self.total_updates = min(self.total_updates, a.max_updates)
+        betas = [a.adam_beta1, a.adam_beta2]
+        self.optimizer = optim.AdamW(
+            self.peak_lr, betas=betas, weight_decay=a.weight_decay, bias_correction=True
+        )
+        self.master = self.master_of(self.model)
+        self.optimizer.init(self.master)
+        self.loss_and_grad = self.make_loss_and_grad()
+
+    @staticmethod
+    def master_of(model: nn.Module) -> Any:
+        """Float32 copies of the trainable weights (themselves where they are float32)."""
+        return tree_map(lambda p: p.astype(mx.float32), model.trainable_parameters())
+
+    def make_loss_and_grad(self) -> Callable:
+        function = nn.value_and_grad(self.model, self.compute_grpo_loss)
+        if not self.args.use_compile:
+            return function
+        # Weights and random state go in and out, or they would be compiled in as constants.
+        state = [self.model.state, mx.random.state]
+        return mx.compile(function, inputs=state, outputs=state)
+
+    def set_up_policies(self) -> None:
+        """`ref_model` stays what the policy is now; `model_old` is made before each rollout."""
+        a = self.args
+        self.ref_model: nn.Module | None = None
+        if a.kl_coeff > 0:
+            self.ref_model = without_adapters(self.model)
+            if self.loaded.train_type == "full" and a.quantize_for_rollouts:
+                self.ref_model = quantize_copy(self.ref_model)
+            self.ref_model.freeze()
+        quantizes = a.quantize_for_rollouts and any(
+            can_quantize(m) for _, m in self.model.named_modules()
+        )
+        self.old_is_copy = quantizes or a.sync_every_updates > 1
+        self.model_old: nn.Module | None = None if self.old_is_copy else self.model
+        self.last_sync = 0
+        shared = sum(
+            hasattr(m, "to_quantized") and not can_quantize(m)
+            for _, m in self.model.named_modules()
+        )
+        if quantizes and shared:
+            say(f"policy    {shared} layers are not a multiple of 64 wide and sample unquantized")
+
+    def lr_schedule(self, update: int) -> float:
+        """Learning rate of update 1..U: linear warm-up to the peak, then down to 0."""
+        warmup = max(1, int(self.total_updates * self.args.warmup_ratio))
+        if update <= warmup:
+            return self.peak_lr * update / warmup
+        done = (update - warmup) / max(1, self.total_updates - warmup)
+        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1}
+        return self.peak_lr * shape[self.args.lr_scheduler_type]
+
+    def prompts_of_update(self, rollout: int) -> tuple[list[int], int]:
+        """Rows of the training set for the nth rollout, and how many batches they make."""
+        epoch, position = divmod(rollout, self.rollouts_per_epoch)
+        order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.train_dataset))
+        size = self.args.batch_size * self.args.gradient_accumulation_steps
+        rows = order[position * size : (position + 1) * size].tolist()
+        return rows, math.ceil(len(rows) / self.args.batch_size)
+
+    def refresh_old_policy(self) -> None:
+        """Bring the sampling copy up to date; with adapters, only they are copied."""
+        stale = self.update_step - self.last_sync >= self.args.sync_every_updates
+        if not self.old_is_copy or (self.model_old is not None and not stale):
+            return
+        self.last_sync = self.update_step
+        if self.model_old is not None and self.loaded.train_type != "full":
+            self.model_old.update(self.model.trainable_parameters())
+            return
+        self.model_old = None  # frees the previous copy before the next is made
+        self.model_old = self.copy_policy()
+
+    def copy_policy(self) -> nn.Module:
+        """A sampling copy of the policy as it is now; arrays that never change are shared."""
+        if self.args.quantize_for_rollouts:
+            policy = quantize_copy(self.model)
+        else:
+            policy = copy.deepcopy(self.model)
+        mx.eval(policy.parameters())
+        return policy
+
+    def sample(
+        self, model: nn.Module, rows: list[dict], keys: list[np.ndarray], how: Sampling
+    ) -> list[Completion]:
+        """len(keys) / len(rows) completions of each row, in as few batches as memory allows."""
+        stop = StopRule(self.tokenizer, how.stop_strings)
+        prompts, group = [row["prompt_ids"] for row in rows], len(keys) // len(rows)
+        completions: list[Completion] = []
+        for start in range(0, len(keys), self.plan.rollout_batch_size):
+            chunk = range(start, min(start + self.plan.rollout_batch_size, len(keys)))
+            first, last = chunk[0] // group, chunk[-1] // group
+            completions += sample_batch(
+                model,
+                prompts[first : last + 1],
+                [n // group - first for n in chunk],
+                np.stack(keys[chunk[0] : chunk[-1] + 1]),
+                how,
+                stop,
+                self.check_interrupt,
+            )
+        for completion in completions:
+            completion.text = self.args.reasoning_prefix + completion.text
+        return completions
+
+    def check_interrupt(self) -> None:
+        if self.interrupted:
+            raise Interrupted
+
+    def generate_responses(self, batch: list[int]) -> list[Completion]:
+        """`num_generations` completions for each row (index) of the training set, in order."""
+        assert self.model_old is not None
+        keys = [
+            row_key(self.args.seed, 0, self.update_step, row, n)
+            for row in batch
+            for n in range(self.args.num_generations)
+        ]
+        rows = [self.train_dataset[row] for row in batch]
+        return self.sample(self.model_old, rows, keys, self.sampling)
+
+    def compute_rewards(
+        self, rows: list[dict[str, Any]], responses: list[Completion]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(B,) weighted totals and the (B,) values per function, for B row-completion pairs.
+
+        None from a function (NaN here) adds nothing; a row that no function values is NaN.
+        """
+        names = {name for row in rows for name in row} - {"prompt_ids", "prompt"}
+        columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
+        columns["prompts"] = [row["prompt"] for row in rows]
+        columns["completion_ids"] = [response.ids for response in responses]
+        texts = [response.text for response in responses]
+        values = {
+            name: np.array(rewarding.call_reward(name, function, texts, columns))
+            for name, function in self.reward_funcs.items()
+        }
+        stacked = np.stack(list(values.values()))  # (F, B)
+        weights = np.array(self.args.reward_weights or [1.0] * len(values))[:, None]
+        totals = np.nansum(stacked * weights, axis=0)
+        return np.where(np.isnan(stacked).all(axis=0), np.nan, totals), values
+
+    def micro_batches(
+        self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
+    ) -> list[dict[str, mx.array]]:
+        """The update cut into padded batches of at most `micro_batch_tokens` tokens.
+
+        Without a KL term, sequences whose advantage is 0 have no gradient and are left out; the
+        weights were fixed before, so they stay in the normaliser.
+        """
+        lengths = np.array([len(response.ids) for response in responses])
+        weights = sequence_weights(lengths, self.args.loss_type, self.sampling.max_tokens)
+        totals = [
+            len(row["prompt_ids"]) + len(r.ids) for row, r in zip(rows, responses, strict=True)
+        ]
+        used = [i for i in np.argsort(totals) if advantages[i] != 0 or self.ref_model is not None]
+        groups: list[list[int]] = []
+        for i in used:  # from the shortest up, so that each batch has little padding
+            size = 1 + self.padded(totals[i] - 1)
+            if not groups or (len(groups[-1]) + 1) * size > self.plan.micro_batch_tokens:
+                groups.append([])
+            groups[-1].append(i)
+        return [
+            self.pad_batch([rows[i] for i in group], [responses[i] for i in group])
+            | {
+                "advantages": mx.array(advantages[group], mx.float32),
+                "weights": mx.array(weights[group], mx.float32),
+            }
+            for group in groups
+        ]
+
+    def padded(self, length: int) -> int:
+        """Compiled shapes come in multiples of 32, since each new shape is compiled anew."""
+        return -(-length // 32) * 32 if self.args.use_compile else length
+
+    def pad_batch(self, rows: list[dict], responses: list[Completion]) -> dict[str, mx.array]:
+        """(B, T) tokens, prompt then completion then padding, and the (B, W) windows for the loss.
+
+        The window is the last W of the T - 1 predictions: wide enough for every completion.
+        """
+        pairs = [(row["prompt_ids"], r) for row, r in zip(rows, responses, strict=True)]
+        total = 1 + self.padded(max(len(p) + len(r.ids) for p, r in pairs) - 1)
+        width = min(total - 1, self.padded(total - min(len(p) for p, _ in pairs)))
+        tokens = np.zeros((len(pairs), total), np.int32)
+        mask = np.zeros((len(pairs), width), np.float32)
+        sampled = np.zeros((len(pairs), width), np.float32)
+        for i, (prompt, response) in enumerate(pairs):
+            end = len(prompt) + len(response.ids)
+            tokens[i, :end] = prompt + response.ids
+            # The prediction of token t stands at t - 1, and the window starts at total - 1 - width.
+            window = slice(len(prompt) + width - total, end + width - total)
+            mask[i, window] = 1
+            sampled[i, window] = response.logprobs
+        arrays = {"tokens": tokens, "mask": mask, "sampler_logprobs": sampled}
+        return {name: mx.array(x) for name, x in arrays.items()}
+
+    def compute_grpo_loss(
+        self, batch: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array], mx.array]:
+        """Loss, sums for the log, and the (B, W) log-probs of the policy being trained."""
+        a = self.args
+        width = batch["mask"].shape[1]
+        logprobs = token_logprobs(self.model, batch["tokens"], width, a.temperature)
+        loss, sums = grpo_loss(
+            logprobs,
+            batch,
+            clip_eps=a.clip_eps,
+            kl_coeff=a.kl_coeff,
+            importance_cap=a.importance_cap,
+        )
+        return loss, sums, mx.stop_gradient(logprobs)
+
+    def train_step(self, batch: list[int]) -> list[dict[str, Any]]:
+        """Roll out the prompts of one update, score them, update `num_iterations` times."""
+        start = time.perf_counter()
+        mx.random.seed(int(row_key(self.args.seed, 2, self.update_step)[0]))  # for dropout
+        self.refresh_old_policy()
+        responses = self.generate_responses(batch)
+        sampled = time.perf_counter()
+        rows = [self.train_dataset[i] for i in batch for _ in range(self.args.num_generations)]
+        rewards, per_function = self.compute_rewards(rows, responses)
+        groups = rewards.reshape(len(batch), -1)  # (P, G)
+        advantages = group_advantages(groups)
+        scored = time.perf_counter()
+        micro_batches = self.micro_batches(rows, responses, advantages.reshape(-1))
+        metrics = rollout_metrics(responses, groups, advantages, per_function)
+        left = min(self.args.num_iterations, self.total_updates - self.update_step)
+        records = [self.update(micro_batches, i, metrics["tokens"]) for i in range(left)]
+        metrics |= {
+            "tokens_per_second": metrics["tokens"] / (sampled - start),
+            "seconds_rollout": sampled - start,
+            "seconds_rewards": scored - sampled,
+            "seconds_gradient": time.perf_counter() - scored,
+        }
+        self.shown = list(zip(rows, responses, rewards, strict=True))[: self.args.log_completions]
+        return [record | metrics for record in records]
+
+    def update(
+        self, micro_batches: list[dict[str, mx.array]], iteration: int, tokens: float
+    ) -> dict[str, Any]:
+        """One optimizer update from the summed gradients of all micro-batches."""
+        loss, grads = 0.0, tree_map(mx.zeros_like, self.master)
+        sums = dict.fromkeys(STATISTICS, 0.0)
+        self.model.train(self.args.lora_dropout > 0)
+        for batch in micro_batches:
+            if iteration == 0:
+                self.check_interrupt()
+                self.add_reference(batch)
+            (part, stats, logprobs), new = self.loss_and_grad(batch)
+            grads = tree_map(lambda g, n: g + n.astype(mx.float32), grads, new)
+            mx.eval(grads, part, stats, logprobs)
+            if iteration == 0 and self.args.num_iterations > 1:
+                batch["old_logprobs"] = logprobs  # the anchor of the ratio from now on
+            loss += float(part)
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        self.model.eval()
+        norm, skipped = self.apply_gradients(loss, grads)
+        trained = sum(float(batch["mask"].sum()) for batch in micro_batches)
+        means = {
+            name: total / max(tokens if name in PER_UPDATE else trained, 1)
+            for name, total in sums.items()
+        }
+        lr = self.lr_schedule(self.update_step)
+        record = {"update": self.update_step, "lr": lr, "loss": loss, "grad_norm": norm}
+        return {**record, "skipped": skipped, "kl": None, **means}
+
+    def add_reference(self, batch: dict[str, mx.array]) -> None:
+        if self.ref_model is not None:
+            width, temperature = batch["mask"].shape[1], self.args.temperature
+            logprobs = token_logprobs(self.ref_model, batch["tokens"], width, temperature)
+            batch["ref_logprobs"] = mx.stop_gradient(logprobs)
+            mx.eval(batch["ref_logprobs"])
+
+    def apply_gradients(self, loss: float, grads: Any) -> tuple[float, int]:
+        """Clip, step, copy the masters to the model. A non-finite update changes nothing.
+
+        Raises:
+            RunError: five updates in a row were not finite.
+        """
+        clipped, norm = optim.clip_grad_norm(grads, self.args.max_grad_norm)
+        self.update_step += 1
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+            self.bad_updates += 1
+            say(f"update {self.update_step}: loss {loss}, gradient norm {norm.item()}: left out")
+            if self.bad_updates == 5:
+                raise RunError(
+                    "five updates in a row were not finite: lower the learning rate, or try "
+                    "dtype = float32"
+                )
+            return norm.item(), 1
+        self.bad_updates = 0
+        self.optimizer.learning_rate = self.lr_schedule(self.update_step)
+        self.master = self.optimizer.apply_gradients(clipped, self.master)
+        weights = self.model.trainable_parameters()
+        self.model.update(tree_map(lambda m, w: m.astype(w.dtype), self.master, weights))
+        mx.eval(self.master, self.optimizer.state, self.model.parameters())
+        return norm.item(), 0
+
+    def evaluate_em(self, dataset: list[dict], samples: int = 0, **how: Any) -> float:
+        """Mean exact match (or `eval_metric`) over a fixed subset of `samples` rows (0: all)."""
+        return self.score(dataset, samples, **how)["em"]
+
+    def score(
+        self,
+        dataset: list[dict[str, Any]],
+        samples: int = 0,
+        temperature: float = 0.0,
+        model: nn.Module | None = None,
+    ) -> dict[str, Any]:
+        """Score the policy (or another model), greedily unless a temperature is given."""
+        order = np.random.default_rng(0).permutation(len(dataset))  # the same for every seed
+        rows = [dataset[i] for i in order[: samples or len(dataset)]]
+        how = self.sampling_with(temperature, self.args.eval_max_new_tokens)
+        keys = [row_key(self.args.seed, 1, i) for i in range(len(rows))]
+        responses = self.sample(model or self.model, rows, keys, how)
+        if self.args.eval_metric == "em":
+            answers = (extract_xml_answer(response.text) for response in responses)
+            scores = [same_answer(a, r["answer"]) for a, r in zip(answers, rows, strict=True)]
+        else:
+            scores = self.compute_rewards(rows, responses)[1][self.args.eval_metric].tolist()
+        cut = float(np.mean([r.finish_reason == "length" for r in responses]))
+        return {"em": float(np.nanmean(scores)), "em_subset": len(rows), "truncation_rate": cut}
+
+    def evaluate(self, split: str = "test") -> float:
+        """Evaluate the policy on the fixed subset of a split, log it, and return the score."""
+        train = split == "train"
+        samples = self.args.eval_subset_size if train else self.args.eval_samples
+        result = self.score(self.train_dataset if train else self.eval_dataset, samples)
+        counters = {"update": self.update_step, "batch_step": self.step, "split": split}
+        self.log.evaluation(counters | result)
+        return result["em"]
+
+    def train(self) -> int:
+        """Evaluate, update until the schedule ends, evaluate, save. Returns the exit code."""
+        start = time.perf_counter() - self.elapsed
+        end = start + self.args.max_hours * 3600 if self.args.max_hours else math.inf
+        with console.stoppable(self), console.progress_bar(self) as bar:
+            try:
+                if self.update_step == 0:
+                    self.evaluate_test()
+                while self.update_step < self.total_updates and time.perf_counter() < end:
+                    before = self.step, self.update_step
+                    batch, batches = self.prompts_of_update(self.rollout)
+                    records = self.train_step(batch)
+                    self.step, self.rollout = self.step + batches, self.rollout + 1
+                    self.updates_done, self.elapsed = self.update_step, time.perf_counter() - start
+                    self.after_update(before, records, bar)
+                self.finish()
+            except (Interrupted, RunError) as stop:
+                return self.stopped(stop)
+        return 0
+
+    def evaluate_test(self) -> None:
+        if self.eval_dataset and self.args.eval_samples:
+            self.evaluate("test")
+
+    def after_update(self, before: tuple[int, int], records: list[dict], bar: Any) -> None:
+        """Log, evaluate and save whatever falls due between the counters `before` and now."""
+        a, (step, update) = self.args, before
+        self.log.pending += records
+        bar.update(self.update_step - update)
+        bar.set_postfix_str(console.progress_text(records[-1], self.log.history))
+        if self.step // a.logging_steps > step // a.logging_steps:
+            self.log.training(self.step, self.elapsed)
+            self.log.completions(self.shown)
+        every = a.eval_every_updates if a.eval_subset_size else 0
+        if every and self.update_step // every > update // every:
+            self.evaluate("train")
+        last = self.update_step >= self.total_updates  # `finish` evaluates after the last update
+        if a.eval_steps and self.step // a.eval_steps > step // a.eval_steps and not last:
+            self.evaluate_test()
+        if a.save_steps and self.step // a.save_steps > step // a.save_steps:
+            self.save_checkpoint(self.output_dir / f"checkpoint-{self.step}")
+            checkpoints.prune(self.output_dir, a.save_total_limit)
+
+    def save_checkpoint(self, path: Path) -> None:
+        """A complete model folder (or adapters in mlx-lm's format) with the trainer's state."""
+        checkpoints.save(Path(path), self)
+        self.saved_at = self.update_step
+
+    def finish(self) -> None:
+        """Evaluate once more and write `final/`, a model folder that mlx_lm loads by itself."""
+        self.evaluate_test()
+        final = self.output_dir / "final"
+        with checkpoints.written_aside(final) as folder:
+            if self.loaded.train_type == "full":
+                checkpoints.write_trained_model(folder, self, self.model, self.loaded.config)
+            else:
+                self.compare_fused(checkpoints.write_fused(folder, self))
+        self.log.summary(self.update_step)
+        say(f"saved     {final}")
+        if self.args.closing_note:
+            say(f"note      {self.args.closing_note}")
+
+    def compare_fused(self, fused: nn.Module) -> None:
+        if self.eval_dataset:
+            score = self.evaluate_em(self.eval_dataset, self.args.eval_samples, model=fused)
+            unfused = self.log.history[-1]["em"]
+            say(f"fused     scores {score:.3f}, base with adapters {unfused:.3f}")
+
+    def stopped(self, stop: Exception) -> int:
+        """Keep the last finished update and say how to go on; 130 for Ctrl-C, errors go on up."""
+        in_step = self.update_step != self.updates_done  # mid-iterations: weights have moved on
+        if self.step and not in_step:
+            path = self.output_dir / f"checkpoint-{self.step}"
+            if self.saved_at != self.update_step:
+                self.save_checkpoint(path)
+            say(f"stopped   after update {self.update_step}, saved in {path}. To continue:")
+            say(f"          {self.command} --set resume=auto")
+        else:
+            say("stopped   before the first update was finished: nothing to save")
+        if isinstance(stop, RunError):
+            raise stop
+        return 130
+
+
+# Means over all tokens of the update; the other statistics are over those that had a gradient.
+PER_UPDATE = ("policy_reward", "clip_low", "clip_high")
+STATISTICS = (*PER_UPDATE, "importance_weight", "importance_capped", "sampler_mismatch")
+
+
+def read_config(path: str | None, overrides: Sequence[str]) -> MLXGRPOConfig:
+    """Settings from defaults, TOML file and overrides, all checked."""
+    chosen = path or os.environ.get("MLX_GRPO_CONFIG") or "configs/default.toml"
+    config = settings.resolve(MLXGRPOConfig, Path(chosen), overrides)
+    checks.refuse_dead_settings(config)
+    template = config.chat_template
+    if template not in ("", "plain") and not Path(template).is_file():
+        raise UserError(f"chat_template = {template!r} is neither a file nor plain")
+    tracking.check_available(config.report_to)
+    return config
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mlx-grpo.py",
+        description="Teach a language model to reason by GRPO, on MLX.",
+        epilog="Settings (in the TOML file, or --set key=value):\n"
+        + (settings.help_text(MLXGRPOConfig) if {"-h", "--help"} & {*(argv or sys.argv)} else ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", help="TOML file (default: $MLX_GRPO_CONFIG, then configs/default.toml)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    add("--dry-run", action="store_true", help="print settings and memory plan, write nothing")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
+    """Everything that can fail for bad input, cheap things first; nothing is written."""
+    loading.find_model(config.model_name)
+    rewards = {spec: rewarding.load_reward(spec, REWARDS) for spec in config.reward_funcs}
+    train_rows = load_questions(config, "train")
+    train_rows = train_rows[: config.max_train_samples or len(train_rows)]
+    test_rows = load_questions(config, "test") if config.eval_samples else []
+    runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb)
+    loaded = load_model(config)
+    return MLXGRPOTrainer(loaded, rewards, config, train_rows, test_rows, command)
+
+
+def start(config: MLXGRPOConfig, command: str) -> int:
+    """Train from the settings to `final/`. Returns the exit code."""
+    output_dir = Path(config.output_dir)
+    checkpoints.check_output(output_dir, command, config.overwrite, bool(config.resume))
+    resume_from = checkpoints.to_resume(output_dir, config.resume) if config.resume else None
+    trainer = build_trainer(config, command)
+    console.introduce(trainer, BLAS)
+    if resume_from:
+        checkpoints.load(resume_from, trainer)
+        checkpoints.truncate_log(output_dir / "training_log.jsonl", trainer.update_step)
+        say(f"resume    {resume_from} at update {trainer.update_step}")
+    checkpoints.claim(output_dir, overwrite=config.overwrite)
+    checkpoints.write_json(output_dir / "config.resolved.json", dataclasses.asdict(config))
+    provenance = {
+        **runtime.provenance(Path(__file__).resolve().parent),
+        "seed": config.seed,
+        "data_sha256": datafiles.fingerprint(trainer.train_dataset),
+    }
+    checkpoints.write_json(output_dir / "provenance.json", provenance)
+    described = dataclasses.asdict(config)
+    trainer.log.tracker = tracking.make_tracker(
+        config.report_to, output_dir, config.run_name, described
+    )
+    try:
+        return trainer.train()
+    finally:
+        trainer.log.tracker.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, 1 (failed run), 2 (bad input) or 130 (Ctrl-C)."""
+    arguments = parse_arguments(argv)
+    words = [f"--config {arguments.config}"] if arguments.config else []
+    words += [f"--set {text!r}" if " " in text else f"--set {text}" for text in arguments.set]
+    command = " ".join(["uv run mlx-grpo.py", *words])
+    try:
+        config = read_config(arguments.config, arguments.set)
+        return planning.dry_run(config) if arguments.dry_run else start(config, command)
+    except (UserError, RunError) as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

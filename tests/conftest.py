@@ -1,0 +1,111 @@
+"""Fixtures: the script as a module, and a random model in real shapes with a toy tokenizer."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load_script():
+    """mlx-grpo.py as the module `mlx_grpo` (registered first: dataclasses look there)."""
+    if "mlx_grpo" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("mlx_grpo", ROOT / "mlx-grpo.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["mlx_grpo"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["mlx_grpo"]
+
+
+@pytest.fixture(scope="session")
+def grpo():
+    return load_script()
+
+
+def make_tokenizer(folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["<reasoning>\n1 + 2 = 3\n</reasoning>\n<answer>\n3\n</answer> How many apples?"] * 9
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def make_model(folder, *, model_type="llama", hidden=64, layers=2, vocab=384, seed=0, **extra):
+    """A random model folder that mlx_lm.load reads; hidden 64 can be quantized."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map
+    from mlx_lm.utils import _get_classes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+        **extra,
+    }
+    model_class, args_class = _get_classes(config)
+    mx.random.seed(seed)
+    model = model_class(args_class.from_dict(config))
+    # Larger than the initialisation, so that the distribution is not flat and tests can fail.
+    model.update(tree_map(lambda p: p * 3 if p.ndim > 1 else p, model.parameters()))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 24), ("test", 10)):
+        rows = [
+            {"question": f"How many is {'1 + ' * (n % 3)}{n}?", "answer": f"so\n#### {n}"}
+            for n in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -1,0 +1,172 @@
+"""Trackers: no value is lost on the way, and a missing package is found before anything loads."""
+
+import csv
+import json
+import struct
+import sys
+
+import pytest
+
+from utils import tracking
+
+TRAIN = {"update": 1, "loss": 0.5, "kl": None, "rewards": {"int": 0.25}}
+EVAL = {"update": 1, "split": "test", "em": 0.3, "em_subset": 200}
+
+FAKE_WANDB = """
+calls = []
+class Run:
+    def define_metric(self, *a, **k): calls.append(("metric", a, k))
+    def log(self, row): calls.append(("log", row))
+    def finish(self): calls.append(("finish",))
+def init(**k):
+    calls.append(("init", k))
+    return Run()
+"""
+
+FAKE_TENSORBOARDX = """
+scalars = []
+class SummaryWriter:
+    def __init__(self, logdir): self.logdir = logdir
+    def add_scalar(self, name, value, global_step): scalars.append((name, value, global_step))
+    def close(self): scalars.append("closed")
+"""
+
+
+@pytest.fixture
+def fake_package(monkeypatch, tmp_path):
+    """Install a module of this source under this name, for one test."""
+
+    def install(name, source):
+        (tmp_path / "packages").mkdir(exist_ok=True)
+        (tmp_path / "packages" / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path / "packages")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return lambda: sys.modules.pop(name)
+
+    return install
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_nothing_asked_for_keeps_nothing(tmp_path):
+    tracker = tracking.make_tracker([], tmp_path / "run", "name", {})
+    tracker.log(TRAIN)
+    tracker.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_csv_keeps_training_and_evaluation_apart(tmp_path):
+    tracker = tracking.make_tracker(["csv"], tmp_path / "run", "name", {})
+    tracker.log(TRAIN)
+    tracker.log(EVAL)
+    tracker.log({**TRAIN, "update": 2, "kl": 0.125})
+    tracker.close()
+    training = rows(tmp_path / "run" / "metrics.csv")
+    assert [(r["update"], r["kl"], r["rewards/int"]) for r in training] == [
+        ("1", "", "0.25"),
+        ("2", "0.125", "0.25"),
+    ]
+    evaluation = rows(tmp_path / "run" / "metrics_eval.csv")
+    assert evaluation == [{"update": "1", "split": "test", "em": "0.3", "em_subset": "200"}]
+
+
+def test_csv_gains_a_column_without_losing_a_row(tmp_path):
+    tracker = tracking.CSVTracker(tmp_path)
+    tracker.log({"update": 1, "loss": 0.5})
+    tracker.log({"update": 2, "note": 'a,"b"\nc', "ids": [1, 2]})
+    tracker.log({"update": 3, "loss": 0.25})
+    assert rows(tmp_path / "metrics.csv") == [
+        {"update": "1", "loss": "0.5", "note": "", "ids": ""},
+        {"update": "2", "loss": "", "note": 'a,"b"\nc', "ids": json.dumps([1, 2])},
+        {"update": "3", "loss": "0.25", "note": "", "ids": ""},
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_csv_of_a_resumed_run_continues(tmp_path):
+    tracking.CSVTracker(tmp_path).log({"update": 1, "loss": 0.5})
+    tracking.CSVTracker(tmp_path).log({"loss": 0.25, "update": 2})
+    assert rows(tmp_path / "metrics.csv") == [
+        {"update": "1", "loss": "0.5"},
+        {"update": "2", "loss": "0.25"},
+    ]
+
+
+def test_wandb_gets_numbers_over_the_update(tmp_path, fake_package):
+    forget = fake_package("wandb", FAKE_WANDB)
+    tracker = tracking.make_tracker(["wandb"], tmp_path / "run", "my-run", {"seed": 3})
+    tracker.log(TRAIN)
+    tracker.log(EVAL)
+    tracker.close()
+    calls = forget().calls
+    expected = {
+        "project": "mlx-grpo",
+        "name": "my-run",
+        "config": {"seed": 3},
+        "dir": str(tmp_path / "run"),
+    }
+    assert calls[0] == ("init", expected)
+    assert ("metric", ("*",), {"step_metric": "update"}) in calls
+    logged = [call[1] for call in calls if call[0] == "log"]
+    assert logged == [
+        {"update": 1, "train/loss": 0.5, "train/rewards/int": 0.25},
+        {"update": 1, "eval/test/em": 0.3, "eval/test/em_subset": 200.0},
+    ]
+    assert calls[-1] == ("finish",)
+
+
+def test_fan_out_passes_on_and_closes_all_even_after_an_error(tmp_path, fake_package):
+    forget = fake_package("tensorboardX", FAKE_TENSORBOARDX)
+    tracker = tracking.make_tracker(["csv", "tensorboard", "csv"], tmp_path, "name", {})
+    assert len(tracker.trackers) == 2
+    tracker.log(EVAL)
+    tracker.trackers[0].close = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        tracker.close()
+    assert forget().scalars == [
+        ("eval/test/em", 0.3, 1),
+        ("eval/test/em_subset", 200.0, 1),
+        "closed",
+    ]
+    assert len(rows(tmp_path / "metrics_eval.csv")) == 1
+
+
+def test_tensorboard_event_file_holds_the_values(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    tracker = tracking.make_tracker(["tensorboard"], tmp_path, "name", {})
+    tracker.log({**TRAIN, "update": 7})
+    tracker.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, found = path.read_bytes(), {}
+    while data:  # length (8 bytes), its checksum (4), the event, its checksum (4)
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        found |= {value.tag: (value.simple_value, event.step) for value in event.summary.value}
+        data = data[16 + length :]
+    assert found == {"train/loss": (0.5, 7), "train/rewards/int": (0.25, 7)}
+
+
+def test_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'tensorboard'"):
+        tracking.check_available(["csv", "tensorbord"])
+
+
+def test_missing_package_names_its_extra(monkeypatch):
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    tracking.check_available(["csv"])
+    with pytest.raises(ImportError, match="uv sync --extra tensorboard, or pip install") as info:
+        tracking.make_tracker(["tensorboard"], None, "name", {})
+    assert "mlx-grpo[tensorboard]" in str(info.value)
+
+
+def test_a_folder_of_an_earlier_run_is_no_package(monkeypatch, tmp_path):
+    (tmp_path / "wandb" / "latest-run").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(tracking.MissingExtra, match="--extra wandb"):
+        tracking.check_available(["wandb"])

@@ -1,0 +1,106 @@
+"""What settings may be: ranges, choices, and combinations that make no sense together.
+
+All of it is checked before anything is loaded; a complaint names key, value and what is allowed.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .errors import UserError
+
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "text": (lambda v: v.strip() != "", "model_name output_dir dataset train_split test_split"),
+    "above 0 and finite": (
+        lambda v: 0 < v < math.inf,
+        "learning_rate lora_learning_rate lora_scale temperature max_grad_norm importance_cap",
+    ),
+    "at least 0 and finite": (
+        lambda v: 0 <= v < math.inf,
+        "kl_coeff weight_decay max_hours wired_limit_gb cache_limit_gb",
+    ),
+    "at least 2 (a group needs another completion to compare with)": (
+        lambda v: v >= 2,
+        "num_generations",
+    ),
+    "at least 1": (
+        lambda v: v >= 1,
+        "lora_rank batch_size gradient_accumulation_steps num_epochs num_iterations "
+        "sync_every_updates max_new_tokens max_prompt_length max_completion_length "
+        "eval_max_new_tokens logging_steps",
+    ),
+    "at least 0": (
+        lambda v: v >= 0,
+        "seed max_train_samples max_updates top_k eval_steps eval_samples eval_every_updates "
+        "eval_subset_size log_completions save_steps save_total_limit rollout_batch_size "
+        "micro_batch_tokens",
+    ),
+    "-1 (all) or at least 1": (lambda v: v == -1 or v >= 1, "lora_layers"),
+    "above 0, at most 1": (lambda v: 0 < v <= 1, "top_p"),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, "min_p warmup_ratio"),
+    "at least 0, below 1": (lambda v: 0 <= v < 1, "lora_dropout adam_beta1 adam_beta2"),
+    "above 0, below 1": (lambda v: 0 < v < 1, "clip_eps"),
+}
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "train_type": ("auto", "full", "lora", "dora"),
+    "loss_type": ("grpo", "dapo", "dr_grpo"),
+    "lr_scheduler_type": ("cosine", "linear", "constant"),
+}
+
+
+def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
+    """(complaint, does it apply) for settings that make no sense together."""
+    yield "reward_funcs is empty: nothing would be learned", not c.reward_funcs
+    yield (
+        f"reward_weights has {len(c.reward_weights)} values for {len(c.reward_funcs)} reward_funcs",
+        len(c.reward_weights) not in (0, len(c.reward_funcs)),
+    )
+    yield "reward_funcs names a function twice", len({*c.reward_funcs}) != len(c.reward_funcs)
+    yield "resume and overwrite exclude each other", bool(c.resume) and c.overwrite
+    yield (
+        "adapter_path needs train_type lora or dora",
+        bool(c.adapter_path) and (c.train_type == "full"),
+    )
+    yield (
+        f"eval_metric = {c.eval_metric!r} is neither em nor one of reward_funcs",
+        c.eval_metric not in ("em", *c.reward_funcs),
+    )
+    for text in c.stop_strings:
+        yield "stop_strings holds an empty string", not text
+        yield f"stop string {text!r} is part of reasoning_prefix", text in c.reasoning_prefix
+    for name in c.report_to:
+        yield (
+            f"report_to = {name!r}, allowed: csv, tensorboard, wandb",
+            name
+            not in (
+                "csv",
+                "tensorboard",
+                "wandb",
+            ),
+        )
+
+
+def check(c: Any) -> None:
+    """Check every value and combination of an MLXGRPOConfig.
+
+    Raises:
+        UserError: the first complaint.
+    """
+    for rule, (holds, names) in LIMITS.items():
+        for name in names.split():
+            if not holds(getattr(c, name)):
+                raise UserError(f"{name} = {getattr(c, name)!r} must be {rule}")
+    for name, allowed in CHOICES.items():
+        if getattr(c, name) not in allowed:
+            raise UserError(f"{name} = {getattr(c, name)!r}, allowed: {', '.join(allowed)}")
+    for complaint, wrong in contradictions(c):
+        if wrong:
+            raise UserError(complaint)
+
+
+def refuse_dead_settings(c: Any) -> None:
+    """Refuse what was set on purpose and could have no effect."""
+    dead = sorted(name for name in c.explicit if name.startswith("lora_"))
+    if c.train_type == "full" and dead:
+        raise UserError(f"{', '.join(dead)} has no effect with train_type = full: leave it out")

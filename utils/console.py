@@ -1,0 +1,84 @@
+"""What a person sees while it runs: lines, the progress bar, Ctrl-C."""
+
+import signal
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from . import runtime
+
+
+def say(text: str) -> None:
+    """A line on standard output that does not tear the progress bar."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def progress_bar(trainer: Any) -> tqdm:
+    return tqdm(
+        total=trainer.total_updates,
+        initial=trainer.update_step,
+        unit="update",
+        disable=None,  # silent when the output is not a terminal
+        dynamic_ncols=True,
+        smoothing=0.1,
+    )
+
+
+def progress_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+    text = f"reward {record['reward_mean']:.2f}, length {record['completion_length']:.0f}"
+    if record["kl"] is not None:
+        text += f", kl {record['kl']:.3f}"
+    return text + (f", EM {history[-1]['em']:.1%}" if history else "")
+
+
+class stoppable:
+    """The first Ctrl-C asks the trainer to stop cleanly, the second leaves at once."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.before = signal.signal(signal.SIGINT, self.handle)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def handle(self, *_: object) -> None:
+        if self.trainer.interrupted:
+            raise KeyboardInterrupt
+        self.trainer.interrupted = True
+        say("stopping  and saving the last finished update; Ctrl-C again leaves at once")
+
+
+def introduce(trainer: Any, blas: str | None) -> None:
+    """Say what is about to happen, and every choice that was not the user's own."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    a, kind = trainer.args, trainer.loaded.train_type
+    weights: Any = tree_flatten(trainer.master)
+    count = sum(value.size for _, value in weights)
+    device = "CPU" if mx.default_device() == mx.cpu else mx.device_info()["device_name"]
+    say(f"model     {a.model_name}: {kind}, {count:,} parameters train, on {device}")
+    if kind != "full":
+        say(f"          learning rate {a.lora_learning_rate:g} (lora_learning_rate)")
+    if kind != "full" and a.train_type == "auto" and not a.adapter_path:
+        say("          the model is quantized, so adapters are trained on it (train_type = lora)")
+    advice = runtime.blas_advice(blas) if device == "CPU" else None
+    if advice:
+        say(f"speed     {advice}")
+    tested = f"{len(trainer.eval_dataset):,} for evaluation"
+    say(f"data      {a.dataset}: {len(trainer.train_dataset):,} questions, {tested}")
+    if a.top_k or a.top_p < 1 or a.min_p:
+        say("sampling  top_k, top_p and min_p bias the gradient: what they cut off is never learnt")
+    prompts = a.batch_size * a.gradient_accumulation_steps
+    say(
+        f"plan      {trainer.total_updates} updates of {prompts} prompts x {a.num_generations} "
+        f"completions, about {trainer.plan.peak / 1e9:.1f} GB"
+    )
+    if not trainer.plan.fits:
+        say("          that may not fit this machine; what would:")
+        for suggestion in trainer.plan.suggestions:
+            say(f"            {suggestion}")

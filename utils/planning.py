@@ -1,0 +1,79 @@
+"""The memory plan of a run on this machine, and `--dry-run`."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from . import datafiles, loading, memory, runtime
+
+
+def plan_memory(
+    config: Any,
+    shape: memory.ModelShape,
+    train_type: str,
+    prompt_tokens: int,
+    completion_tokens: int,
+) -> memory.Plan:
+    """What an update takes on this machine, and the batch sizes that fit."""
+    import mlx.core as mx
+
+    on_cpu = mx.default_device() == mx.cpu
+    auto = 4 if on_cpu else 2
+    bytes_per = {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, auto)
+    return memory.plan(
+        shape,
+        train_type=train_type,
+        lora_rank=config.lora_rank,
+        lora_layers=config.lora_layers,
+        prompts_per_update=config.batch_size * config.gradient_accumulation_steps,
+        num_generations=config.num_generations,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        quantize_for_rollouts=config.quantize_for_rollouts,
+        has_reference=config.kl_coeff > 0,
+        sync_every_updates=config.sync_every_updates,
+        gradient_checkpointing=config.gradient_checkpointing,
+        train_dtype_bytes=bytes_per,
+        budget_bytes=runtime.device_memory_bytes(),
+        rollout_batch_size=config.rollout_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )
+
+
+def dry_run(config: Any) -> int:
+    """Print the resolved settings and the plan from config.json and safetensors headers alone."""
+    folder = loading.find_model(config.model_name)
+    shape = memory.read_shape(folder) if folder else memory.read_hub_shape(config.model_name)
+    quantized = shape.quantized_bits is not None
+    train_type = config.train_type
+    if train_type == "auto":
+        train_type = "lora" if quantized or config.adapter_path else "full"
+    completion = min(config.max_new_tokens, config.max_completion_length)
+    plan = plan_memory(config, shape, train_type, config.max_prompt_length, completion)
+    for name, value in dataclasses.asdict(config).items():
+        print(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+    print(f"\ntrain_type resolves to {train_type}; prompts count as max_prompt_length tokens.")
+    print(plan.table())
+    print(planned_updates(config))
+    return 0
+
+
+def planned_updates(config: Any) -> str:
+    """The length of the run, from the number of questions if that can be known offline."""
+    path = Path(config.dataset)
+    questions = config.max_train_samples
+    if path.exists():
+        rows = len(datafiles.read_dataset(config, "train", config.train_split))
+        questions = min(rows, questions) if questions else rows
+    if not questions:
+        return f"updates: known once {config.dataset} is loaded (max_train_samples = 0: all of it)"
+    prompts = config.batch_size * config.gradient_accumulation_steps
+    updates = config.num_epochs * math.ceil(questions / prompts) * config.num_iterations
+    updates = min(updates, config.max_updates or updates)
+    tokens = updates // config.num_iterations * prompts * config.num_generations
+    return (
+        f"updates: {updates} on at most {questions} questions, "
+        f"at most {tokens * config.max_new_tokens:,} sampled tokens"
+    )

@@ -1,0 +1,113 @@
+"""The record of a run: training_log.jsonl, trackers, and the lines that a person reads."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import tracking
+from .console import say
+
+
+class RunLog:
+    """Writes training and evaluation records; `history` holds the evaluations on the test split."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.path = Path(args.output_dir) / "training_log.jsonl"
+        self.tracker: tracking.Tracker = tracking.NullTracker()
+        self.history: list[dict[str, Any]] = []
+        self.pending: list[dict[str, Any]] = []
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One JSON object a line (NaN and infinity, which JSON lacks, as null); the trackers."""
+        record = {name: finite(value) for name, value in record.items()}
+        if self.args.log_jsonl:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.tracker.log(record)
+
+    def training(self, batch_step: int, seconds: float) -> None:
+        """Write the means of the updates since the last record, with the counters of the newest."""
+        import mlx.core as mx
+
+        records, self.pending = self.pending, []
+        record = {"update": None, "batch_step": batch_step, **records[-1]}
+        for name in record.keys() - {"update", "batch_step", "lr"}:
+            values = [r[name] for r in records if r.get(name) is not None]
+            if values:
+                record[name] = sum(values) / len(values)
+        record |= {"seconds": seconds, "peak_memory_gb": mx.get_peak_memory() / 1e9}
+        mx.reset_peak_memory()
+        self.write(record)
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Write and show an evaluation; the first on the test split warns of cut-off answers."""
+        self.write(record)
+        cut = record["truncation_rate"]
+        note = f", {cut:.0%} cut off" if cut else ""
+        say(
+            f"eval      update {record['update']:>4}  {self.score_text(record['em'])} on "
+            f"{record['split']} ({record['em_subset']} questions, greedy{note})"
+        )
+        if record["split"] != "test":
+            return
+        self.history.append(record)
+        if cut > 0.05 and len(self.history) == 1:
+            say(
+                f"          {cut:.0%} of the answers hit eval_max_new_tokens = "
+                f"{self.args.eval_max_new_tokens} and count as wrong: raise it"
+            )
+
+    def score_text(self, score: float) -> str:
+        if self.args.eval_metric == "em":
+            return f"exact match {score:.1%}"
+        return f"{self.args.eval_metric} {score:.3f}"
+
+    def summary(self, update: int) -> None:
+        if len(self.history) > 1:
+            before, after = self.history[0]["em"], self.history[-1]["em"]
+            then = self.score_text(after).rpartition(" ")[2]
+            say(f"result    {self.score_text(before)} -> {then} after {update} updates")
+
+    def completions(self, shown: list[tuple[dict[str, Any], Any, float]]) -> None:
+        """Print sampled completions with their rewards."""
+        for row, response, reward in shown:
+            say(f"--- reward {reward:.2f}, {response.finish_reason}: {row['question']}")
+            say(f"{response.text}\n    (expected {row['answer']})")
+
+
+def finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rollout_metrics(
+    responses: list[Any],
+    rewards: np.ndarray,
+    advantages: np.ndarray,
+    per_function: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """What the log says of one rollout; `rewards` and `advantages` are (P, G)."""
+    lengths = np.array([len(response.ids) for response in responses])
+    logprobs = [logprob for response in responses for logprob in response.logprobs]
+    valued = rewards[~np.isnan(rewards).any(axis=1)]
+    metrics = {
+        "reward_mean": mean(rewards),
+        "reward_std": mean(valued.std(axis=1, ddof=1)),
+        "groups_without_signal": (advantages == 0).all(axis=1).mean(),
+        "completion_length": lengths.mean(),
+        "completion_length_max": lengths.max(),
+        "truncation_rate": np.mean([r.finish_reason == "length" for r in responses]),
+        "entropy": -mean(np.array(logprobs)),  # of the sampler, estimated from what it sampled
+        "tokens": lengths.sum(),
+    }
+    metrics |= {f"reward/{name}": mean(values) for name, values in per_function.items()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def mean(values: np.ndarray) -> float:
+    """Mean of what is a number; NaN when nothing is."""
+    valid = values[~np.isnan(values)]
+    return float(valid.mean()) if valid.size else math.nan

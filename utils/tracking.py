@@ -1,0 +1,209 @@
+"""Optional destinations of the records of `training_log.jsonl`: CSV, TensorBoard, Weights & Biases.
+
+A record is a dict with "update" (the x axis) and numbers; evaluations carry "split" as well. The
+trainer talks to one `Tracker`, which is a null object when nothing was asked for.
+"""
+
+import csv
+import difflib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import UserError
+
+# report_to value -> the package it needs; the extra of pyproject.toml has the same name.
+PACKAGES: dict[str, str | None] = {"csv": None, "tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+class Tracker(Protocol):
+    """Takes each record once, in order, then one `close`."""
+
+    def log(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MissingExtra(UserError, ImportError):
+    """An optional package that `report_to` needs is not installed."""
+
+
+class NullTracker:
+    """Keeps nothing: `report_to` is empty."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class FanOut:
+    """Passes every record to several trackers."""
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self.trackers = trackers
+
+    def log(self, record: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.log(record)
+
+    def close(self) -> None:
+        with ExitStack() as stack:  # all are closed, even when one of them raises
+            for tracker in self.trackers:
+                stack.callback(tracker.close)
+
+
+def _flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record under "train/" or "eval/SPLIT/", without "update", the axis."""
+    prefix = f"eval/{record['split']}/" if "split" in record else "train/"
+    return {
+        prefix + name: float(value)
+        for name, value in _flatten(record)
+        if name != "update" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+class _CSVFile:
+    """Appends rows; for a key that no row had before, the file is rewritten with a new column."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns: list[str] = []
+        if path.exists() and path.stat().st_size:  # a resumed run continues its file
+            with path.open(newline="") as file:
+                self.columns = next(csv.reader(file))
+
+    def append(self, row: dict[str, Any]) -> None:
+        if new := [key for key in row if key not in self.columns]:
+            self._widen(new)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+    def _widen(self, new: list[str]) -> None:
+        rows: list[dict[str, str]] = []
+        if self.columns:
+            with self.path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+        self.columns += new
+        partial = self.path.with_suffix(".csv.partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.path)
+
+
+class CSVTracker:
+    """`metrics.csv` for training records, `metrics_eval.csv` for evaluations.
+
+    Two files, because the two kinds share hardly a column. None is an empty cell, a list is JSON.
+    Every row is on disk when `log` returns. After a resume, rows of repeated updates are appended.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.training = _CSVFile(output_dir / "metrics.csv")
+        self.evaluation = _CSVFile(output_dir / "metrics_eval.csv")
+
+    def log(self, record: dict[str, Any]) -> None:
+        row = {
+            key: json.dumps(value) if isinstance(value, list | tuple) else value
+            for key, value in _flatten(record)
+        }
+        (self.evaluation if "split" in record else self.training).append(row)
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoardTracker:
+    """Event files in `output_dir/tensorboard`, by tensorboardX, which needs no torch."""
+
+    def __init__(self, output_dir: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(logdir=str(output_dir / "tensorboard"))
+
+    def log(self, record: dict[str, Any]) -> None:
+        for name, value in _scalars(record).items():
+            self.writer.add_scalar(name, value, global_step=record["update"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbTracker:
+    """A run of the Weights & Biases project "mlx-grpo"; log in with `wandb login` beforehand."""
+
+    def __init__(self, output_dir: Path, run_name: str, config: dict[str, Any]) -> None:
+        import wandb
+
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(project="mlx-grpo", name=run_name, config=config, dir=str(output_dir))
+        # W&B's own step must grow with every call, but an evaluation shares its update's number.
+        self.run.define_metric("update")
+        self.run.define_metric("*", step_metric="update")
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.run.log({"update": record["update"], **_scalars(record)})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _installed(package: str) -> bool:
+    # Without an origin it is a bare folder of that name, such as the `wandb/` of an earlier run.
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def check_available(report_to: list[str]) -> None:
+    """Check `report_to` without importing anything.
+
+    Raises ValueError for an unknown name, MissingExtra (an ImportError) for a missing package.
+    """
+    for name in report_to:
+        if name not in PACKAGES:
+            near = difflib.get_close_matches(name, PACKAGES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            allowed = ", ".join(PACKAGES)
+            raise ValueError(f"report_to: {name!r} is unknown, allowed are {allowed}{hint}")
+        package = PACKAGES[name]
+        if package is not None and not _installed(package):
+            raise MissingExtra(
+                f"report_to = {name!r} needs the package {package}: "
+                f'uv sync --extra {name}, or pip install "mlx-grpo[{name}]"'
+            )
+
+
+def make_tracker(
+    report_to: list[str], output_dir: Path, run_name: str, config: dict[str, Any]
+) -> Tracker:
+    """The tracker for `report_to`: any of "csv", "tensorboard", "wandb".
+
+    Raises what `check_available` raises.
+    """
+    check_available(report_to)
+    trackers: list[Tracker] = []
+    for name in dict.fromkeys(report_to):
+        if name == "csv":
+            trackers.append(CSVTracker(output_dir))
+        elif name == "tensorboard":
+            trackers.append(TensorBoardTracker(output_dir))
+        else:
+            trackers.append(WandbTracker(output_dir, run_name, config))
+    if not trackers:
+        return NullTracker()
+    return trackers[0] if len(trackers) == 1 else FanOut(trackers)
