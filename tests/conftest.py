@@ -1,6 +1,5 @@
 """Fixtures: the script as a module, and a random model in real shapes with a toy tokenizer."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,20 +9,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from utils import runtime  # noqa: E402
+from utils.script import load_script  # noqa: E402
+
+runtime.preload_blas()  # as the script does, before any test file imports MLX
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def load_script():
-    """mlx-grpo.py as the module `mlx_grpo` (registered first: dataclasses look there)."""
-    if "mlx_grpo" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("mlx_grpo", ROOT / "mlx-grpo.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["mlx_grpo"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["mlx_grpo"]
 
 
 @pytest.fixture(scope="session")
