@@ -30,6 +30,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -287,19 +288,11 @@ def load_questions(config: MLXGRPOConfig, split: str) -> list[dict[str, Any]]:
     """
     name = config.train_split if split == "train" else config.test_split
     rows = datafiles.read_dataset(config, split, name)
-    for column in (config.question_column, config.answer_column):
-        if column not in rows[0]:
-            raise UserError(
-                f"data set {config.dataset} ({name}) has no column {column!r}; it has "
-                f"{', '.join(rows[0])}: set question_column and answer_column"
-            )
-    return [as_question(config, number, row) for number, row in enumerate(rows, start=1)]
+    return [as_question(config, row) for row in rows]
 
 
-def as_question(config: MLXGRPOConfig, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    question, solution = row.get(config.question_column), row.get(config.answer_column)
-    if question in (None, "") or solution in (None, ""):
-        raise UserError(f"data set {config.dataset}: row {number} has no question or no answer")
+def as_question(config: MLXGRPOConfig, row: dict[str, Any]) -> dict[str, Any]:
+    question, solution = row[config.question_column], row[config.answer_column]
     answer = extract_hash_answer(str(solution))
     messages = [{"role": "user", "content": str(question)}]
     if config.system_prompt:
@@ -340,10 +333,11 @@ def encode_prompt(tokenizer: Any, config: MLXGRPOConfig, row: dict[str, Any]) ->
         )
     try:
         ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **options)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
+        hint = '; system_prompt = "" leaves the system message out' if config.system_prompt else ""
         raise UserError(
-            f"the chat template of {config.model_name} refuses the prompt: {error} "
-            '(system_prompt = "" leaves the system message out)'
+            f"chat template ({config.chat_template or config.model_name}) refuses the prompt: "
+            f"{error}{hint}"
         ) from None
     return [*ids, *prefix]
 
@@ -450,7 +444,7 @@ def load_model(config: MLXGRPOConfig) -> LoadedModel:
     local = loading.find_model(config.model_name)
     try:
         model, tokenizer, model_config, folder = loading.read_model(config, local)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # what loading raises on bad files
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # on bad files
         kind, where = (UserError, local) if local else (RunError, f"{config.model_name} (hub)")
         raise kind(f"model {where} cannot be loaded: {error}") from error
     dtype = config.dtype
@@ -464,6 +458,7 @@ def load_model(config: MLXGRPOConfig) -> LoadedModel:
         loading.add_adapters(config, loaded)
     if config.gradient_checkpointing:
         memory.checkpoint_layers(model)
+    model.eval()  # new adapters come with their dropout on
     mx.eval(model.parameters())
     return loaded
 
@@ -580,26 +575,30 @@ def prefill(model: nn.Module, prompts: list[list[int]]) -> list[Any]:
     """The batch cache of all prompts but their last tokens, in one right-padded forward."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache = make_prompt_cache(model)
-    for layer in cache:
+    caches = [make_prompt_cache(model) for _ in prompts]
+    for layer in caches[0]:
         if not hasattr(layer, "merge"):
             raise RunError(
                 f"{type(layer).__name__}, this model's cache, can't be batched by mlx-lm"
             )
-    cache = [layer.merge([layer] * len(prompts)) for layer in cache]
     lengths = [len(prompt) - 1 for prompt in prompts]
     longest = max(lengths)
     padding = [longest - length for length in lengths]
-    if any(padding):
-        for layer in cache:
-            layer.prepare(lengths=lengths, right_padding=padding)
-    if longest:
-        tokens = [prompt[:-1] + [0] * pad for prompt, pad in zip(prompts, padding, strict=True)]
-        model(mx.array(tokens), cache=cache)  # its logits are never evaluated
-    if any(padding):
-        for layer in cache:
-            layer.finalize()
-    return cache
+    # Not every recurrent model keeps padding out of its state: those read one prompt at a time.
+    alone = any(padding) and not all(hasattr(layer, "offset") for layer in caches[0])
+    for prompt, cache in zip(prompts, caches, strict=True) if alone else ():
+        if len(prompt) > 1:
+            model(mx.array([prompt[:-1]]), cache=cache)
+    merged = [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
+    if alone or not longest:
+        return merged
+    for layer in merged if any(padding) else ():
+        layer.prepare(lengths=lengths, right_padding=padding)
+    tokens = [prompt[:-1] + [0] * pad for prompt, pad in zip(prompts, padding, strict=True)]
+    model(mx.array(tokens), cache=merged)  # its logits are never evaluated
+    for layer in merged if any(padding) else ():
+        layer.finalize()
+    return merged
 
 
 BLOCK = 8  # decode steps between looks at the tokens on the host
@@ -783,18 +782,9 @@ class MLXGRPOTrainer:
     def encode(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         """Add `prompt_ids` to each row; prompts over max_prompt_length are left out and counted."""
         rows = [{**r, "prompt_ids": encode_prompt(self.tokenizer, self.args, r)} for r in rows]
-        vocabulary = self.loaded.config.get("vocab_size", 2**31)
-        worst = max((i for row in rows for i in row["prompt_ids"]), default=0)
-        if worst >= vocabulary:  # MLX does not check: this would read foreign memory
-            raise UserError(f"the tokenizer gives id {worst}, the model knows {vocabulary} tokens")
         limit = self.args.max_prompt_length
+        datafiles.check_prompts(self.args, rows, what, self.loaded.config.get("vocab_size"))
         kept = [row for row in rows if 0 < len(row["prompt_ids"]) <= limit]
-        if not kept:
-            shortest = min(len(row["prompt_ids"]) for row in rows)
-            raise UserError(
-                f"all {len(rows)} {what} prompts are longer than max_prompt_length = {limit} "
-                f"tokens; the shortest has {shortest}"
-            )
         if len(kept) < len(rows):
             say(f"data      {len(rows) - len(kept)} {what} prompts over {limit} tokens left out")
         return kept
@@ -803,7 +793,10 @@ class MLXGRPOTrainer:
         a = self.args
         room = a.max_completion_length - len(self.prefix_ids)
         if room < 1:
-            raise UserError(f"max_completion_length = {a.max_completion_length} is all prefix")
+            raise UserError(
+                f"max_completion_length = {a.max_completion_length} leaves no room after "
+                f"reasoning_prefix ({len(self.prefix_ids)} tokens)"
+            )
         stops = tuple(a.stop_strings)
         filters = (a.top_k, a.top_p, a.min_p) if temperature else (0, 1.0, 0.0)
         return Sampling(temperature, min(max_tokens, room), *filters, stops)
@@ -813,7 +806,7 @@ class MLXGRPOTrainer:
         prompt_tokens = max(len(row["prompt_ids"]) for row in self.train_dataset)
         return planning.plan_memory(
             self.args,
-            memory.read_shape(self.loaded.folder),
+            loading.read_shape(self.loaded.folder),
             self.loaded.train_type,
             prompt_tokens,
             self.sampling.max_tokens,
@@ -860,18 +853,16 @@ class MLXGRPOTrainer:
             if self.loaded.train_type == "full" and a.quantize_for_rollouts:
                 self.ref_model = quantize_copy(self.ref_model)
             self.ref_model.freeze()
-        quantizes = a.quantize_for_rollouts and any(
-            can_quantize(m) for _, m in self.model.named_modules()
-        )
-        self.old_is_copy = quantizes or a.sync_every_updates > 1
+        floats = {n: m for n, m in self.model.named_modules() if hasattr(m, "to_quantized")}
+        wanted = a.quantize_for_rollouts and not loading.is_quantized(self.model)
+        self.quantizes = wanted and any(map(can_quantize, floats.values()))
+        self.old_is_copy = self.quantizes or a.sync_every_updates > 1
         self.model_old: nn.Module | None = None if self.old_is_copy else self.model
         self.last_sync = 0
-        shared = sum(
-            hasattr(m, "to_quantized") and not can_quantize(m)
-            for _, m in self.model.named_modules()
-        )
-        if quantizes and shared:
-            say(f"policy    {shared} layers are not a multiple of 64 wide and sample unquantized")
+        shared = {re.sub(r"\.\d+\.", ".*.", n) for n, m in floats.items() if not can_quantize(m)}
+        if wanted and shared:
+            names = ", ".join(sorted(shared))
+            say(f"policy    not a multiple of 64 wide, so rollouts use them unquantized: {names}")
 
     def lr_schedule(self, update: int) -> float:
         """Learning rate of update 1..U: linear warm-up to the peak, then down to 0."""
@@ -904,10 +895,7 @@ class MLXGRPOTrainer:
 
     def copy_policy(self) -> nn.Module:
         """A sampling copy of the policy as it is now; arrays that never change are shared."""
-        if self.args.quantize_for_rollouts:
-            policy = quantize_copy(self.model)
-        else:
-            policy = copy.deepcopy(self.model)
+        policy = quantize_copy(self.model) if self.quantizes else copy.deepcopy(self.model)
         mx.eval(policy.parameters())
         return policy
 
@@ -1071,7 +1059,7 @@ class MLXGRPOTrainer:
         """One optimizer update from the summed gradients of all micro-batches."""
         loss, grads = 0.0, tree_map(mx.zeros_like, self.master)
         sums = dict.fromkeys(STATISTICS, 0.0)
-        self.model.train(self.args.lora_dropout > 0)
+        self.model.train()  # dropout, and no kernels that have no gradient
         for batch in micro_batches:
             if iteration == 0:
                 self.check_interrupt()
@@ -1088,7 +1076,7 @@ class MLXGRPOTrainer:
         norm, skipped = self.apply_gradients(loss, grads)
         trained = sum(float(batch["mask"].sum()) for batch in micro_batches)
         means = {
-            name: total / max(tokens if name in PER_UPDATE else trained, 1)
+            name: total / count if (count := tokens if name in PER_UPDATE else trained) else None
             for name, total in sums.items()
         }
         lr = self.lr_schedule(self.update_step)
@@ -1131,19 +1119,23 @@ class MLXGRPOTrainer:
         """Mean exact match (or `eval_metric`) over a fixed subset of `samples` rows (0: all)."""
         return self.score(dataset, samples, **how)["em"]
 
-    def score(
+    def answers(
         self,
         dataset: list[dict[str, Any]],
         samples: int = 0,
         temperature: float = 0.0,
         model: nn.Module | None = None,
-    ) -> dict[str, Any]:
-        """Score the policy (or another model), greedily unless a temperature is given."""
+    ) -> tuple[list[dict[str, Any]], list[Completion]]:
+        """A fixed subset of `samples` rows (0: all), and one completion of each."""
         order = np.random.default_rng(0).permutation(len(dataset))  # the same for every seed
         rows = [dataset[i] for i in order[: samples or len(dataset)]]
         how = self.sampling_with(temperature, self.args.eval_max_new_tokens)
         keys = [row_key(self.args.seed, 1, i) for i in range(len(rows))]
-        responses = self.sample(model or self.model, rows, keys, how)
+        return rows, self.sample(model or self.model, rows, keys, how)
+
+    def score(self, dataset: list[dict], samples: int = 0, **how: Any) -> dict[str, Any]:
+        """Score the answers of the policy (or of another model)."""
+        rows, responses = self.answers(dataset, samples, **how)
         if self.args.eval_metric == "em":
             answers = (extract_xml_answer(response.text) for response in responses)
             scores = [same_answer(a, r["answer"]) for a, r in zip(answers, rows, strict=True)]
@@ -1164,7 +1156,8 @@ class MLXGRPOTrainer:
     def train(self) -> int:
         """Evaluate, update until the schedule ends, evaluate, save. Returns the exit code."""
         start = time.perf_counter() - self.elapsed
-        end = start + self.args.max_hours * 3600 if self.args.max_hours else math.inf
+        hours = self.args.max_hours or math.inf  # of this process: a resumed run gets as many
+        end = time.perf_counter() + hours * 3600
         with console.stoppable(self), console.progress_bar(self) as bar:
             try:
                 if self.update_step == 0:
@@ -1176,6 +1169,8 @@ class MLXGRPOTrainer:
                     self.step, self.rollout = self.step + batches, self.rollout + 1
                     self.updates_done, self.elapsed = self.update_step, time.perf_counter() - start
                     self.after_update(before, records, bar)
+                if self.step and self.update_step < self.total_updates:  # out of time
+                    self.keep()
                 self.finish()
             except (Interrupted, RunError) as stop:
                 return self.stopped(stop)
@@ -1188,6 +1183,8 @@ class MLXGRPOTrainer:
     def after_update(self, before: tuple[int, int], records: list[dict], bar: Any) -> None:
         """Log, evaluate and save whatever falls due between the counters `before` and now."""
         a, (step, update) = self.args, before
+        if update == 0 and self.loaded.train_type == "full":
+            console.warn_of_kl(records[0]["kl"])
         self.log.pending += records
         bar.update(self.update_step - update)
         bar.set_postfix_str(console.progress_text(records[-1], self.log.history))
@@ -1211,6 +1208,8 @@ class MLXGRPOTrainer:
 
     def finish(self) -> None:
         """Evaluate once more and write `final/`, a model folder that mlx_lm loads by itself."""
+        if self.log.pending:
+            self.log.training(self.step, self.elapsed)
         self.evaluate_test()
         final = self.output_dir / "final"
         with checkpoints.written_aside(final) as folder:
@@ -1229,17 +1228,21 @@ class MLXGRPOTrainer:
             unfused = self.log.history[-1]["em"]
             say(f"fused     scores {score:.3f}, base with adapters {unfused:.3f}")
 
+    def keep(self) -> None:
+        """Save the last finished update, unless that was done, and say how to go on from it."""
+        path = self.output_dir / f"checkpoint-{self.step}"
+        if self.saved_at != self.update_step:
+            self.save_checkpoint(path)
+        say(f"stopped   after update {self.update_step}, saved in {path}. To continue:")
+        say(f"          {checkpoints.command_to_resume(self.command, self.args.overwrite)}")
+
     def stopped(self, stop: Exception) -> int:
-        """Keep the last finished update and say how to go on; 130 for Ctrl-C, errors go on up."""
+        """Keep the last finished update if there is one; 130 for Ctrl-C, errors go on up."""
         in_step = self.update_step != self.updates_done  # mid-iterations: weights have moved on
         if self.step and not in_step:
-            path = self.output_dir / f"checkpoint-{self.step}"
-            if self.saved_at != self.update_step:
-                self.save_checkpoint(path)
-            say(f"stopped   after update {self.update_step}, saved in {path}. To continue:")
-            say(f"          {self.command} --set resume=auto")
+            self.keep()
         else:
-            say("stopped   before the first update was finished: nothing to save")
+            say(f"stopped   within update {self.updates_done + 1}: nothing new to save")
         if isinstance(stop, RunError):
             raise stop
         return 130
@@ -1252,9 +1255,10 @@ STATISTICS = (*PER_UPDATE, "importance_weight", "importance_capped", "sampler_mi
 
 def read_config(path: str | None, overrides: Sequence[str]) -> MLXGRPOConfig:
     """Settings from defaults, TOML file and overrides, all checked."""
-    chosen = path or os.environ.get("MLX_GRPO_CONFIG") or "configs/default.toml"
-    config = settings.resolve(MLXGRPOConfig, Path(chosen), overrides)
-    checks.refuse_dead_settings(config)
+    config = settings.resolve(MLXGRPOConfig, Path(path or "configs/default.toml"), overrides)
+    checks.refuse_dead_settings(config, config.train_type)
+    for name in ("model_name", "dataset", "output_dir", "adapter_path", "resume", "chat_template"):
+        setattr(config, name, os.path.expanduser(getattr(config, name)))
     template = config.chat_template
     if template not in ("", "plain") and not Path(template).is_file():
         raise UserError(f"chat_template = {template!r} is neither a file nor plain")
@@ -1271,7 +1275,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", help="TOML file (default: $MLX_GRPO_CONFIG, then configs/default.toml)")
+    chosen = os.environ.get("MLX_GRPO_CONFIG")
+    also = "TOML file (default: $MLX_GRPO_CONFIG, then configs/default.toml)"
+    add("--config", default=chosen, help=also)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     add("--dry-run", action="store_true", help="print settings and memory plan, write nothing")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -1280,7 +1286,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
     """Everything that can fail for bad input, cheap things first; nothing is written."""
-    loading.find_model(config.model_name)
+    loading.check_model(config.model_name)
     rewards = {spec: rewarding.load_reward(spec, REWARDS) for spec in config.reward_funcs}
     train_rows = load_questions(config, "train")
     train_rows = train_rows[: config.max_train_samples or len(train_rows)]
@@ -1293,14 +1299,15 @@ def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
 def start(config: MLXGRPOConfig, command: str) -> int:
     """Train from the settings to `final/`. Returns the exit code."""
     output_dir = Path(config.output_dir)
-    checkpoints.check_output(output_dir, command, config.overwrite, bool(config.resume))
+    checkpoints.check_output(output_dir, command, config)
     resume_from = checkpoints.to_resume(output_dir, config.resume) if config.resume else None
     trainer = build_trainer(config, command)
     console.introduce(trainer, BLAS)
     if resume_from:
         checkpoints.load(resume_from, trainer)
-        checkpoints.truncate_log(output_dir / "training_log.jsonl", trainer.update_step)
         say(f"resume    {resume_from} at update {trainer.update_step}")
+    kept = trainer.update_step if resume_from else -1
+    checkpoints.truncate_log(output_dir / "training_log.jsonl", kept)
     checkpoints.claim(output_dir, overwrite=config.overwrite)
     checkpoints.write_json(output_dir / "config.resolved.json", dataclasses.asdict(config))
     provenance = {
@@ -1322,15 +1329,13 @@ def start(config: MLXGRPOConfig, command: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 1 (failed run), 2 (bad input) or 130 (Ctrl-C)."""
     arguments = parse_arguments(argv)
-    words = [f"--config {arguments.config}"] if arguments.config else []
-    words += [f"--set {text!r}" if " " in text else f"--set {text}" for text in arguments.set]
-    command = " ".join(["uv run mlx-grpo.py", *words])
+    command = console.command_line(__file__, arguments.config, arguments.set)
     try:
         config = read_config(arguments.config, arguments.set)
         return planning.dry_run(config) if arguments.dry_run else start(config, command)
     except (UserError, RunError) as error:
         if arguments.debug:
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

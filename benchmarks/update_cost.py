@@ -118,7 +118,7 @@ def summarize(
     counted = records[1:]  # the first update compiles and fills the cache
 
     def median(name: str) -> float:
-        return round(statistics.median(r[name] for r in counted), 3)
+        return round(statistics.median(r[name] for r in counted), 4)
 
     versions = runtime.provenance(ROOT)
     kept = ("mlx", "mlx-lm", "device", "git_revision")
@@ -138,6 +138,9 @@ def summarize(
         "seconds_rollout": median("seconds_rollout"),
         "seconds_gradient": median("seconds_gradient"),
         "tokens_per_second": round(median("tokens_per_second")),
+        # The check that the figures are of right results: sampler and trainer agree, no NaN.
+        "sampler_mismatch": median("sampler_mismatch"),
+        "skipped": sum(r["skipped"] for r in records),
         "peak_gb": round(peak / 1e9, 2),
         "plan_gb": round(trainer.plan.peak / 1e9, 2),
         "plan": dataclasses.asdict(trainer.plan),
@@ -147,8 +150,8 @@ def summarize(
 def table(records: list[dict[str, Any]]) -> list[str]:
     rows = [
         "| machine | shape | training | completions x tokens | settings | rollout tok/s "
-        "| rollout s | gradient s | update s | peak GB | plan GB |",
-        "|---" * 11 + "|",
+        "| rollout s | gradient s | update s | peak GB | plan GB | mismatch |",
+        "|---" * 12 + "|",
     ]
     for r in records:
         weights = f"{r['bits']}-bit" if r["bits"] else r["dtype"]
@@ -156,7 +159,8 @@ def table(records: list[dict[str, Any]]) -> list[str]:
             f"| {r['device']} | {r['shape']} {weights} | {r['train_type']} "
             f"| {r['completions']} x {r['tokens']} | {', '.join(r['settings'])} "
             f"| {r['tokens_per_second']:,} | {r['seconds_rollout']} | {r['seconds_gradient']} "
-            f"| {r['seconds']} | {r['peak_gb']} | {r['plan_gb']} |"
+            f"| {r['seconds']} | {r['peak_gb']} | {r['plan_gb']} "
+            f"| {r['sampler_mismatch']} |"
         )
     return rows
 

@@ -94,6 +94,20 @@ def model_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def quantized_dir(tmp_path_factory):
+    """The random model in 4 bits, as convert_model writes it."""
+    import mlx_lm
+    from mlx_lm.utils import quantize_model, save_config, save_model
+
+    folder = make_model(tmp_path_factory.mktemp("models") / "4bit")
+    model, _, config = mlx_lm.load(str(folder), return_config=True)
+    model, config = quantize_model(model, config, group_size=64, bits=4)
+    save_model(folder, model)
+    save_config(config, config_path=folder / "config.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for split, count in (("train", 24), ("test", 10)):
@@ -103,3 +117,29 @@ def data_dir(tmp_path_factory):
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture
+def typed(grpo, model_dir, data_dir, tmp_path, monkeypatch, capsys):
+    """Type the command in an empty folder: (exit code, stdout, stderr, files that changed).
+
+    Keywords are the settings of its TOML file, on top of a small run on the random model.
+    """
+    from helpers import QUIET, tree, write_toml
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLX_GRPO_CONFIG", "UV"):  # `uv run pytest` sets the second
+        monkeypatch.delenv(name, raising=False)
+    base = {"model_name": str(model_dir), "dataset": str(data_dir), "output_dir": "out", **QUIET}
+
+    def run(*words, **settings):
+        config = write_toml(tmp_path, base | settings)
+        before = tree(tmp_path)
+        capsys.readouterr()
+        code = grpo.main(["--config", Path(config).name, *words])
+        out, err = capsys.readouterr()
+        after = tree(tmp_path)
+        changed = {name for name in before | after if before.get(name) != after.get(name)}
+        return code, out, err, changed
+
+    return run

@@ -1,9 +1,14 @@
 """Build small trainers in tests."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 from conftest import load_script
+from mlx.utils import tree_flatten
 
 QUIET = {
     "use_compile": False,
@@ -53,6 +58,11 @@ def vowels(completions, **_):
     return [sum(ch in "aeiou0123456789" for ch in t) / max(len(t), 1) for t in texts]
 
 
+def digest(completion_ids, **_):
+    """A reward that differs between any two completions, however odd they are."""
+    return [float(sum(n * i for n, i in enumerate(ids, 1)) % 101) for ids in completion_ids]
+
+
 def make_trainer(model_dir, data_dir, output_dir, reward=vowels, **settings):
     """A trainer whose reward varies, ready for train_step."""
     grpo = load_script()
@@ -63,6 +73,84 @@ def make_trainer(model_dir, data_dir, output_dir, reward=vowels, **settings):
     return trainer
 
 
+def run_training(model_dir, data_dir, output_dir, prepare=lambda trainer: None, **settings):
+    """A whole run as the command starts it, after `prepare(trainer)`: (exit code, trainer)."""
+    grpo = load_script()
+    settings = {"reward_funcs": ["helpers:digest"], **settings}
+    config = make_config(model_dir, data_dir, output_dir, **settings)
+    build, built = grpo.build_trainer, []
+
+    def build_and_prepare(*args):
+        built.append(build(*args))
+        prepare(built[0])
+        return built[0]
+
+    with mock.patch.object(grpo, "build_trainer", build_and_prepare):
+        code = grpo.start(config, "python mlx-grpo.py")
+    return code, built[0]
+
+
+def stop_after(update):
+    """Ctrl-C once this many updates are done, as a `prepare` of run_training."""
+
+    def prepare(trainer):
+        after_update = trainer.after_update
+
+        def and_stop(*args):
+            after_update(*args)
+            trainer.interrupted = trainer.update_step >= update
+
+        trainer.after_update = and_stop
+
+    return prepare
+
+
 def read_log(output_dir):
     lines = (Path(output_dir) / "training_log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def flat(weights):
+    """Dotted name -> array of a tree of arrays."""
+    return dict(tree_flatten(weights))
+
+
+def tree(folder):
+    """Every path below a folder with what tells that it was touched (Python's caches apart)."""
+    found = {}
+    for path in Path(folder).rglob("*"):
+        if "__pycache__" not in path.parts:
+            stat = path.stat()
+            is_file = path.is_file()
+            touched = (stat.st_size, stat.st_mtime_ns) if is_file else "folder"
+            found[str(path.relative_to(folder))] = touched
+    return found
+
+
+def typed_in_a_shell(line, folder, **environment):
+    """Run a command line as a person would: in a shell, with this Python first on the path."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("UV", "MLX_GRPO_CONFIG")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**inherited, "PATH": path, **environment}
+    return subprocess.run(
+        line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def spy_on_gradients(trainer):
+    """Collects (batch as it was used, statistics) of every gradient, and what clipping gets."""
+    calls, gradients = [], []
+    inner, apply = trainer.loss_and_grad, trainer.apply_gradients
+
+    def loss_and_grad(batch):
+        seen = dict(batch)
+        result = inner(batch)
+        calls.append((seen, result[0][1], result[0][2]))
+        return result
+
+    def apply_gradients(loss, grads):
+        gradients.append(flat(grads))
+        return apply(loss, grads)
+
+    trainer.loss_and_grad, trainer.apply_gradients = loss_and_grad, apply_gradients
+    return calls, gradients

@@ -296,7 +296,7 @@ def test_kv_cache_is_the_one_that_mlx_lm_allocates():
 def test_everything_is_one_batch_where_it_fits():
     roomy = plan(budget_bytes=10**13)
     assert roomy.rollout_batch_size == 64
-    assert roomy.micro_batch_tokens == memory.MAX_MICRO_BATCH_TOKENS
+    assert roomy.micro_batch_tokens == memory.MAX_LOGITS // 151936
     assert plan(budget_bytes=10**13, num_generations=2).micro_batch_tokens == 8 * 406
 
 
@@ -327,8 +327,15 @@ def test_given_batch_sizes_are_kept():
     fixed = plan(rollout_batch_size=7, micro_batch_tokens=812)
     assert (fixed.rollout_batch_size, fixed.micro_batch_tokens) == (7, 812)
     assert fixed.activations == 2 * plan(micro_batch_tokens=406).activations
-    long = plan(prompt_tokens=20_000, budget_bytes=10**9)
-    assert long.micro_batch_tokens == 20_256  # one sequence at least
+    long = plan(prompt_tokens=12_000, budget_bytes=10**9)
+    assert long.micro_batch_tokens == 12_256  # one sequence at least
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_tokens": 14_135}, {"prompt_tokens": 14_000}])
+def test_more_logits_than_mlx_can_index_are_refused(changes):
+    """Above 2^31 logits the kernels return garbage without an error (found on a GPU)."""
+    with pytest.raises(ValueError, match="at most 14134 tokens"):
+        plan(**changes)
 
 
 def test_peaks_are_sums_of_their_parts():
@@ -374,7 +381,7 @@ def test_a_16_gb_mac_is_told_what_makes_1_5b_fit():
             {"num_generations": 128},
         ),
         (
-            {"micro_batch_tokens": 16_384, "budget_bytes": 60 * 10**9},
+            {"micro_batch_tokens": 14_000, "budget_bytes": 60 * 10**9},
             "rollout_batch_size = 0 and micro_batch_tokens = 0",
             {"micro_batch_tokens": 0},
         ),

@@ -3,16 +3,20 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
-RUN_FILES = ("config.resolved.json", "provenance.json", "training_log.jsonl", "metrics.csv")
+RUN_FILES = (
+    *("config.resolved.json", "provenance.json", "training_log.jsonl"),
+    *("metrics.csv", "metrics_eval.csv", "tensorboard"),  # what trackers write
+)
 STATE, ARRAYS = "trainer_state.json", "trainer_state.safetensors"
 
 
@@ -61,30 +65,44 @@ def to_resume(output_dir: Path, resume: str) -> Path | None:
         UserError: a named folder is not a checkpoint.
     """
     if resume == "auto":
-        return next(iter(reversed(found(output_dir))), None)
+        newest = next(iter(reversed(found(output_dir))), None)
+        if newest is None and (output_dir / "final").exists():
+            raise UserError(
+                f"resume: output_dir {output_dir} holds a finished run and no checkpoint; "
+                "overwrite=true replaces it"
+            )
+        return newest
     if not (Path(resume) / STATE).is_file():
         raise UserError(f"resume = {resume!r} is not a checkpoint folder (no {STATE} in it)")
     return Path(resume)
 
 
+def command_to_resume(command: str, overwrite: bool) -> str:
+    return f"{command} --set resume=auto" + (" --set overwrite=false" if overwrite else "")
+
+
 def remains_of_run(output_dir: Path) -> list[Path]:
     """What an earlier run left in the folder."""
     names = [output_dir / name for name in (*RUN_FILES, "final")]
-    return [path for path in [*names, *output_dir.glob("checkpoint-*")] if path.exists()]
+    return [path for path in [*names, *output_dir.glob("checkpoint-[0-9]*")] if path.exists()]
 
 
-def check_output(output_dir: Path, command: str, overwrite: bool, resume: bool) -> None:
+def check_output(output_dir: Path, command: str, config: Any) -> None:
     """Refuse an output folder that can't be written or holds another run. Writes nothing.
 
     Raises:
         UserError: with the commands that continue or replace the other run.
     """
     old = remains_of_run(output_dir)
-    if old and not (overwrite or resume):
-        raise UserError(
-            f"output_dir {output_dir} already holds a run ({old[0].name}). Continue it:\n"
-            f"  {command} --set resume=auto\nor replace it:\n  {command} --set overwrite=true"
-        )
+    for name in ("model_name", "adapter_path", "dataset") if config.overwrite else ():
+        source = Path(getattr(config, name) or "/").resolve()
+        if any(source.is_relative_to(path.resolve()) for path in old):
+            raise UserError(f"overwrite would delete {name} = {source}: choose another output_dir")
+    if old and not (config.overwrite or config.resume):
+        ways = f"Replace it:\n  {command} --set overwrite=true"
+        if found(output_dir):
+            ways = f"Continue it:\n  {command_to_resume(command, False)}\nor r{ways[1:]}"
+        raise UserError(f"output_dir {output_dir} already holds a run ({old[0].name}). {ways}")
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"output_dir {output_dir} is not writable ({existing})")
@@ -129,10 +147,17 @@ def truncate_log(path: Path, update: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if json.loads(line)["update"] <= update]
+    kept = [line for line in lines if _update_of(line) <= update]
     temporary = path.with_suffix(".incomplete")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _update_of(line: str) -> float:
+    try:
+        return json.loads(line)["update"]
+    except json.JSONDecodeError:  # a kill cut the last line short
+        return math.inf
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, config: dict, source: Path) -> None:
@@ -156,11 +181,14 @@ def write_adapters(folder: Path, model: Any, adapter_config: dict[str, Any]) -> 
     write_json(folder / "adapter_config.json", adapter_config)
 
 
-def write_stop_strings(folder: Path, stop_strings: list[str]) -> None:
+def write_stop_strings(folder: Path, stop_strings: list[str], eos_ids: Iterable[int]) -> None:
     """Stop strings into generation_config.json: EOS after the answer was not trained with them."""
     path = folder / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, {**settings, "stop_strings": stop_strings})
+    settings = {"eos_token_id": sorted(eos_ids)}  # in a file without it, transformers has none
+    if path.exists():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("stop_strings", None)  # transformers minds an empty list
+    write_json(path, settings | ({"stop_strings": stop_strings} if stop_strings else {}))
 
 
 # What a resumed run needs of the trainer beside weights and optimizer, and the settings that may
@@ -169,14 +197,9 @@ COUNTERS = ("step", "update_step", "rollout", "last_sync", "bad_updates", "elaps
 MAY_CHANGE = {
     *("resume", "overwrite", "max_hours", "logging_steps", "log_jsonl", "log_completions"),
     *("report_to", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "run_name"),
-    *(
-        "eval_every_updates",
-        "eval_subset_size",
-        "eval_max_new_tokens",
-        "output_dir",
-        "closing_note",
-    ),
-    *("rollout_batch_size", "wired_limit_gb", "cache_limit_gb", "use_compile"),
+    *("eval_every_updates", "eval_subset_size", "eval_max_new_tokens", "output_dir"),
+    *("closing_note", "rollout_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
+    *("wired_limit_gb", "cache_limit_gb", "use_compile"),
 }
 
 
@@ -188,7 +211,7 @@ def save(path: Path, trainer: Any) -> None:
         else:
             write_adapters(folder, trainer.model, trainer.loaded.adapter_config)
         counters = {name: getattr(trainer, name) for name in COUNTERS}
-        counters["history"] = trainer.log.history
+        counters |= {"history": trainer.log.history, "pending": trainer.log.pending}
         counters["config"] = dataclasses.asdict(trainer.args)
         write_state(folder, counters, state_arrays(trainer))
 
@@ -224,9 +247,12 @@ def load(folder: Path, trainer: Any) -> None:
     """
     from mlx.utils import tree_unflatten
 
-    counters, arrays = read_state(folder)
+    try:
+        counters, arrays = read_state(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"resume: checkpoint {folder} cannot be read: {error}") from None
     refuse_changes(counters.pop("config"), dataclasses.asdict(trainer.args))
-    trainer.log.history = counters.pop("history")
+    trainer.log.history, trainer.log.pending = counters.pop("history"), counters.pop("pending")
     kind = "model" if trainer.loaded.train_type == "full" else "adapters"
     for file in sorted(folder.glob(f"{kind}*.safetensors")):
         trainer.model.load_weights(str(file), strict=False)
@@ -252,12 +278,15 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
         if before.get(name) != value and name not in MAY_CHANGE
     ]
     if changed:
-        raise UserError(f"resume: these settings differ from the run's: {', '.join(changed)}")
+        raise UserError(
+            f"resume: these settings differ from the run's: {', '.join(changed)}; set them back, "
+            "or start anew in another output_dir"
+        )
 
 
 def write_trained_model(folder: Path, trainer: Any, model: Any, config: dict[str, Any]) -> None:
     write_model(folder, model, trainer.tokenizer, config, trainer.loaded.folder)
-    write_stop_strings(folder, trainer.args.stop_strings)
+    write_stop_strings(folder, trainer.args.stop_strings, trainer.tokenizer.eos_token_ids)
 
 
 def write_fused(folder: Path, trainer: Any) -> Any:

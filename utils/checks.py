@@ -31,10 +31,11 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "at least 0": (
         lambda v: v >= 0,
-        "seed max_train_samples max_updates top_k eval_steps eval_samples eval_every_updates "
+        "max_train_samples max_updates top_k eval_steps eval_samples eval_every_updates "
         "eval_subset_size log_completions save_steps save_total_limit rollout_batch_size "
         "micro_batch_tokens",
     ),
+    "at least 0, below 2 ** 64": (lambda v: 0 <= v < 2**64, "seed"),
     "-1 (all) or at least 1": (lambda v: v == -1 or v >= 1, "lora_layers"),
     "above 0, at most 1": (lambda v: 0 < v <= 1, "top_p"),
     "between 0 and 1": (lambda v: 0 <= v <= 1, "min_p warmup_ratio"),
@@ -61,6 +62,11 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
     yield (
         "adapter_path needs train_type lora or dora",
         bool(c.adapter_path) and (c.train_type == "full"),
+    )
+    yield (
+        "lora_dropout with gradient_checkpointing: a layer computed again would draw another mask, "
+        "and its gradient would be wrong; leave one of them out",
+        c.lora_dropout > 0 and c.gradient_checkpointing,
     )
     yield (
         f"eval_metric = {c.eval_metric!r} is neither em nor one of reward_funcs",
@@ -99,8 +105,8 @@ def check(c: Any) -> None:
             raise UserError(complaint)
 
 
-def refuse_dead_settings(c: Any) -> None:
+def refuse_dead_settings(c: Any, train_type: str) -> None:
     """Refuse what was set on purpose and could have no effect."""
     dead = sorted(name for name in c.explicit if name.startswith("lora_"))
-    if c.train_type == "full" and dead:
+    if train_type == "full" and dead:
         raise UserError(f"{', '.join(dead)} has no effect with train_type = full: leave it out")

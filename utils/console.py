@@ -1,7 +1,10 @@
 """What a person sees while it runs: lines, the progress bar, Ctrl-C."""
 
+import os
+import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -10,9 +13,23 @@ from . import runtime
 
 
 def say(text: str) -> None:
-    """A line on standard output that does not tear the progress bar."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """A line on standard output that does not tear the progress bar, and never ends a run.
+
+    What the terminal can't show is replaced; when the reader has gone (`| head`), so is the output.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        tqdm.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def command_line(script: str, config: str | None, overrides: Sequence[str]) -> str:
+    """What to type for the same run again; runs are continued and replaced by adding to it."""
+    words = ["uv", "run"] if "UV" in os.environ else ["python"]  # `uv run` sets it
+    words += [os.path.relpath(script), *(["--config", config] if config else [])]
+    return shlex.join([*words, *(word for text in overrides for word in ("--set", text))])
 
 
 def progress_bar(trainer: Any) -> tqdm:
@@ -31,6 +48,15 @@ def progress_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
     if record["kl"] is not None:
         text += f", kl {record['kl']:.3f}"
     return text + (f", EM {history[-1]['em']:.1%}" if history else "")
+
+
+def warn_of_kl(kl: float | None) -> None:
+    """KL of the first update: the policy has not moved, so this is how far off a 4-bit copy is."""
+    if kl is not None and kl > 0.01:
+        say(
+            f"kl        {kl:.3f} before anything was learnt: the error of the 4-bit reference, to "
+            "which kl_coeff pulls the policy; quantize_for_rollouts = false avoids it"
+        )
 
 
 class stoppable:

@@ -31,13 +31,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"data file {path}: expected one of {', '.join(SUFFIXES)}")
     try:
         rows = reader(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8 text: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, {_first_bad_byte(path)}: not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"data file {path} cannot be read: {error.strerror or error}") from None
     if not rows:
         raise UserError(f"data file {path} holds no rows")
     return rows
+
+
+def _first_bad_byte(path: Path) -> str:
+    data, start = path.read_bytes(), 0
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        start = error.start
+    line_start = data.rfind(b"\n", 0, start) + 1
+    line = data[:line_start].count(b"\n") + 1
+    return f"line {line}, column {start - line_start + 1}"
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
@@ -67,6 +78,8 @@ def _json(path: Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}, {where}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not JSON: nested too deeply") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a list of objects")
     return rows
@@ -74,18 +87,21 @@ def _json(path: Path) -> list[dict[str, Any]]:
 
 def _csv(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.reader(file, strict=True)
         rows = []
         try:
+            names = next(reader, [])
+            if len({*names}) != len(names):
+                raise UserError(f"{path}, line 1: two columns have the same name: {names}")
             for row in reader:
-                if None in row or None in row.values():
+                if row and len(row) != len(names):
                     raise UserError(
-                        f"{path}, line {reader.line_num}: expected "
-                        f"{len(reader.fieldnames or [])} columns"
+                        f"{path}, line {reader.line_num}: expected {len(names)} columns "
+                        f"({', '.join(names)}), found {len(row)}"
                     )
-                rows.append(row)
+                rows += [dict(zip(names, row, strict=True))] if row else []
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+            raise UserError(f"{path}, line {max(reader.line_num, 1)}: {error}") from None
     return rows
 
 
@@ -100,11 +116,44 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def read_dataset(config: Any, split: str, name: str) -> list[dict[str, Any]]:
-    """The raw rows of a split, from a local path if there is one, else from the hub."""
-    path = Path(config.dataset)
-    if not path.exists():
-        if path.suffix in SUFFIXES or config.dataset.startswith(("/", ".", "~")):
-            raise UserError(f"dataset {config.dataset} does not exist")
+    """The raw rows of a split, from a local path if there is one, else from the hub.
+
+    Raises:
+        UserError: missing or malformed, no row, or a row without question or answer.
+        RunError: the hub is out of reach.
+    """
+    rows = find_rows(config, split, name)
+    for column in (config.question_column, config.answer_column):
+        if column not in rows[0]:
+            raise UserError(
+                f"data set {config.dataset} ({name}) has no column {column!r}; it has "
+                f"{', '.join(rows[0])}: set question_column and answer_column"
+            )
+        for number, row in enumerate(rows, start=1):
+            text = "" if row.get(column) is None else str(row[column])
+            if column == config.answer_column:
+                text = text.rpartition("####")[2]  # in GSM8K the answer is what follows
+            if not text.strip():
+                raise UserError(
+                    f"data set {config.dataset} ({name}), row {number}: nothing in column "
+                    f"{column!r}: {str(row)[:200]}"
+                )
+    return rows
+
+
+def local_path(dataset: str) -> Path | None:
+    """The file or folder of a local data set; None for a hub name."""
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return path
+    if path.suffix in SUFFIXES or dataset.startswith(("/", ".", "~")):
+        raise UserError(f"dataset {dataset} does not exist")
+    return None
+
+
+def find_rows(config: Any, split: str, name: str) -> list[dict[str, Any]]:
+    path = local_path(config.dataset)
+    if path is None:
         return read_hub_dataset(config, name)
     file = find_split(path, name)
     if file is None:
@@ -121,13 +170,34 @@ def read_dataset(config: Any, split: str, name: str) -> list[dict[str, Any]]:
 def read_hub_dataset(config: Any, split: str) -> list[dict[str, Any]]:
     import datasets
 
+    what = f"data set {config.dataset} ({config.dataset_config}, {split})"
     try:
-        return list(datasets.load_dataset(config.dataset, config.dataset_config, split=split))
-    except (OSError, ValueError) as error:  # not found, out of reach; unknown configuration, split
-        raise RunError(
-            f"data set {config.dataset} ({config.dataset_config}, {split}) cannot be loaded from "
-            f"the hub: {str(error).splitlines()[0]}\nA local file works too: --set dataset=FILE"
+        rows = list(datasets.load_dataset(config.dataset, config.dataset_config, split=split))
+    except (OSError, ValueError) as error:  # not found; unknown configuration, split; out of reach
+        kind = UserError if isinstance(error, FileNotFoundError | ValueError) else RunError
+        raise kind(
+            f"{what} cannot be loaded from the hub: {str(error).splitlines()[0]}\n"
+            "A local file works too: --set dataset=FILE"
         ) from error
+    if not rows:
+        raise UserError(f"{what} holds no rows")
+    return rows
+
+
+def check_prompts(config: Any, rows: list[dict[str, Any]], what: str, vocabulary: Any) -> None:
+    """Refuse token ids that the model lacks, and data in which no prompt is short enough."""
+    worst = max((i for row in rows for i in row["prompt_ids"]), default=0)
+    if vocabulary and worst >= vocabulary:  # MLX does not check: this would read foreign memory
+        raise UserError(
+            f"the tokenizer of {config.model_name} gives token id {worst}, its model knows only "
+            f"{vocabulary}: they do not belong together"
+        )
+    lengths, limit = [len(row["prompt_ids"]) for row in rows], config.max_prompt_length
+    if not any(0 < length <= limit for length in lengths):
+        raise UserError(
+            f"all {len(rows)} {what} prompts are empty or longer than max_prompt_length = {limit} "
+            f"tokens: they have {min(lengths)} to {max(lengths)}"
+        )
 
 
 def fingerprint(rows: list[dict[str, Any]]) -> str:

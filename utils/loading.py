@@ -1,10 +1,12 @@
 """Models from a folder or the hub, with what must be refused or added before training."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from . import checks, memory
+from .errors import RunError, UserError
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
 
 HOW_TO_MAKE = {
@@ -26,12 +28,34 @@ def find_model(name: str) -> Path | None:
         if not (path / "config.json").is_file():
             raise UserError(f"model_name = {name!r} is a folder without config.json")
         return path
-    command = next((c for known, c in HOW_TO_MAKE.items() if name.startswith(known)), None)
+    normal = os.path.normpath(name)
+    command = next((c for known, c in HOW_TO_MAKE.items() if normal.startswith(known)), None)
     if command:
         raise UserError(f"model folder {name} is not there. Make it with:\n  {command}")
     if name.count("/") != 1 or name.startswith(("/", ".", "~")) or path.parent.is_dir():
         raise UserError(f"model_name = {name!r} is neither a folder nor a hub name (owner/model)")
     return None
+
+
+def read_shape(model: Path | str) -> memory.ModelShape:
+    """The shape of a model in a folder, or on the hub when it is not a path.
+
+    Raises:
+        UserError: a file of the folder is missing, damaged or says something impossible.
+        RunError: the hub is out of reach, or what it has can't be planned with.
+    """
+    try:
+        return memory.read_hub_shape(model) if isinstance(model, str) else memory.read_shape(model)
+    except ValueError as error:
+        kind = RunError if isinstance(model, str) else UserError
+        raise kind(f"model {error}") from None
+
+
+def check_model(name: str) -> None:
+    """Name a missing or damaged file of a local model before gigabytes are read."""
+    folder = find_model(name)
+    if folder:
+        read_shape(folder)
 
 
 def read_model(config: Any, local: Path | None) -> tuple[Any, Any, dict, Path]:
@@ -66,9 +90,16 @@ def choose_train_type(config: Any, model: Any) -> str:
     bits = {module.bits for _, module in model.named_modules() if hasattr(module, "bits")}
     if config.train_type == "dora" and bits - {2, 4, 8}:
         raise UserError(f"train_type = dora does not work on {max(bits)}-bit weights; lora does")
+    return resolve_train_type(config, quantized)
+
+
+def resolve_train_type(config: Any, quantized: bool) -> str:
+    """What "auto" means for this model; settings that it leaves without effect are refused."""
     if config.train_type != "auto":
         return config.train_type
-    return "lora" if quantized or config.adapter_path else "full"
+    train_type = "lora" if quantized or config.adapter_path else "full"
+    checks.refuse_dead_settings(config, train_type)
+    return train_type
 
 
 def add_adapters(config: Any, loaded: Any) -> None:
@@ -83,7 +114,7 @@ def add_adapters(config: Any, loaded: Any) -> None:
         loaded.adapter_config, loaded.train_type = read_adapter_config(config)
         try:
             load_adapters(model, config.adapter_path)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             raise UserError(f"adapter_path {config.adapter_path}: {error}") from error
         return
     parameters = {
@@ -103,7 +134,8 @@ def add_adapters(config: Any, loaded: Any) -> None:
 
 
 def check_lora_keys(model: Any, keys: list[str]) -> list[str]:
-    known = {name for name, m in model.layers[-1].named_modules() if hasattr(m, "weight")}
+    modules = model.layers[-1].named_modules()
+    known = {name for name, m in modules if hasattr(m, "weight") and m.weight.ndim > 1}
     missing = [key for key in keys if key not in known]
     if missing:
         raise UserError(
@@ -116,9 +148,14 @@ def read_adapter_config(config: Any) -> tuple[dict[str, Any], str]:
     path = Path(config.adapter_path) / "adapter_config.json"
     try:
         adapter_config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"adapter_path: {path} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"adapter_path: {path} cannot be read: {reason}") from None
+    if not isinstance(adapter_config, dict):
+        raise UserError(f"adapter_path: {path} holds no JSON object")
     kind = adapter_config.get("fine_tune_type", "lora")
-    if kind not in ("lora", "dora") or config.train_type not in ("auto", kind):
+    if kind not in ("lora", "dora"):
+        raise UserError(f"{path}: fine_tune_type = {kind!r} is not lora or dora")
+    if config.train_type not in ("auto", kind):
         raise UserError(f"{path} holds {kind} adapters, but train_type = {config.train_type}")
     return adapter_config, kind

@@ -40,6 +40,9 @@ GB = 10**9
 HEADROOM = 0.9  # of the budget: the rest is the allocator's cache, the process and the estimate
 QUANTIZED_BITS = 4.5  # 4 bits and, per group of 64, a scale and a bias of 16 bits
 MAX_MICRO_BATCH_TOKENS = 16_384  # beyond it a GPU gains nothing, and Metal's watchdog bites
+# GPU kernels index with 32 bits: the logits of a micro-batch, tokens x vocabulary, must stay below.
+# Measured on one H200: 64 x 236 x 151,936 logits of a 4-bit model came back wrong, without error.
+MAX_LOGITS = 2**31 - 1
 KV_CACHE_STEP = 256  # mlx_lm.models.cache.KVCache.step
 ROLLOUT_LOGIT_COPIES = 4  # raw, tempered, Gumbel noise, log-probs; float32
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -499,12 +502,13 @@ def _rollout_rows(settings: Settings, left: float, row: int) -> int:
     return rows - rows % settings.num_generations if rows > settings.num_generations else rows
 
 
-def _micro_batch_tokens(settings: Settings, left: float, sequence: int) -> int:
+def _micro_batch_tokens(settings: Settings, left: float, sequence: int, vocabulary: int) -> int:
     """Tokens of as many sequences as fit: at least one, at most the cap or the whole update."""
     if settings.micro_batch_tokens:
         return settings.micro_batch_tokens
     sequences = min(int(left // sequence), settings.completions)
-    return max(settings.sequence, min(sequences * settings.sequence, MAX_MICRO_BATCH_TOKENS))
+    limit = min(MAX_MICRO_BATCH_TOKENS, MAX_LOGITS // vocabulary)
+    return max(settings.sequence, min(sequences * settings.sequence, limit))
 
 
 def _build(shape: ModelShape, settings: Settings) -> Plan:
@@ -523,7 +527,9 @@ def _build(shape: ModelShape, settings: Settings) -> Plan:
     cache, rollout_logits = _row_bytes(shape, settings)
     rows = _rollout_rows(settings, left, cache + rollout_logits)
     activations, logits = _sequence_bytes(shape, settings)
-    tokens = _micro_batch_tokens(settings, left - plan.gradients, activations + logits)
+    tokens = _micro_batch_tokens(
+        settings, left - plan.gradients, activations + logits, shape.vocab_size
+    )
     sequences = max(1, min(tokens // settings.sequence, settings.completions))
     return replace(
         plan,
@@ -671,7 +677,8 @@ def plan(shape: ModelShape, **settings: Any) -> Plan:
 
     Raises:
         TypeError: unknown or missing keyword.
-        ValueError: an unknown train_type, full fine-tuning of a quantized model, a size below 1.
+        ValueError: an unknown train_type, full fine-tuning of a quantized model, a size below 1,
+            a micro-batch whose logits are too many for MLX to index.
     """
     wanted = Settings(**settings)
     if wanted.train_type not in ("full", "lora", "dora"):
@@ -682,6 +689,13 @@ def plan(shape: ModelShape, **settings: Any) -> Plan:
     for name in positive:
         if getattr(wanted, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(wanted, name)}")
+    most = MAX_LOGITS // shape.vocab_size
+    for name in ("micro_batch_tokens", "sequence"):
+        if getattr(wanted, name) > most:
+            raise ValueError(
+                f"{name} = {getattr(wanted, name)} with a vocabulary of {shape.vocab_size} is more "
+                f"than 2^31 logits at once, which MLX can't index: at most {most} tokens"
+            )
     result = _build(shape, wanted)
     return result if result.fits else replace(result, suggestions=_suggestions(shape, wanted))
 

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from . import datafiles, loading, memory, runtime
+from .console import say
+from .errors import UserError
 
 
 def plan_memory(
@@ -16,55 +17,56 @@ def plan_memory(
     prompt_tokens: int,
     completion_tokens: int,
 ) -> memory.Plan:
-    """What an update takes on this machine, and the batch sizes that fit."""
+    """What an update takes on this machine, and the batch sizes that fit.
+
+    Raises:
+        UserError: a micro-batch that MLX can't index (utils/memory.py, MAX_LOGITS).
+    """
     import mlx.core as mx
 
     on_cpu = mx.default_device() == mx.cpu
     auto = 4 if on_cpu else 2
-    bytes_per = {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, auto)
-    return memory.plan(
-        shape,
-        train_type=train_type,
-        lora_rank=config.lora_rank,
-        lora_layers=config.lora_layers,
-        prompts_per_update=config.batch_size * config.gradient_accumulation_steps,
-        num_generations=config.num_generations,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        quantize_for_rollouts=config.quantize_for_rollouts,
-        has_reference=config.kl_coeff > 0,
-        sync_every_updates=config.sync_every_updates,
-        gradient_checkpointing=config.gradient_checkpointing,
-        train_dtype_bytes=bytes_per,
-        budget_bytes=runtime.device_memory_bytes(),
-        rollout_batch_size=config.rollout_batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
-    )
+    try:
+        return memory.plan(
+            shape,
+            train_type=train_type,
+            lora_rank=config.lora_rank,
+            lora_layers=config.lora_layers,
+            prompts_per_update=config.batch_size * config.gradient_accumulation_steps,
+            num_generations=config.num_generations,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            quantize_for_rollouts=config.quantize_for_rollouts,
+            has_reference=config.kl_coeff > 0,
+            sync_every_updates=config.sync_every_updates,
+            gradient_checkpointing=config.gradient_checkpointing,
+            train_dtype_bytes={"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, auto),
+            budget_bytes=runtime.device_memory_bytes(),
+            rollout_batch_size=config.rollout_batch_size,
+            micro_batch_tokens=config.micro_batch_tokens,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def dry_run(config: Any) -> int:
     """Print the resolved settings and the plan from config.json and safetensors headers alone."""
-    folder = loading.find_model(config.model_name)
-    shape = memory.read_shape(folder) if folder else memory.read_hub_shape(config.model_name)
-    quantized = shape.quantized_bits is not None
-    train_type = config.train_type
-    if train_type == "auto":
-        train_type = "lora" if quantized or config.adapter_path else "full"
+    shape = loading.read_shape(loading.find_model(config.model_name) or config.model_name)
+    train_type = loading.resolve_train_type(config, shape.quantized_bits is not None)
     completion = min(config.max_new_tokens, config.max_completion_length)
     plan = plan_memory(config, shape, train_type, config.max_prompt_length, completion)
     for name, value in dataclasses.asdict(config).items():
-        print(f"{name} = {json.dumps(value, ensure_ascii=False)}")
-    print(f"\ntrain_type resolves to {train_type}; prompts count as max_prompt_length tokens.")
-    print(plan.table())
-    print(planned_updates(config))
+        say(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+    say(f"\ntrain_type resolves to {train_type}; prompts count as max_prompt_length tokens.")
+    say(plan.table())
+    say(planned_updates(config))
     return 0
 
 
 def planned_updates(config: Any) -> str:
     """The length of the run, from the number of questions if that can be known offline."""
-    path = Path(config.dataset)
     questions = config.max_train_samples
-    if path.exists():
+    if datafiles.local_path(config.dataset):
         rows = len(datafiles.read_dataset(config, "train", config.train_split))
         questions = min(rows, questions) if questions else rows
     if not questions:
@@ -72,8 +74,9 @@ def planned_updates(config: Any) -> str:
     prompts = config.batch_size * config.gradient_accumulation_steps
     updates = config.num_epochs * math.ceil(questions / prompts) * config.num_iterations
     updates = min(updates, config.max_updates or updates)
-    tokens = updates // config.num_iterations * prompts * config.num_generations
+    rollouts = math.ceil(updates / config.num_iterations)
+    completions = min(rollouts * prompts, config.num_epochs * questions) * config.num_generations
     return (
         f"updates: {updates} on at most {questions} questions, "
-        f"at most {tokens * config.max_new_tokens:,} sampled tokens"
+        f"at most {completions * config.max_new_tokens:,} sampled tokens"
     )

@@ -126,13 +126,18 @@ def set_memory_limits(wired_limit_gb: float, cache_limit_gb: float) -> None:
     The default wired limit on Metal is the recommended working set, as in
     `mlx_lm.utils.maybe_set_recommended_wired_limit`; elsewhere a wired limit has no effect. A small
     cache limit is what stops memory from growing on Macs that swap.
-    Raises ValueError if Metal refuses the limit (above the recommended size).
+    Raises UserError if Metal refuses the limit (above the recommended size).
     """
     import mlx.core as mx
 
     recommended = mx.device_info().get("max_recommended_working_set_size")
     if wired_limit_gb > 0:
-        mx.set_wired_limit(int(wired_limit_gb * GB))
+        try:
+            mx.set_wired_limit(int(wired_limit_gb * GB))
+        except (ValueError, RuntimeError) as error:
+            from .errors import UserError  # here: convert_model.py imports this file on its own
+
+            raise UserError(f"wired_limit_gb = {wired_limit_gb}: {error}") from None
     elif recommended is not None:
         mx.set_wired_limit(int(recommended))
     if cache_limit_gb > 0:

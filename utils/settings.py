@@ -18,6 +18,14 @@ from .errors import UserError
 
 T = TypeVar("T")
 TABLE = "mlx_grpo"
+KINDS: dict[type, str] = {
+    str: "text in quotes",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list such as [1, 2]",
+    dict: "a table such as {key = value}",
+}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -36,7 +44,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     table = data.pop(TABLE, None)
     if table is None:
         return data
-    if data or not isinstance(table, dict):
+    if not isinstance(table, dict):
+        raise UserError(f"config file {path}: {TABLE} = {table!r} must be a table, [{TABLE}]")
+    if data:
         raise UserError(
             f"config file {path} mixes [{TABLE}] with other top-level keys: {', '.join(data)}"
         )
@@ -56,7 +66,8 @@ def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T
     values: dict[str, Any] = {}
     if path is not None:
         for key, value in read_toml(path).items():
-            values[_known(key, types, str(path))] = check_type(key, value, types[key])
+            kind = types[_known(key, types, str(path))]
+            values[key] = check_type(key, value, kind)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -90,8 +101,10 @@ def parse_text(key: str, text: str, kind: Any) -> Any:
             value = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             raise _wrong_type(key, value, kind) from None
-    if isinstance(value, str) and typing.get_origin(kind) is list:
-        value = [part.strip() for part in value.split(",") if part.strip()]
+    if typing.get_origin(kind) is list and not isinstance(value, list):
+        parts = text.strip("[]").split(",") if value == text else [str(value)]
+        item = typing.get_args(kind)[0]
+        return [parse_text(key, part.strip(), item) for part in parts if part.strip()]
     return check_type(key, value, kind)
 
 
@@ -116,11 +129,7 @@ def check_type(key: str, value: Any, kind: Any) -> Any:
 
 
 def _wrong_type(key: str, value: Any, kind: Any) -> UserError:
-    name = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-    wanted = name.get(getattr(kind, "__name__", ""), str(kind)) if kind is not str else "text"
-    if typing.get_origin(kind) is list:
-        wanted = "a list"
-    return UserError(f"{key} = {value!r} is {type(value).__name__}, expected {wanted}")
+    return UserError(f"{key} = {value!r} must be {KINDS[typing.get_origin(kind) or kind]}")
 
 
 def field_docs(cls: type) -> dict[str, str]:

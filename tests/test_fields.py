@@ -1,0 +1,769 @@
+"""Every setting has an effect that is watched, and the watch fails when the setting is ignored.
+
+The table FIELDS has an entry per field: two values, what is seen, and what the second must give.
+We look where the effect is: sampled ids, gradients, weights, the log, files, the console, or what
+arrives at the boundary of another library.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.machinery
+import io
+import itertools
+import json
+import math
+import re
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import load_script, make_model
+from helpers import make_config, make_trainer, read_log
+from mlx.utils import tree_flatten, tree_map
+
+grpo = load_script()
+approx = pytest.approx
+
+REWARDS = """
+def vowels(completions, **_):
+    texts = [c[0]["content"] for c in completions]
+    return [sum(ch in "aeiou0123456789" for ch in t) / max(len(t), 1) for t in texts]
+
+def length(completion_ids, **_):
+    return [len(ids) for ids in completion_ids]
+"""
+
+
+def write_questions(path, count, words):
+    rows = [
+        {
+            "question": f"{words} {'1 + ' * (n % 3)}{n}?",
+            "answer": f"so\n#### {n}",
+            "wording": f"Count to {n}.",
+            "result": f"{n} apples",
+        }
+        for n in range(count)
+    ]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lab(tmp_path_factory):
+    """Work in a folder that holds all that the table names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("lab"))
+        make_model(Path("model"))
+        make_model(Path("other-model"), seed=1, layers=3)
+        for folder, words in (("data", "How many is"), ("other-data", "What is")):
+            write_questions(Path(folder, "train.jsonl"), 24 if folder == "data" else 20, words)
+            write_questions(Path(folder, "test.jsonl"), 10, "Test:")
+        Path("rewards.py").write_text(REWARDS)
+        Path("mood.jinja").write_text("{{ mood }}: {{ messages[0].content }} ")
+        trained_by_lora = {"train_type": "lora", "lora_learning_rate": 1e-2, "seed": 1}
+        adapted = {**trained_by_lora, "output_dir": "adapted", "max_updates": 2}
+        saved = {"output_dir": "saved", "save_steps": 2, "max_updates": 2}
+        assert [console(adapted)[0], console(saved)[0]] == [0, 0]
+        yield
+
+
+def config_of(settings, make=make_config, **how):
+    values = {"output_dir": "out", "reward_funcs": ["rewards.py:vowels"], **settings}
+    return make("model", "data", values.pop("output_dir"), **how, **values)
+
+
+def trainer_of(settings):
+    return config_of(settings, make_trainer, reward=None)
+
+
+def console(settings):
+    """A whole run: its exit code, then the lines that it printed."""
+    config_of(settings)  # leaves settings.toml
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        code = grpo.main(["--config", "settings.toml"])
+    return [code, *printed.getvalue().splitlines()]
+
+
+def lines(start):
+    return lambda s: [line for line in console(s)[1:] if line.startswith(start)]
+
+
+def files(pattern):
+    """What a run leaves in its output folder."""
+
+    def seen(settings):
+        console(settings)
+        return sorted(path.name for path in Path("out").glob(pattern))
+
+    return seen
+
+
+def logged(*names, split=None):
+    """From the log of a run: training records, or evaluations on a split."""
+
+    def seen(settings):
+        console(settings)
+        records = [record for record in read_log("out") if record.get("split") == split]
+        return [[record[name] for name in names] for record in records]
+
+    return seen
+
+
+def last(*names, steps=1):
+    """Figures of the last update of so many calls of `train_step`."""
+
+    def seen(settings):
+        trainer = trainer_of(settings)
+        records = [trainer.train_step([0, 1]) for _ in range(steps)]
+        return [records[-1][-1][name] for name in names]
+
+    return seen
+
+
+def sampled(trainer):
+    """Eight completions: four of each of two prompts."""
+    trainer.refresh_old_policy()
+    return trainer.generate_responses([0, 1])
+
+
+def filtered(settings):
+    """Sampled ids, and whether the command says what the filter does to the gradient."""
+    notes = lines("sampling ")({**settings, "max_updates": 1})
+    return [[c.ids for c in sampled(trainer_of(settings))], len(notes)]
+
+
+def greedy(*_):
+    """Ids by arg max over a forward pass of the whole text for each token: what top_k 1 gives."""
+    trainer, rows = trainer_of({}), []
+    for row in trainer.train_dataset[:2]:
+        ids = list(row["prompt_ids"])
+        for _ in range(12):
+            ids.append(mx.argmax(trainer.model(mx.array([ids]))[0, -1]).item())
+        rows += [ids[-12:]] * 4
+    return [rows, 1]
+
+
+def tempered(settings):
+    """Ids and their log-probs, and how far the learning policy and the reference are from them."""
+    pairs = [[c.ids, c.logprobs] for c in sampled(trainer_of(settings))]
+    return [pairs, last("sampler_mismatch", "kl")(settings)]
+
+
+def tempered_by_hand(temperature):
+    """Log-softmax of logits / temperature; no distance, since nothing has moved yet."""
+    trainer, expected = trainer_of({"temperature": temperature}), []
+    prompts = [row["prompt_ids"] for row in trainer.train_dataset[:2] for _ in range(4)]
+    for prompt, completion in zip(prompts, sampled(trainer), strict=True):
+        ids = completion.ids
+        logits = np.array(trainer.model(mx.array([prompt + ids]))[0], np.float64) / temperature
+        table = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        chosen = table[np.arange(len(ids)) + len(prompt) - 1, ids]
+        expected.append([ids, approx(chosen.tolist(), abs=1e-4)])
+    return [expected, approx([0.0, 0.0], abs=1e-4)]
+
+
+def timed(settings):
+    """Updates of a run, and when it goes on, on a clock that moves 100 seconds at every look."""
+    clock = types.SimpleNamespace(perf_counter=itertools.count(step=100).__next__)
+    with mock.patch.object(grpo, "time", clock):
+        return [logged("update")({**settings, "resume": "auto"})[-1][0] for _ in range(2)]
+
+
+def iterated(settings):
+    """Updates in all; those of one rollout, and whether the ratio has left what is not clipped."""
+    trainer = trainer_of({**settings, "clip_eps": 0.01})
+    records = trainer.train_step([0, 1])
+    return [trainer.total_updates, *([r["update"], r["clip_high"] > 0] for r in records)]
+
+
+def longest(settings):
+    """Tokens of the longest completion, and of its prefix."""
+    trainer = trainer_of(settings)
+    return [max(len(c.ids) for c in sampled(trainer)), len(trainer.prefix_ids)]
+
+
+def seeded(settings):
+    trainer = trainer_of(settings)
+    seen = {
+        "order": [row for n in range(12) for row in trainer.prompts_of_update(n)[0]],
+        "ids": [c.ids for c in sampled(trainer)],
+        "adapters": [x.sum().item() for _, x in tree_flatten(trainer.master)],
+        "evaluation": trainer.score(trainer.train_dataset, 4, temperature=1.0)["em"],
+    }
+    trainer.train_step([0, 1])
+    seen["dropout"] = mx.random.state[0].tolist()
+    console({**settings, "max_updates": 1})
+    return {**seen, "record": json.loads(Path("out/provenance.json").read_text())["seed"]}
+
+
+def stopping(settings):
+    texts = [c.text for c in sampled(trainer_of(settings))]
+    console({**settings, "max_updates": 1})
+    final = json.loads(Path("out/final/generation_config.json").read_text())
+    return {"texts": texts, "final": final.get("stop_strings", [])}
+
+
+def stops_at(stops):
+    def check(_, b):
+        ended = sum(text[-1] in stops for text in b["texts"])
+        past = any(stop in text[:-1] for stop in stops for text in b["texts"])
+        return ended > 2 and not past and b["final"] == stops
+
+    return check
+
+
+def embedding(settings):
+    return grpo.load_model(config_of(settings)).model.model.embed_tokens.weight[5].tolist()
+
+
+def saved_embedding(*_):
+    return mx.load("other-model/model.safetensors")["model.embed_tokens.weight"][5].tolist()
+
+
+def adapters(settings):
+    return {name: x.sum().item() for name, x in tree_flatten(trainer_of(settings).master)}
+
+
+def saved_adapters(*_):
+    saved = mx.load("adapted/final/adapters/adapters.safetensors")
+    return {name: x.sum().item() for name, x in saved.items()}
+
+
+def dtypes(settings):
+    parameters = grpo.load_model(config_of(settings)).model.parameters()
+    return {str(x.dtype) for _, x in tree_flatten(parameters)}
+
+
+def trained(settings):
+    """The shapes of what is trained, by name."""
+    return {name: x.shape for name, x in tree_flatten(trainer_of(settings).master)}
+
+
+def adapted(settings):
+    """The same, and the adapters that mlx-lm makes of the files of a run."""
+    import mlx_lm
+
+    console({**settings, "max_updates": 1})
+    files = Path("out/final/adapters")
+    folder = {"adapter_path": str(files)} if files.exists() else {}
+    parameters = tree_flatten(mlx_lm.load("model", **folder)[0].parameters())
+    saved = {name: x.shape for name, x in parameters if "lora_" in name}
+    return {"trained": trained(settings), "saved": saved}
+
+
+def all_adapters(holds):
+    """Whether it holds for name and shape of each, and there are as many saved as trained."""
+
+    def check(_, b):
+        every = [*b["trained"].items(), *b["saved"].items()]
+        return b["trained"] == b["saved"] != {} and all(holds(*each) for each in every)
+
+    return check
+
+
+def movement(settings):
+    """How far the first update moves a weight at most: with Adam, by the learning rate."""
+    trainer = trainer_of(settings)
+    before = trainer.master
+    trainer.train_step([0, 1])
+    moved = tree_map(lambda a, b: mx.abs(a - b).max().item(), before, trainer.master)
+    return max(distance for _, distance in tree_flatten(moved))
+
+
+def rates(settings):
+    """The optimizer's learning rate at each of five updates."""
+    trainer = trainer_of({**settings, "max_updates": 5})
+    zeros, seen = tree_map(mx.zeros_like, trainer.master), []
+    while trainer.update_step < trainer.total_updates:
+        trainer.apply_gradients(0.0, zeros)
+        seen.append(trainer.optimizer.learning_rate.item())
+    return seen
+
+
+GRADIENTS = (0.3, -0.1)
+
+
+def stepped(settings):
+    """A weight that starts at 1, after updates in which each gradient is the same everywhere."""
+    trainer = trainer_of(settings)
+    for number in GRADIENTS:
+        gradient = tree_map(functools.partial(mx.full_like, vals=number), trainer.master)
+        trainer.apply_gradients(0.0, gradient)
+    return trainer.model.model.norm.weight[0].item()
+
+
+def adamw(beta1=0.9, beta2=0.999, decay=0.0, norm=1e6):
+    """The same by hand."""
+
+    def by_hand(*_):
+        size = sum(math.prod(shape) for shape in trained({}).values())
+        weight, m, v = 1.0, 0.0, 0.0
+        for step, number in enumerate(GRADIENTS, start=1):
+            clipped = number * min(1.0, norm / (abs(number) * math.sqrt(size)))
+            m = beta1 * m + (1 - beta1) * clipped
+            v = beta2 * v + (1 - beta2) * clipped**2
+            mean, square = m / (1 - beta1**step), v / (1 - beta2**step)
+            weight = weight * (1 - 0.1 * decay) - 0.1 * mean / (math.sqrt(square) + 1e-8)
+        return approx(weight, rel=1e-4)
+
+    return by_hand
+
+
+def questions(split, name="question"):
+    return lambda s: [row[name] for row in grpo.load_questions(config_of(s), split)]
+
+
+def column(path, name="question", count=None):
+    """What a data file holds."""
+    return lambda *_: [json.loads(x)[name] for x in Path(path).read_text().splitlines()][:count]
+
+
+def used(settings):
+    return [row["question"] for row in trainer_of(settings).train_dataset]
+
+
+def prompts(settings):
+    return [row["prompt_ids"] for row in trainer_of(settings).train_dataset]
+
+
+def prompt(settings):
+    trainer = trainer_of(settings)
+    return trainer.tokenizer.decode(trainer.train_dataset[0]["prompt_ids"])
+
+
+def chat(question, before="", prefix="<reasoning>\n"):
+    return f"{before}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{prefix}"
+
+
+def prefixed(settings):
+    trainer = trainer_of(settings)
+    texts = [c.text[:3] for c in sampled(trainer)]
+    return {"prompt": prompt(settings), "texts": texts, "length": len(trainer.prefix_ids)}
+
+
+def rewards(settings):
+    """Total and values per function of a perfect completion to the question with answer 0."""
+    trainer = trainer_of(settings)
+    text = "<reasoning>\nso\n</reasoning>\n<answer>\n0\n</answer>"
+    response = grpo.Completion([5], [0.0], "stop", text)
+    totals, values = trainer.compute_rewards(trainer.train_dataset[:1], [response])
+    return [totals.tolist(), {name: value.tolist() for name, value in values.items()}]
+
+
+def prompts_and_batches(settings):
+    """Prompts and batches of an update, and updates in all."""
+    trainer = trainer_of(settings)
+    rows, batches = trainer.prompts_of_update(0)
+    return [len(rows), batches, trainer.total_updates]
+
+
+def clipping(settings):
+    """Clipped share in a second update, and the gradient where every ratio is exp(0.1), A > 0."""
+    trainer = trainer_of({**settings, "num_iterations": 2})
+    second = trainer.train_step([0, 1])[1]
+    rows = [trainer.train_dataset[i] for i in [0] * 4 + [1] * 4]
+    batch = trainer.pad_batch(rows, sampled(trainer))
+    batch |= {"advantages": mx.ones(8), "weights": mx.ones(8)}
+    old = trainer.compute_grpo_loss(batch)[2] - 0.1
+    gradient = trainer.loss_and_grad(batch | {"old_logprobs": old, "sampler_logprobs": old})[1]
+    largest = max(mx.abs(g).max().item() for _, g in tree_flatten(gradient))
+    return {"share": second["clip_low"] + second["clip_high"], "gradient": largest}
+
+
+def calls(owner, name, act, answer=None):
+    """What arrives at a function of another library while `act` runs."""
+    with mock.patch.object(owner, name, side_effect=answer or getattr(owner, name)) as spy:
+        act()
+    return [[call.args, call.kwargs] for call in spy.call_args_list]
+
+
+def evaluated(settings):
+    """Questions of each evaluation, and the scores of the fused adapters and of the others."""
+    fused = [re.findall(r"\d\.\d+", line) for line in lines("fused")(settings)]
+    return [[r["em_subset"] for r in read_log("out") if r.get("split") == "test"], fused]
+
+
+def hub_requests(settings):
+    import datasets
+
+    row, config = {"question": "1?", "answer": "1"}, config_of(settings)
+    read = functools.partial(grpo.load_questions, config, "train")
+    return calls(datasets, "load_dataset", read, lambda *_, **__: [row])
+
+
+def trusted(settings):
+    import mlx_lm
+
+    [[_, given]] = calls(mlx_lm, "load", lambda: grpo.load_model(config_of(settings)))
+    return [given["trust_remote_code"], given["tokenizer_config"]["trust_remote_code"]]
+
+
+def limits(name):
+    return lambda s: calls(mx, name, lambda: trainer_of(s), lambda _: 0)
+
+
+def recomputed(settings):
+    """Layers that a gradient recomputes."""
+    trainer = trainer_of(settings)
+    return len(calls(mx, "checkpoint", lambda: trainer.train_step([0, 1])))
+
+
+def compiled(settings):
+    """Steps that are compiled, with weights in and out, and the remainder of lengths by 32."""
+    trainer_of({})  # importing a model's code compiles parts of it
+    given = calls(mx, "compile", lambda: trainer_of(settings))
+    steps = ["inputs" in arguments and "outputs" in arguments for _, arguments in given]
+    return [steps, {(length - 1) % 32 for _, length in shapes(settings)}]
+
+
+def shapes(settings):
+    """(B, T) of each micro-batch that a gradient is taken of."""
+    trainer = trainer_of(settings)
+    trainer.loss_and_grad = mock.Mock(side_effect=trainer.loss_and_grad)
+    trainer.train_step([0, 1])
+    return [call.args[0]["tokens"].shape for call in trainer.loss_and_grad.call_args_list]
+
+
+def rollout_sizes(settings):
+    given = calls(grpo, "sample_batch", lambda: sampled(trainer_of(settings)))
+    return [len(arguments[2]) for arguments, _ in given]
+
+
+def tracked_name(settings):
+    wandb = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec("wandb", None, origin="here"))
+    with mock.patch.dict(sys.modules, wandb=wandb):
+        console({**settings, "report_to": ["wandb"], "max_updates": 1})
+    return wandb.init.call_args.kwargs["name"]
+
+
+def second_run(settings):
+    """The exit code in a folder that holds a run, and what is left of that run."""
+    names = ("training_log.jsonl", "metrics.csv", "metrics_eval.csv")
+    old = [Path("out", name) for name in (*names, "checkpoint-77/x", "final/x", "tensorboard/x")]
+    for path in old:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("old")
+    code = console(settings)[0]
+    return {"code": code, "left": [p.name for p in old if p.exists() and p.read_text() == "old"]}
+
+
+def resumed(settings):
+    """Exit code, what is said and the updates in the log, in the folder of a run that was cut."""
+    shutil.copytree("saved", "out", ignore=shutil.ignore_patterns("final", "checkpoint-4"))
+    code, *printed = console(settings)
+    said = [line for line in printed if line.startswith("resume ")]
+    return [code, said, [record["update"] for record in read_log("out")]]
+
+
+def homes(settings):
+    console(settings)
+    return [name for name in ("out", "elsewhere") if Path(name, "final").is_dir()]
+
+
+@dataclasses.dataclass
+class Watch:
+    """Settings with `a` and with `b` show different things in `seen`; with b what is `expected`:
+
+    a value, a function that makes it by hand, or a check; the functions take what a and b gave.
+    """
+
+    a: Any
+    b: Any
+    seen: Callable[[dict[str, Any]], Any]
+    expected: Any
+    also: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+STOPS = [*"0123456789", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]  # ends random texts here and there
+LORA = {"train_type": "lora"}
+CALM = {"chat_template": "mood.jinja"}
+ONE = {"max_updates": 1}
+STEPPING = {"max_grad_norm": 1e6, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+SHORT = {"eval_max_new_tokens": 1, "max_updates": 4}
+LENGTH = {"reward_funcs": ["rewards.py:length"], "eval_samples": 2, "max_updates": 1}
+
+FIELDS = {
+    "model_name": Watch("model", "other-model", embedding, saved_embedding),
+    "output_dir": Watch("out", "elsewhere", homes, ["elsewhere"], ONE),
+    "run_name": Watch("one", "two", tracked_name, "two"),
+    "seed": Watch(
+        0,
+        1,
+        seeded,
+        lambda _, b: sorted(b["order"]) == [*range(24)] and b["record"] == 1,
+        {**LORA, "eval_metric": "rewards.py:vowels"},
+    ),
+    "dtype": Watch("auto", "float16", dtypes, {"mlx.core.float16"}),
+    "trust_remote_code": Watch(False, True, trusted, [True, True]),
+    "train_type": Watch("full", "lora", adapted, all_adapters(lambda name, _: "lora_" in name)),
+    "lora_rank": Watch(16, 4, adapted, all_adapters(lambda _, shape: 4 in shape), LORA),
+    "lora_scale": Watch(
+        2.0, 4.0, last("grad_norm"), lambda a, _: [approx(2 * a[0], rel=1e-3)], LORA
+    ),  # the second matrix starts at 0: its gradient is in proportion
+    "lora_layers": Watch(-1, 1, adapted, all_adapters(lambda name, _: "layers.1." in name), LORA),
+    "lora_keys": Watch(
+        [], ["self_attn.q_proj"], adapted, all_adapters(lambda name, _: "q_proj" in name), LORA
+    ),
+    "lora_dropout": Watch(
+        0.0, 0.5, last("entropy", "grad_norm"), lambda a, b: a[0] == b[0], LORA
+    ),  # the rollouts are without it
+    "lora_learning_rate": Watch(2e-5, 3e-3, movement, approx(3e-3, rel=1e-2), LORA),
+    "adapter_path": Watch("", "adapted/final/adapters", adapters, saved_adapters),
+    "dataset": Watch("data", "other-data", questions("train"), column("other-data/train.jsonl")),
+    "dataset_config": Watch(
+        "main",
+        "socratic",
+        hub_requests,
+        [[("owner/name", "socratic"), {"split": "train"}]],
+        {"dataset": "owner/name"},
+    ),
+    "train_split": Watch("train", "test", questions("train"), column("data/test.jsonl")),
+    "test_split": Watch("test", "train", questions("test"), column("data/train.jsonl")),
+    "question_column": Watch("question", "wording", prompt, chat("Count to 0.")),
+    "answer_column": Watch(
+        "answer", "result", questions("train", "answer"), column("data/train.jsonl", "result")
+    ),
+    "max_train_samples": Watch(0, 5, used, column("data/train.jsonl", count=5)),
+    "system_prompt": Watch(
+        "", "Be brief.", prompt, chat("How many is 0?", "<|im_start|>system\nBe brief.<|im_end|>\n")
+    ),
+    "reasoning_prefix": Watch(
+        "<reasoning>\n",
+        "So ",
+        prefixed,
+        {"prompt": chat("How many is 0?", prefix="So "), "texts": ["So "] * 8, "length": 3},
+    ),
+    "chat_template": Watch("", "plain", prompt, "How many is 0?\n\n<reasoning>\n"),
+    "chat_template_kwargs": Watch(
+        {}, {"mood": "calm"}, prompt, "calm: How many is 0? <reasoning>\n", CALM
+    ),
+    "max_prompt_length": Watch(512, 32, prompts, lambda a, _: [p for p in a if len(p) <= 32]),
+    "reward_funcs": Watch(
+        ["correctness", "int"],
+        ["int", "strict_format"],
+        rewards,
+        [[1.0], {"int": [0.5], "strict_format": [0.5]}],
+    ),
+    "reward_weights": Watch(
+        [], [3.0, 10.0], lambda s: rewards(s)[0], [21.5], {"reward_funcs": ["int", "correctness"]}
+    ),
+    "num_generations": Watch(4, 3, lambda s: sum(size for size, _ in shapes(s)), 6),
+    "batch_size": Watch(1, 2, prompts_and_batches, [4, 2, 6]),
+    "gradient_accumulation_steps": Watch(2, 4, prompts_and_batches, [4, 4, 6]),
+    "num_epochs": Watch(1, 2, logged("update"), [[1], [2]], {"max_train_samples": 2}),
+    "max_updates": Watch(
+        0, 2, logged("update", "lr"), [[1, 1e-3], [2, 0.0]], {"max_train_samples": 6}
+    ),
+    "max_hours": Watch(0.0, 0.5, timed, lambda _, b: 0 < b[0] < b[1], {"max_updates": 6}),
+    "num_iterations": Watch(1, 2, iterated, [24, [1, False], [2, True]]),
+    "sync_every_updates": Watch(
+        1, 2, last("sampler_mismatch", steps=2), lambda a, b: a[0] < 1e-4 < 1e-2 < b[0]
+    ),
+    "quantize_for_rollouts": Watch(
+        False,
+        True,
+        last("sampler_mismatch", "kl"),
+        lambda a, b: max(a) < 1e-4 < 1e-2 < min(b),
+        {"kl_coeff": 0.1},
+    ),
+    "temperature": Watch(1.0, 2.0, tempered, lambda *_: tempered_by_hand(2.0), {"kl_coeff": 0.1}),
+    "top_k": Watch(0, 1, filtered, greedy),
+    "top_p": Watch(1.0, 1e-6, filtered, greedy),
+    "min_p": Watch(0.0, 1.0, filtered, greedy),
+    "max_new_tokens": Watch(12, 5, lambda s: longest(s)[0], 5),
+    "max_completion_length": Watch(1024, 10, longest, lambda _, b: sum(b) == 10),
+    "stop_strings": Watch([], STOPS, stopping, stops_at(STOPS)),
+    "loss_type": Watch(
+        "grpo",
+        "dapo",
+        last("loss", "policy_reward", "grad_norm"),
+        lambda _, b: b[0] == approx(-b[1], rel=1e-3) and abs(b[0]) > 1e-3,
+        {"stop_strings": STOPS},
+    ),  # both are means over tokens; grpo's loss is 0 in value
+    "clip_eps": Watch(0.2, 0.05, clipping, lambda a, b: a["gradient"] > 1e-3 > b["gradient"] == 0),
+    "kl_coeff": Watch(
+        0.0,
+        0.5,
+        last("loss", "kl"),
+        lambda a, b: a[1] is None and b[0] - a[0] == approx(0.5 * b[1], rel=1e-2) and b[1] > 0.1,
+        {"num_iterations": 2, "loss_type": "dapo"},
+    ),  # in value, both parts of the loss are means over tokens
+    "importance_cap": Watch(
+        2.0,
+        1e-6,
+        last("importance_weight", "importance_capped"),
+        approx([1e-6, 1.0]),
+        {"quantize_for_rollouts": True},
+    ),
+    "learning_rate": Watch(1e-3, 3e-3, movement, approx(3e-3, rel=1e-2)),
+    "lr_scheduler_type": Watch(
+        "cosine", "linear", rates, approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 0.0])
+    ),
+    "warmup_ratio": Watch(0.1, 0.6, rates, approx([1e-3 / 3, 2e-3 / 3, 1e-3, 5e-4, 0.0])),
+    "adam_beta1": Watch(0.9, 0.5, stepped, adamw(beta1=0.5), STEPPING),
+    "adam_beta2": Watch(0.999, 0.9, stepped, adamw(beta2=0.9), STEPPING),
+    "weight_decay": Watch(0.0, 0.1, stepped, adamw(decay=0.1), STEPPING),
+    "max_grad_norm": Watch(1e6, 50.0, stepped, adamw(norm=50.0), STEPPING),
+    "eval_steps": Watch(
+        0,
+        4,
+        logged("batch_step", split="test"),
+        [[0], [4], [8]],
+        {**SHORT, "eval_samples": 1},
+    ),
+    "eval_samples": Watch(
+        0,
+        3,
+        evaluated,
+        lambda _, b: b[0] == [3, 3] and b[1][0][0] == b[1][0][1],
+        {**SHORT, **LORA, "eval_metric": "rewards.py:vowels"},
+    ),
+    "eval_every_updates": Watch(
+        0, 2, logged("update", split="train"), [[2], [4]], {**SHORT, "eval_subset_size": 1}
+    ),
+    "eval_subset_size": Watch(
+        0, 3, logged("em_subset", split="train"), [[3], [3]], {**SHORT, "eval_every_updates": 2}
+    ),
+    "eval_max_new_tokens": Watch(
+        12,
+        5,
+        logged("em", split="test"),
+        [[5.0], [5.0]],
+        {**LENGTH, "eval_metric": "rewards.py:length"},
+    ),
+    "eval_metric": Watch(
+        "em",
+        "rewards.py:length",
+        lines("result"),
+        ["result    rewards.py:length 5.000 -> 5.000 after 1 updates"],
+        {**LENGTH, "eval_max_new_tokens": 5},
+    ),
+    "logging_steps": Watch(
+        1,
+        4,
+        logged("batch_step", "reward_mean"),
+        lambda a, _: [[4, mean_of(a[0], a[1])], [8, mean_of(a[2], a[3])]],
+        {"max_updates": 4},
+    ),
+    "log_jsonl": Watch(True, False, files("*.jsonl"), [], ONE),
+    "log_completions": Watch(0, 3, lambda s: len(lines("--- reward")(s)), 3, ONE),
+    "closing_note": Watch("", "Well done.", lines("note"), ["note      Well done."], ONE),
+    "report_to": Watch([], ["csv"], files("*.csv"), ["metrics.csv"], ONE),
+    "save_steps": Watch(
+        0, 4, files("checkpoint-*"), ["checkpoint-4", "checkpoint-8"], {"max_updates": 4}
+    ),
+    "save_total_limit": Watch(
+        3, 1, files("checkpoint-*"), ["checkpoint-6"], {"save_steps": 2, "max_updates": 3}
+    ),
+    "resume": Watch(
+        "",
+        "auto",
+        resumed,
+        [0, ["resume    out/checkpoint-2 at update 1"], [1, 2]],
+        {"max_updates": 2},
+    ),
+    "overwrite": Watch(False, True, second_run, {"code": 0, "left": []}, ONE),
+    "use_compile": Watch(False, True, compiled, [[True], {0}]),
+    "gradient_checkpointing": Watch(False, True, recomputed, 2),
+    "rollout_batch_size": Watch(0, 3, rollout_sizes, [3, 3, 2]),
+    "micro_batch_tokens": Watch(
+        0, 100, shapes, lambda _, b: sum(n for n, _ in b) == 8 and max(n * t for n, t in b) <= 100
+    ),
+    "wired_limit_gb": Watch(0.0, 0.5, limits("set_wired_limit"), [[(500_000_000,), {}]]),
+    "cache_limit_gb": Watch(0.0, 0.5, limits("set_cache_limit"), [[(500_000_000,), {}]]),
+}
+
+
+def mean_of(*records):
+    return approx(sum(reward for _, reward in records) / len(records))
+
+
+def observe(name, value, ignored=False):
+    """What is seen with a value; `ignored`: where the code goes on as if it had not been set."""
+    watch, read = FIELDS[name], grpo.read_config
+
+    def forget(*arguments):
+        config = read(*arguments)
+        assert getattr(config, name) in (value, watch.a), "the value arrives before it is ignored"
+        setattr(config, name, watch.a)
+        return config
+
+    for folder in ("out", "elsewhere"):
+        shutil.rmtree(folder, ignore_errors=True)
+    with mock.patch.object(grpo, "read_config", forget if ignored else read):
+        return watch.seen({**watch.also, name: value})
+
+
+@functools.cache
+def baseline(name):
+    return observe(name, FIELDS[name].a)
+
+
+def judge(name, a, b):
+    """All that is seen differs, and with b it is what is expected.
+
+    Raises:
+        AssertionError: the field does nothing, or not what it should.
+    """
+    expected = FIELDS[name].expected
+    assert a != b, f"{name} has no effect"
+    if isinstance(b, dict) and b.keys() == a.keys():
+        same = [part for part in b if a[part] == b[part]]
+        assert not same, f"{name} has no effect on {same}"
+    if callable(expected):
+        expected = expected(a, b)
+    assert expected is True or b == expected, f"{name}: {b!r:.500}"
+
+
+PLANNED = [
+    *("model_name", "train_type", "lora_rank", "lora_layers"),
+    *("dataset", "train_split", "max_train_samples", "max_prompt_length"),
+    *("num_generations", "batch_size", "gradient_accumulation_steps", "num_epochs"),
+    *("max_updates", "num_iterations", "sync_every_updates", "quantize_for_rollouts"),
+    *("max_new_tokens", "max_completion_length", "kl_coeff", "gradient_checkpointing"),
+    *("rollout_batch_size", "micro_batch_tokens", "dtype"),
+]
+
+
+def plan(settings):
+    """What a dry run says, without the settings themselves."""
+    config_of(settings)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert grpo.main(["--config", "settings.toml", "--dry-run"]) == 0
+    lines = printed.getvalue().splitlines()
+    return [line for line in lines if line.split(" = ")[0] not in FIELDS]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plan_depends_on(name):
+    watch = FIELDS[name]
+    assert plan({**watch.also, name: watch.a}) != plan({**watch.also, name: watch.b})
+
+
+def test_every_field_is_watched():
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(grpo.MLXGRPOConfig)}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_field_has_its_effect(name):
+    watch = FIELDS[name]
+    assert observe(name, watch.a) == baseline(name), "the same settings must show the same"
+    judge(name, baseline(name), observe(name, watch.b))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_ignored_field_is_noticed(name):
+    """The test above can fail: a mutation takes the value out of the parsed configuration."""
+    seen = observe(name, FIELDS[name].b, ignored=True)
+    assert seen == baseline(name)
+    with pytest.raises(AssertionError, match="has no effect"):
+        judge(name, baseline(name), seen)

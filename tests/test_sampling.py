@@ -1,0 +1,378 @@
+"""The sampler: what it draws and records, where it stops, and that batching changes nothing."""
+
+import itertools
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from conftest import make_model
+from helpers import make_trainer
+from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
+
+from utils.errors import RunError
+
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def loaded(model_dir):
+    """(model, tokenizer) of the random model."""
+    return mlx_lm.load(str(model_dir))
+
+
+def keys_for(grpo, count):
+    return np.stack([grpo.row_key(7, n) for n in range(count)])
+
+
+def sample(grpo, loaded, prompts, rows=None, keys=None, stops=(), **how):
+    model, tokenizer = loaded
+    rows = list(range(len(prompts))) if rows is None else rows
+    keys = keys_for(grpo, len(rows)) if keys is None else keys
+    how = grpo.Sampling(**{"temperature": 1.0, "max_tokens": 30, **how})
+    stop = grpo.StopRule(tokenizer, stops)
+    return grpo.sample_batch(model, prompts, rows, keys, how, stop)
+
+
+def random_prompts(*lengths):
+    generator = np.random.default_rng(5)
+    return [generator.integers(3, 380, length).tolist() for length in lengths]
+
+
+# Filters and their order.
+
+
+def hugging_face_set(logits, temperature, top_k, top_p, min_p):
+    """The tokens that transformers' logits processors leave, in their order, in numpy."""
+    scores = np.array(logits, np.float64) / temperature
+
+    def softmax(x):
+        e = np.exp(x - x.max())
+        return e / e.sum()
+
+    if top_k:
+        scores[scores < np.sort(scores)[-top_k]] = -np.inf
+    if top_p < 1:
+        order = np.argsort(scores)
+        unlikely = softmax(scores)[order].cumsum() <= 1 - top_p
+        unlikely[-1] = False
+        scores[order[unlikely]] = -np.inf
+    if min_p:
+        probabilities = softmax(scores)
+        scores[probabilities < min_p * probabilities.max()] = -np.inf
+    return set(np.flatnonzero(np.isfinite(scores)).tolist())
+
+
+def draw(grpo, logits, count=2000, **how):
+    """(tokens, log-probs) of many independent draws from one row of logits."""
+    how = grpo.Sampling(max_tokens=1, **how)
+    rows = mx.broadcast_to(mx.array(logits), (count, len(logits)))
+    tokens, logprobs = grpo.sample_tokens(rows, mx.array(keys_for(grpo, count)), how)
+    return np.array(tokens), np.array(logprobs)
+
+
+FOUR = np.log([0.6, 0.3, 0.06, 0.04])
+SEVEN = np.log([0.02, 0.3, 0.08, 0.25, 0.05, 0.2, 0.1])
+FILTERS = [
+    (FOUR, {"temperature": 2.0, "top_p": 0.85}, {0, 1, 2}),  # {0, 1} without the temperature
+    (FOUR, {"temperature": 0.5, "top_p": 0.85}, {0, 1}),
+    (FOUR, {"temperature": 0.5, "top_p": 0.75}, {0}),
+    (FOUR, {"temperature": 2.0, "min_p": 0.3}, {0, 1, 2}),
+    (FOUR, {"temperature": 1.0, "min_p": 0.3}, {0, 1}),
+    (FOUR, {"temperature": 0.5, "min_p": 0.3}, {0}),
+    (SEVEN, {"temperature": 1.0, "top_k": 3}, {1, 3, 5}),
+    (SEVEN, {"temperature": 1.0, "top_k": 3, "top_p": 0.7}, {1, 3}),  # of what top_k left
+    (SEVEN, {"temperature": 1.0, "top_k": 2, "top_p": 0.3}, {1}),
+    (SEVEN, {"temperature": 1.0, "top_p": 0.7, "min_p": 0.7}, {1, 3}),
+    (SEVEN, {"temperature": 1.5, "top_k": 6, "top_p": 0.9, "min_p": 0.45}, {1, 3, 5, 6}),
+    (SEVEN, {"temperature": 1.0, "top_k": 7}, set(range(7))),
+    (SEVEN, {"temperature": 1.0, "top_k": 99}, set(range(7))),
+    (SEVEN, {"temperature": 1.0}, set(range(7))),
+]
+
+
+@pytest.mark.parametrize(("logits", "filters", "expected"), FILTERS, ids=range(len(FILTERS)))
+def test_filters_come_after_the_temperature_in_hugging_faces_order(grpo, logits, filters, expected):
+    settings = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
+    reference = {**settings, "top_k": min(settings["top_k"], len(logits))}
+    assert hugging_face_set(logits, **reference) == expected
+    tokens, logprobs = draw(grpo, logits, **settings)
+    assert set(tokens.tolist()) == expected
+    tempered = logits / settings["temperature"]
+    full = tempered - np.log(np.exp(tempered).sum())
+    assert logprobs == pytest.approx(full[tokens], abs=1e-5), "of the full distribution"
+
+
+def chi_square(tokens, probabilities):
+    counts = np.bincount(tokens, minlength=len(probabilities))
+    expected = len(tokens) * probabilities
+    return ((counts - expected) ** 2 / expected).sum()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_the_distribution_is_right(grpo, temperature):
+    """Chi-square over 20,000 keys; 22.5 is its 99.9 % quantile for 6 degrees of freedom."""
+    probabilities = np.exp(SEVEN / temperature)
+    probabilities /= probabilities.sum()
+    tokens, _ = draw(grpo, SEVEN, 20_000, temperature=temperature)
+    assert chi_square(tokens, probabilities) < 22.5
+    untempered = chi_square(tokens, np.exp(SEVEN))
+    assert temperature == 1.0 or untempered > 100, "the check can fail"
+
+
+def test_filtered_tokens_keep_their_proportions(grpo):
+    tokens, _ = draw(grpo, SEVEN, 20_000, temperature=1.0, top_k=3)
+    kept = np.where(np.isin(range(7), [1, 3, 5]), np.exp(SEVEN), 0)
+    assert chi_square(tokens, kept / kept.sum() + 1e-12) < 13.8  # 2 degrees of freedom
+
+
+def test_keys_differ_by_seed_update_prompt_and_row_and_ignore_the_global_state(grpo, loaded):
+    streams = list(itertools.product(range(3), [0], range(9), range(9), range(9)))
+    assert len({tuple(grpo.row_key(*stream)) for stream in streams}) == len(streams)
+    prompts = random_prompts(6, 9)
+    mx.random.seed(1)
+    first = sample(grpo, loaded, prompts)
+    mx.random.seed(2)
+    assert [c.ids for c in sample(grpo, loaded, prompts)] == [c.ids for c in first]
+    assert first[0].ids != sample(grpo, loaded, prompts, keys=keys_for(grpo, 4)[2:])[0].ids
+
+
+# Batches: the same tokens as one row alone.
+
+SLIDING = {
+    "query_pre_attn_scalar": 16,
+    "rope_local_base_freq": 10000.0,
+    "rope_global_base_freq": 10000.0,
+    "sliding_window": 16,
+    "sliding_window_pattern": 2,
+}
+HYBRID = {
+    "norm_eps": 1e-5,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "block_dim": 64,
+    "block_ff_dim": 128,
+    "block_multiple_of": 16,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+    "full_attn_idxs": [1],
+}
+STATE_SPACE = {
+    "state_size": 8,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_rank": 4,
+}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "gemma3_text": {"layers": 4, **SLIDING},  # rotating caches, 16 tokens wide
+    "lfm2": {"layers": 3, **HYBRID},
+    "mamba": STATE_SPACE,  # its state has no mask: padding in a prompt would enter it
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_ragged_prompts_is_each_prompt_alone(grpo, tmp_path, family):
+    folder = make_model(tmp_path / family, model_type=family, **FAMILIES[family])
+    model, tokenizer = mlx_lm.load(str(folder))
+    if family == "gemma3_text":
+        assert any(isinstance(c, RotatingKVCache) for c in make_prompt_cache(model))
+    prompts, rows = random_prompts(5, 23, 1, 40), [0, 0, 1, 2, 3, 3]
+    keys = keys_for(grpo, len(rows))
+    together = sample(grpo, (model, tokenizer), prompts, rows, keys, stops=tuple("taei01"))
+    lengths = {len(c.ids) for c in together}
+    assert len(lengths) > 2, "rows must leave the batch at different times"
+    for n, row in enumerate(rows):
+        (alone,) = sample(
+            grpo, (model, tokenizer), [prompts[row]], keys=keys[n : n + 1], stops=tuple("taei01")
+        )
+        assert alone.ids == together[n].ids
+        assert (alone.text, alone.finish_reason) == (together[n].text, together[n].finish_reason)
+        assert alone.logprobs == pytest.approx(together[n].logprobs, abs=1e-4)
+        ids = together[n].ids
+        forward = grpo.token_logprobs(model, mx.array([prompts[row] + ids]), len(ids), 1.0)[0]
+        assert np.array(forward) == pytest.approx(together[n].logprobs, abs=1e-3)
+
+
+def test_splitting_the_rollout_changes_no_token(model_dir, data_dir, tmp_path):
+    """3 splits a group of 4, so that one prompt is read in two batches."""
+    samples = []
+    for size in (64, 1, 3):
+        settings = {"rollout_batch_size": size, "max_new_tokens": 20, "stop_strings": ["t", "0"]}
+        trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
+        samples.append(trainer.generate_responses([2, 0, 5]))
+    whole = samples[0]
+    assert len({len(r.ids) for r in whole}) > 3
+    for split in samples[1:]:
+        assert [r.ids for r in split] == [r.ids for r in whole]
+        assert [r.text for r in split] == [r.text for r in whole]
+    by_prompt = trainer.generate_responses([5])
+    assert [r.ids for r in by_prompt] == [r.ids for r in whole[8:]], "other prompts do not matter"
+
+
+def test_groups_differ_within_and_between_updates(model_dir, data_dir, tmp_path):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o")
+    first = [tuple(r.ids) for r in trainer.generate_responses([0, 1])]
+    assert len(set(first)) == 8
+    assert [tuple(r.ids) for r in trainer.generate_responses([0, 1])] == first
+    trainer.update_step = 1
+    assert not {*first} & {tuple(r.ids) for r in trainer.generate_responses([0, 1])}
+
+
+def test_greedy_is_mlx_lms_generate_token_for_token(grpo, loaded):
+    model, tokenizer = loaded
+    prompts = random_prompts(4, 17, 1, 30)
+    ours = sample(grpo, loaded, prompts, temperature=0.0, max_tokens=40)
+    for prompt, completion in zip(prompts, ours, strict=True):
+        theirs = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=40))
+        assert completion.ids == [response.token for response in theirs]
+        assert completion.finish_reason == theirs[-1].finish_reason
+        ids = [token for token in completion.ids if token != EOS]
+        assert completion.text == tokenizer.decode(ids)
+
+
+def test_a_cache_that_cannot_be_batched_is_named(grpo, model_dir):
+    model, tokenizer = mlx_lm.load(str(model_dir))
+    model.make_cache = lambda: [ChunkedKVCache(8) for _ in model.layers]
+    with pytest.raises(RunError, match=r"ChunkedKVCache.*can't be batched"):
+        sample(grpo, (model, tokenizer), random_prompts(4))
+
+
+# Where completions end.
+
+
+class Scripted(nn.Module):
+    """Says the nth script, token by token, after the prompt [n]; what it has read is its cache."""
+
+    def __init__(self, scripts):
+        super().__init__()
+        self.scripts = scripts
+        self.layers = [None]
+        self.calls = 0
+
+    def __call__(self, tokens, cache):
+        self.calls += 1
+        keys = tokens[:, None, :, None].astype(mx.float32)
+        read = cache[0].update_and_fetch(keys, keys)[0][:, 0, :, 0].astype(mx.int32).tolist()
+        said = [self.scripts[row[0]][: len(row)] for row in read]
+        logits = np.zeros((len(read), 1, 384), np.float32)
+        for i, script in enumerate(said):
+            logits[i, 0, script[len(read[i]) - 1] if len(script) == len(read[i]) else 0] = 50.0
+        return mx.array(logits)
+
+
+@pytest.fixture(scope="module")
+def letters(loaded):
+    """Text -> one token per byte, as no merge would leave it."""
+    vocabulary = loaded[1].get_vocab()
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    def encode(text):
+        pieces = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+        return [vocabulary[character] for piece, _ in pieces for character in piece]
+
+    return encode
+
+
+def say(grpo, loaded, scripts, stops=("</answer>",), max_tokens=40):
+    """Greedy completions of scripted models, all in one batch."""
+    model = Scripted(scripts)
+    prompts = [[n] for n in range(len(scripts))]
+    how = {"temperature": 0.0, "max_tokens": max_tokens, "stops": stops}
+    return sample(grpo, (model, loaded[1]), prompts, **how), model
+
+
+def test_a_stop_string_over_many_tokens_ends_where_it_ends(grpo, loaded, letters):
+    """At every offset to the blocks in which the host looks, and in one batch."""
+    offsets = range(3 * grpo.BLOCK)
+    texts = ["x" * n + "</answer>" for n in offsets]
+    completions, _ = say(grpo, loaded, [letters(t + " and more of it") for t in texts])
+    for text, completion in zip(texts, completions, strict=True):
+        assert completion.ids == letters(text)
+        assert len(completion.logprobs) == len(completion.ids)
+        assert (completion.text, completion.finish_reason) == (text, "stop")
+
+
+def test_a_stop_string_inside_a_token_keeps_the_token(grpo, loaded, letters):
+    """The ids hold what was sampled, the text ends right after the stop string."""
+    (apples,) = loaded[1].encode(" apples", add_special_tokens=False)
+    before = letters("ten")
+    for count in range(grpo.BLOCK + 1):
+        script = [*before * count, apples, *letters(" or so")]
+        (completion,), _ = say(grpo, loaded, [script], stops=("apples", "app"))
+        assert completion.ids == [*before * count, apples]
+        assert completion.text == "ten" * count + " app"
+        assert completion.finish_reason == "stop"
+
+
+def test_the_first_of_several_stop_strings_counts(grpo, loaded, letters):
+    script = letters("one two three")
+    for stops in (("two", "three"), ("three", "two"), ("two", "wo")):
+        (completion,), _ = say(grpo, loaded, [script], stops=stops)
+        assert completion.ids == letters("one two")
+        assert completion.text == "one two"
+
+
+def test_a_stop_string_of_many_bytes_may_be_cut_anywhere(grpo, loaded, letters):
+    script = letters("so ∴ é")
+    assert len(script) == 9
+    (completion,), _ = say(grpo, loaded, [script], stops=("∴ é",))
+    assert (completion.ids, completion.text) == (script, "so ∴ é")
+
+
+def test_almost_a_stop_string_is_none(grpo, loaded, letters):
+    text = "</answe </answer </ answer>"
+    (completion,), _ = say(grpo, loaded, [[*letters(text), EOS]])
+    assert (completion.text, completion.finish_reason) == (text, "stop")
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 16, 23])
+def test_eos_stays_in_the_ids_and_not_in_the_text(grpo, loaded, letters, length):
+    for stops in ((), ("</answer>",)):
+        script = [*letters("x" * length), EOS, *letters("y" * 40)]
+        (completion,), _ = say(grpo, loaded, [script], stops)
+        assert completion.ids == [*letters("x" * length), EOS]
+        assert (completion.text, completion.finish_reason) == ("x" * length, "stop")
+
+
+def test_whichever_comes_first_of_eos_and_stop_string_ends_it(grpo, loaded, letters):
+    stop_first = [*letters("a</answer>"), EOS]
+    eos_first = [*letters("a"), EOS, *letters("</answer>")]
+    eos_within = [*letters("</ans"), EOS, *letters("wer>")]
+    completions, _ = say(grpo, loaded, [stop_first, eos_first, eos_within])
+    assert [c.ids for c in completions] == [stop_first[:-1], eos_first[:2], eos_within[:6]]
+    assert [c.text for c in completions] == ["a</answer>", "a", "</ans"]
+
+
+@pytest.mark.parametrize("limit", [1, 7, 8, 9, 20])
+def test_length_is_the_limit_and_the_last_token_may_still_stop(grpo, loaded, letters, limit):
+    endless = letters("x" * 40)
+    eos_last = [*letters("x" * (limit - 1)), EOS, *letters("x" * 40)]
+    half_a_stop = [*letters("x" * (limit - 1)), *letters("ab")]
+    stop_last = [*letters("x" * (limit - 1)), *letters("a")]
+    scripts = [endless, eos_last, half_a_stop, stop_last]
+    completions, _ = say(grpo, loaded, scripts, stops=("ab",), max_tokens=limit)
+    assert [len(c.ids) for c in completions] == [limit] * 4
+    reasons = [c.finish_reason for c in completions]
+    assert reasons == ["length", "stop", "length", "length"]
+
+
+def test_the_batch_ends_with_its_last_row(grpo, loaded, letters):
+    """One block behind the device: at most two blocks are sampled for nothing."""
+    _, model = say(grpo, loaded, [[*letters("x" * n), EOS] for n in (0, 3, 10)], max_tokens=400)
+    assert model.calls <= 11 + 2 * grpo.BLOCK
+
+
+def test_rewards_read_the_prefix_too(model_dir, data_dir, tmp_path):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", stop_strings=["t"])
+    prefix = trainer.tokenizer.encode("<reasoning>\n", add_special_tokens=False)
+    for response in trainer.generate_responses([0]):
+        ids = response.ids[:-1] if response.ids[-1] == EOS else response.ids
+        text = trainer.tokenizer.decode(ids)
+        text = text[: text.find("t") + 1] if "t" in text else text
+        assert response.text == "<reasoning>\n" + text
+        assert len(response.ids) <= trainer.args.max_new_tokens
+    assert trainer.train_dataset[0]["prompt_ids"][-len(prefix) :] == prefix
