@@ -1169,8 +1169,6 @@ class MLXGRPOTrainer:
                     self.step, self.rollout = self.step + batches, self.rollout + 1
                     self.updates_done, self.elapsed = self.update_step, time.perf_counter() - start
                     self.after_update(before, records, bar)
-                if self.step and self.update_step < self.total_updates:  # out of time
-                    self.keep()
                 self.finish()
             except (Interrupted, RunError) as stop:
                 return self.stopped(stop)
@@ -1210,6 +1208,8 @@ class MLXGRPOTrainer:
         """Evaluate once more and write `final/`, a model folder that mlx_lm loads by itself."""
         if self.log.pending:
             self.log.training(self.step, self.elapsed)
+        if self.step and self.update_step < self.total_updates:  # out of time
+            self.keep()
         self.evaluate_test()
         final = self.output_dir / "final"
         with checkpoints.written_aside(final) as folder:

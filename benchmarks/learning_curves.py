@@ -5,7 +5,7 @@
 
 Each seed is one run of the command that README shows, timed from outside. Records go to
 benchmarks/records/learning_curves.jsonl, the picture to docs/learning_curves.png, the table of
-format, arithmetic and exact match into models/tiny-math/README.md.
+format, arithmetic and exact match into models/tiny-math/README.md, its short form into README.md.
 """
 
 import argparse
@@ -158,9 +158,22 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def write_table(records: list[dict[str, Any]]) -> None:
-    text = MODEL_README.read_text(encoding="utf-8")
-    MODEL_README.write_text(replaced(text, "rl-results", table(records)), encoding="utf-8")
+def short_table(records: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        "| seed | greedy, before -> after | sampled, before -> after | time |",
+        "|---|---|---|---|",
+    ]
+    for r in records:
+        cells = [
+            f"{r['before'][part]['exact match']:.3f} -> {r['after'][part]['exact match']:.3f}"
+            for part in ("greedy, all", "sampled, all")
+        ]
+        rows.append(f"| {r['seed']} | {' | '.join(cells)} | {r['seconds'] / 60:.1f} min |")
+    return rows
+
+
+def write(path: Path, name: str, rows: list[str]) -> None:
+    path.write_text(replaced(path.read_text(encoding="utf-8"), name, rows), encoding="utf-8")
 
 
 def main() -> None:
@@ -172,7 +185,8 @@ def main() -> None:
         measure([int(seed) for seed in arguments.seeds.split(",")])
     records = newest_records()
     draw(records)
-    write_table(records)
+    write(MODEL_README, "rl-results", table(records))
+    write(ROOT / "README.md", "learning", short_table(records))
     print("\n".join(table(records)))
 
 

@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md: every setting, and which preset fits which machine.
+"""Write the generated parts of README.md: main loop, settings, which preset fits which machine.
 
 uv run python utils/readme_tables.py           rewrite them
 uv run python utils/readme_tables.py --check   exit 1 if README.md is out of date (a test)
@@ -6,8 +6,10 @@ uv run python utils/readme_tables.py --check   exit 1 if README.md is out of dat
 
 import argparse
 import dataclasses
+import inspect
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,12 @@ def hardware_rows() -> list[str]:
     return rows
 
 
+def loop_rows() -> list[str]:
+    """MLXGRPOTrainer.train as it stands in the script."""
+    source = inspect.getsource(load_script().MLXGRPOTrainer.train)
+    return ["```python", *textwrap.dedent(source).splitlines(), "```"]
+
+
 def replaced(text: str, name: str, rows: list[str]) -> str:
     """`text` with the lines between <!-- name --> and <!-- /name --> replaced by `rows`."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -117,7 +125,10 @@ def main() -> int:
     check = parser.parse_args().check
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
-    new = replaced(replaced(text, "settings", setting_rows()), "hardware", hardware_rows())
+    parts = {"loop": loop_rows(), "hardware": hardware_rows(), "settings": setting_rows()}
+    new = text
+    for name, rows in parts.items():
+        new = replaced(new, name, rows)
     if check and new != text:
         print("README.md is out of date: uv run python utils/readme_tables.py", file=sys.stderr)
         return 1
