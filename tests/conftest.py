@@ -14,6 +14,11 @@ from utils.script import load_script  # noqa: E402
 
 runtime.preload_blas()  # as the script does, before any test file imports MLX
 
+import mlx.core as mx  # noqa: E402
+
+# Equality to 1e-5 is a matter of float32 on the CPU; tests/test_device.py compares a GPU with it.
+mx.set_default_device(mx.cpu)
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
