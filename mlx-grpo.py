@@ -773,6 +773,7 @@ class MLXGRPOTrainer:
         self.elapsed = 0.0
         self.bad_updates = 0
         self.interrupted = False
+        self.bar = console.no_bar()
         self.saved_at = self.updates_done = 0
         self.log = RunLog(args)
         self.plan = self.make_plan()
@@ -916,13 +917,15 @@ class MLXGRPOTrainer:
                 np.stack(keys[chunk[0] : chunk[-1] + 1]),
                 how,
                 stop,
-                self.check_interrupt,
+                self.pulse,
             )
         for completion in completions:
             completion.text = self.args.reasoning_prefix + completion.text
         return completions
 
-    def check_interrupt(self) -> None:
+    def pulse(self) -> None:
+        """Between blocks of work: move the bar's clock on, and stop if Ctrl-C arrived."""
+        self.bar.refresh()
         if self.interrupted:
             raise Interrupted
 
@@ -935,6 +938,7 @@ class MLXGRPOTrainer:
             for n in range(self.args.num_generations)
         ]
         rows = [self.train_dataset[row] for row in batch]
+        self.bar.set_description_str("rollout")
         return self.sample(self.model_old, rows, keys, self.sampling)
 
     def compute_rewards(
@@ -1039,6 +1043,7 @@ class MLXGRPOTrainer:
         rewards, per_function = self.compute_rewards(rows, responses)
         groups = rewards.reshape(len(batch), -1)  # (P, G)
         advantages = group_advantages(groups)
+        mx.clear_cache()  # the gradient needs other shapes than the rollout left behind
         scored = time.perf_counter()
         micro_batches = self.micro_batches(rows, responses, advantages.reshape(-1))
         metrics = rollout_metrics(responses, groups, advantages, per_function)
@@ -1059,10 +1064,11 @@ class MLXGRPOTrainer:
         """One optimizer update from the summed gradients of all micro-batches."""
         loss, grads = 0.0, tree_map(mx.zeros_like, self.master)
         sums = dict.fromkeys(STATISTICS, 0.0)
+        self.bar.set_description_str("gradient")
         self.model.train()  # dropout, and no kernels that have no gradient
         for batch in micro_batches:
             if iteration == 0:
-                self.check_interrupt()
+                self.pulse()
                 self.add_reference(batch)
             (part, stats, logprobs), new = self.loss_and_grad(batch)
             grads = tree_map(lambda g, n: g + n.astype(mx.float32), grads, new)
@@ -1131,6 +1137,7 @@ class MLXGRPOTrainer:
         rows = [dataset[i] for i in order[: samples or len(dataset)]]
         how = self.sampling_with(temperature, self.args.eval_max_new_tokens)
         keys = [row_key(self.args.seed, 1, i) for i in range(len(rows))]
+        self.bar.set_description_str("evaluation")
         return rows, self.sample(model or self.model, rows, keys, how)
 
     def score(self, dataset: list[dict], samples: int = 0, **how: Any) -> dict[str, Any]:
@@ -1158,7 +1165,7 @@ class MLXGRPOTrainer:
         start = time.perf_counter() - self.elapsed
         hours = self.args.max_hours or math.inf  # of this process: a resumed run gets as many
         end = time.perf_counter() + hours * 3600
-        with console.stoppable(self), console.progress_bar(self) as bar:
+        with console.stoppable(self), console.progress_bar(self) as self.bar:
             try:
                 if self.update_step == 0:
                     self.evaluate_test()
@@ -1168,7 +1175,7 @@ class MLXGRPOTrainer:
                     records = self.train_step(batch)
                     self.step, self.rollout = self.step + batches, self.rollout + 1
                     self.updates_done, self.elapsed = self.update_step, time.perf_counter() - start
-                    self.after_update(before, records, bar)
+                    self.after_update(before, records)
                 self.finish()
             except (Interrupted, RunError) as stop:
                 return self.stopped(stop)
@@ -1178,14 +1185,14 @@ class MLXGRPOTrainer:
         if self.eval_dataset and self.args.eval_samples:
             self.evaluate("test")
 
-    def after_update(self, before: tuple[int, int], records: list[dict], bar: Any) -> None:
+    def after_update(self, before: tuple[int, int], records: list[dict]) -> None:
         """Log, evaluate and save whatever falls due between the counters `before` and now."""
         a, (step, update) = self.args, before
         if update == 0 and self.loaded.train_type == "full":
             console.warn_of_kl(records[0]["kl"])
         self.log.pending += records
-        bar.update(self.update_step - update)
-        bar.set_postfix_str(console.progress_text(records[-1], self.log.history))
+        self.bar.update(self.update_step - update)
+        self.bar.set_postfix_str(console.progress_text(records[-1], self.log.history))
         if self.step // a.logging_steps > step // a.logging_steps:
             self.log.training(self.step, self.elapsed)
             self.log.completions(self.shown)

@@ -43,6 +43,11 @@ def progress_bar(trainer: Any) -> tqdm:
     )
 
 
+def no_bar() -> tqdm:
+    """A bar that shows nothing, for a trainer that is used as a library."""
+    return tqdm(disable=True)
+
+
 def progress_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
     text = f"reward {record['reward_mean']:.2f}, length {record['completion_length']:.0f}"
     if record["kl"] is not None:
