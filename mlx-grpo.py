@@ -34,23 +34,26 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING or not __package__:
-    from utils import checkpoints, checks, console, datafiles, loading, memory, planning
-    from utils import rewarding, runtime, settings, tracking
+    from utils import caches, checkpoints, checks, console, datafiles, loading, memory
+    from utils import planning, rewarding, runtime, settings, templates, tracking
     from utils.console import say
     from utils.errors import RunError, UserError
+    from utils.loading import LoadedModel, load_model
     from utils.runlog import RunLog, rollout_metrics
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
-    from .utils import checkpoints, checks, console, datafiles, loading, memory, planning
-    from .utils import rewarding, runtime, settings, tracking
+    from .utils import caches, checkpoints, checks, console, datafiles, loading, memory
+    from .utils import planning, rewarding, runtime, settings, templates, tracking
     from .utils.console import say
     from .utils.errors import RunError, UserError
+    from .utils.loading import LoadedModel, load_model
     from .utils.runlog import RunLog, rollout_metrics
     from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 
@@ -64,6 +67,7 @@ from mlx.utils import tree_map, tree_unflatten
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
 # `--help` and a mistyped setting answer at once.
 
+ROOT = Path(__file__).resolve().parent
 SYSTEM_PROMPT = """
 Respond in the following format:
 <reasoning>
@@ -258,8 +262,11 @@ def extract_hash_answer(text: str) -> str | None:
 
 def extract_xml_answer(text: str) -> str:
     """The text of the last complete <answer>...</answer>; empty without one."""
-    before, closing, _ = text.rpartition("</answer>")
-    return before.rpartition("<answer>")[2].strip() if closing and "<answer>" in before else ""
+    for part in reversed(text.split("<answer>")[1:]):
+        answer, closing, _ = part.partition("</answer>")
+        if closing:
+            return answer.strip()
+    return ""
 
 
 NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d*)?|[-+]?\$?\.\d+", re.ASCII)
@@ -317,29 +324,8 @@ def encode_prompt(tokenizer: Any, config: MLXGRPOConfig, row: dict[str, Any]) ->
     Raises:
         UserError: the tokenizer has no chat template, or its template refuses the messages.
     """
-    import jinja2
-
     prefix = tokenizer.encode(config.reasoning_prefix, add_special_tokens=False)
-    options = dict(config.chat_template_kwargs)
-    if config.chat_template == "plain":
-        text = "\n\n".join(m["content"].strip() for m in row["prompt"]) + "\n\n"
-        return [*tokenizer.encode(text), *prefix]
-    if config.chat_template:
-        options["chat_template"] = Path(config.chat_template).read_text(encoding="utf-8")
-    elif getattr(tokenizer, "has_chat_template", True) is False:
-        raise UserError(
-            f"the tokenizer of {config.model_name} has no chat template: set chat_template to a "
-            'Jinja file, or chat_template = "plain"'
-        )
-    try:
-        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **options)
-    except (jinja2.TemplateError, TypeError) as error:
-        hint = '; system_prompt = "" leaves the system message out' if config.system_prompt else ""
-        raise UserError(
-            f"chat template ({config.chat_template or config.model_name}) refuses the prompt: "
-            f"{error}{hint}"
-        ) from None
-    return [*ids, *prefix]
+    return [*templates.chat_ids(tokenizer, config, row["prompt"]), *prefix]
 
 
 def correctness_reward_func(completions: list, answer: list[str], **_: Any) -> list[float]:
@@ -420,47 +406,6 @@ def group_advantages(rewards: np.ndarray) -> np.ndarray:
     std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
     span = np.where(valid, rewards, -np.inf).max(1) - np.where(valid, rewards, np.inf).min(1)
     return np.where((span > 1e-8)[:, None], centred / (std + 1e-4), 0.0)
-
-
-@dataclass
-class LoadedModel:
-    """A model with all that saving it again takes."""
-
-    model: nn.Module
-    tokenizer: Any
-    config: dict[str, Any]
-    folder: Path
-    train_type: str
-    adapter_config: dict[str, Any] = field(default_factory=dict)
-
-
-def load_model(config: MLXGRPOConfig) -> LoadedModel:
-    """Load model and tokenizer, cast to `dtype`, and make the trainable part trainable.
-
-    Raises:
-        UserError: missing folder, unusable model or adapter settings.
-        RunError: the hub is out of reach.
-    """
-    local = loading.find_model(config.model_name)
-    try:
-        model, tokenizer, model_config, folder = loading.read_model(config, local)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # on bad files
-        kind, where = (UserError, local) if local else (RunError, f"{config.model_name} (hub)")
-        raise kind(f"model {where} cannot be loaded: {error}") from error
-    dtype = config.dtype
-    if dtype == "auto" and mx.default_device() == mx.cpu:
-        dtype = "float32"  # other types are slower on the CPU, not faster
-    if dtype != "auto":
-        model.set_dtype(getattr(mx, dtype))
-    train_type = loading.choose_train_type(config, model)
-    loaded = LoadedModel(model, tokenizer, model_config, folder, train_type)
-    if train_type != "full":
-        loading.add_adapters(config, loaded)
-    if config.gradient_checkpointing:
-        memory.checkpoint_layers(model)
-    model.eval()  # new adapters come with their dropout on
-    mx.eval(model.parameters())
-    return loaded
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
@@ -571,36 +516,6 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
     return tokens, mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
 
 
-def prefill(model: nn.Module, prompts: list[list[int]]) -> list[Any]:
-    """The batch cache of all prompts but their last tokens, in one right-padded forward."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    caches = [make_prompt_cache(model) for _ in prompts]
-    for layer in caches[0]:
-        if not hasattr(layer, "merge"):
-            raise RunError(
-                f"{type(layer).__name__}, this model's cache, can't be batched by mlx-lm"
-            )
-    lengths = [len(prompt) - 1 for prompt in prompts]
-    longest = max(lengths)
-    padding = [longest - length for length in lengths]
-    # Not every recurrent model keeps padding out of its state: those read one prompt at a time.
-    alone = any(padding) and not all(hasattr(layer, "offset") for layer in caches[0])
-    for prompt, cache in zip(prompts, caches, strict=True) if alone else ():
-        if len(prompt) > 1:
-            model(mx.array([prompt[:-1]]), cache=cache)
-    merged = [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
-    if alone or not longest:
-        return merged
-    for layer in merged if any(padding) else ():
-        layer.prepare(lengths=lengths, right_padding=padding)
-    tokens = [prompt[:-1] + [0] * pad for prompt, pad in zip(prompts, padding, strict=True)]
-    model(mx.array(tokens), cache=merged)  # its logits are never evaluated
-    for layer in merged if any(padding) else ():
-        layer.finalize()
-    return merged
-
-
 BLOCK = 8  # decode steps between looks at the tokens on the host
 
 
@@ -619,12 +534,13 @@ def sample_batch(
     what they sampled past their end is dropped.
     """
     completions = [Completion() for _ in rows]
-    cache = prefill(model, prompts)
+    cache = caches.prefill(model, prompts)
     for layer in cache:
         layer.filter(mx.array(rows))  # a prompt is read once and its cache copied to its group
     tokens = mx.array([prompts[row][-1] for row in rows])  # (B,)
-    split = mx.vmap(lambda key: mx.random.split(key, how.max_tokens))
-    step_keys = split(mx.array(keys))  # (B, max_tokens, 2)
+    # The key of a position is the row's with the position added: (B, max_tokens, 2)
+    positions = np.array([[0, 1]], np.uint32) * np.arange(how.max_tokens, dtype=np.uint32)[:, None]
+    step_keys = mx.array(keys[:, None, :] + positions)
     live = completions
     unread: tuple[list[Completion], list, list] = ([], [], [])
     for start in range(0, how.max_tokens, BLOCK):
@@ -695,6 +611,11 @@ def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.nd
         "dr_grpo": np.full(sequences, 1.0 / (sequences * longest)),
     }
     return weights[loss_type]
+
+
+# Means over all tokens of the update; the other statistics are over those that had a gradient.
+PER_UPDATE = ("policy_reward", "clip_low", "clip_high")
+STATISTICS = (*PER_UPDATE, "importance_weight", "importance_capped", "sampler_mismatch")
 
 
 def grpo_loss(
@@ -774,7 +695,7 @@ class MLXGRPOTrainer:
         self.bad_updates = 0
         self.interrupted = False
         self.bar = console.no_bar()
-        self.saved_at = self.updates_done = 0
+        self.saved_at = 0
         self.log = RunLog(args)
         self.plan = self.make_plan()
         self.set_up_optimizer()
@@ -917,20 +838,21 @@ class MLXGRPOTrainer:
                 np.stack(keys[chunk[0] : chunk[-1] + 1]),
                 how,
                 stop,
-                self.pulse,
+                partial(self.pulse, "sampling"),
             )
         for completion in completions:
             completion.text = self.args.reasoning_prefix + completion.text
         return completions
 
-    def pulse(self) -> None:
-        """Between blocks of work: move the bar's clock on, and stop if Ctrl-C arrived."""
-        self.bar.refresh()
+    def pulse(self, phase: str) -> None:
+        """Between blocks of work: show that it goes on, and stop if Ctrl-C arrived."""
+        self.bar.set_description_str(phase)
         if self.interrupted:
             raise Interrupted
 
     def generate_responses(self, batch: list[int]) -> list[Completion]:
         """`num_generations` completions for each row (index) of the training set, in order."""
+        self.refresh_old_policy()
         assert self.model_old is not None
         keys = [
             row_key(self.args.seed, 0, self.update_step, row, n)
@@ -938,7 +860,6 @@ class MLXGRPOTrainer:
             for n in range(self.args.num_generations)
         ]
         rows = [self.train_dataset[row] for row in batch]
-        self.bar.set_description_str("rollout")
         return self.sample(self.model_old, rows, keys, self.sampling)
 
     def compute_rewards(
@@ -948,19 +869,20 @@ class MLXGRPOTrainer:
 
         None from a function (NaN here) adds nothing; a row that no function values is NaN.
         """
+        values = {name: self.reward_values(name, rows, responses) for name in self.reward_funcs}
+        stacked = np.stack(list(values.values()))  # (F, B)
+        weights = np.array(self.args.reward_weights or [1.0] * len(values))[:, None]
+        totals = np.nansum(stacked * weights, axis=0)
+        return np.where(np.isnan(stacked).all(axis=0), np.nan, totals), values
+
+    def reward_values(self, name: str, rows: list[dict], responses: list[Completion]) -> np.ndarray:
+        """(B,) values of one reward function, called with TRL's keywords."""
         names = {name for row in rows for name in row} - {"prompt_ids", "prompt"}
         columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
         columns["prompts"] = [row["prompt"] for row in rows]
         columns["completion_ids"] = [response.ids for response in responses]
         texts = [response.text for response in responses]
-        values = {
-            name: np.array(rewarding.call_reward(name, function, texts, columns))
-            for name, function in self.reward_funcs.items()
-        }
-        stacked = np.stack(list(values.values()))  # (F, B)
-        weights = np.array(self.args.reward_weights or [1.0] * len(values))[:, None]
-        totals = np.nansum(stacked * weights, axis=0)
-        return np.where(np.isnan(stacked).all(axis=0), np.nan, totals), values
+        return np.array(rewarding.call_reward(name, self.reward_funcs[name], texts, columns))
 
     def micro_batches(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
@@ -979,33 +901,43 @@ class MLXGRPOTrainer:
         groups: list[list[int]] = []
         for i in used:  # from the shortest up, so that each batch has little padding
             size = 1 + self.padded(totals[i] - 1)
-            if not groups or (len(groups[-1]) + 1) * size > self.plan.micro_batch_tokens:
+            full = groups and self.rows(len(groups[-1]) + 1) * size > self.plan.micro_batch_tokens
+            if not groups or full:
                 groups.append([])
             groups[-1].append(i)
         return [
-            self.pad_batch([rows[i] for i in group], [responses[i] for i in group])
-            | {
-                "advantages": mx.array(advantages[group], mx.float32),
-                "weights": mx.array(weights[group], mx.float32),
-            }
+            self.pad_batch(
+                [rows[i] for i in group],
+                [responses[i] for i in group],
+                {"advantages": advantages[group], "weights": weights[group]},
+            )
             for group in groups
         ]
 
     def padded(self, length: int) -> int:
-        """Compiled shapes come in multiples of 32, since each new shape is compiled anew."""
+        """Compiled lengths come in multiples of 32, since each new shape is compiled anew."""
         return -(-length // 32) * 32 if self.args.use_compile else length
 
-    def pad_batch(self, rows: list[dict], responses: list[Completion]) -> dict[str, mx.array]:
+    def rows(self, count: int) -> int:
+        """Compiled row counts are 1, 2, 4, and multiples of 8, for the same reason."""
+        if not self.args.use_compile:
+            return count
+        return -(-count // 8) * 8 if count > 4 else 1 << (count - 1).bit_length()
+
+    def pad_batch(
+        self, rows: list[dict], responses: list[Completion], per_row: dict | None = None
+    ) -> dict[str, mx.array]:
         """(B, T) tokens, prompt then completion then padding, and the (B, W) windows for the loss.
 
-        The window is the last W of the T - 1 predictions: wide enough for every completion.
+        The window is the last W of the T - 1 predictions: wide enough for every completion. Rows
+        that only fill up the batch have mask and weight 0.
         """
         pairs = [(row["prompt_ids"], r) for row, r in zip(rows, responses, strict=True)]
+        count = self.rows(len(pairs))
         total = 1 + self.padded(max(len(p) + len(r.ids) for p, r in pairs) - 1)
         width = min(total - 1, self.padded(total - min(len(p) for p, _ in pairs)))
-        tokens = np.zeros((len(pairs), total), np.int32)
-        mask = np.zeros((len(pairs), width), np.float32)
-        sampled = np.zeros((len(pairs), width), np.float32)
+        tokens = np.zeros((count, total), np.int32)
+        mask, sampled = np.zeros((2, count, width), np.float32)
         for i, (prompt, response) in enumerate(pairs):
             end = len(prompt) + len(response.ids)
             tokens[i, :end] = prompt + response.ids
@@ -1014,6 +946,8 @@ class MLXGRPOTrainer:
             mask[i, window] = 1
             sampled[i, window] = response.logprobs
         arrays = {"tokens": tokens, "mask": mask, "sampler_logprobs": sampled}
+        for name, values in (per_row or {}).items():
+            arrays[name] = np.pad(values.astype(np.float32), (0, count - len(pairs)))
         return {name: mx.array(x) for name, x in arrays.items()}
 
     def compute_grpo_loss(
@@ -1035,8 +969,6 @@ class MLXGRPOTrainer:
     def train_step(self, batch: list[int]) -> list[dict[str, Any]]:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
         start = time.perf_counter()
-        mx.random.seed(int(row_key(self.args.seed, 2, self.update_step)[0]))  # for dropout
-        self.refresh_old_policy()
         responses = self.generate_responses(batch)
         sampled = time.perf_counter()
         rows = [self.train_dataset[i] for i in batch for _ in range(self.args.num_generations)]
@@ -1062,13 +994,14 @@ class MLXGRPOTrainer:
         self, micro_batches: list[dict[str, mx.array]], iteration: int, tokens: float
     ) -> dict[str, Any]:
         """One optimizer update from the summed gradients of all micro-batches."""
+        # One dropout mask for all iterations, or it would move the ratio.
+        mx.random.seed(int(row_key(self.args.seed, 2, self.rollout)[0]))
         loss, grads = 0.0, tree_map(mx.zeros_like, self.master)
         sums = dict.fromkeys(STATISTICS, 0.0)
-        self.bar.set_description_str("gradient")
         self.model.train()  # dropout, and no kernels that have no gradient
         for batch in micro_batches:
             if iteration == 0:
-                self.pulse()
+                self.pulse("gradient")
                 self.add_reference(batch)
             (part, stats, logprobs), new = self.loss_and_grad(batch)
             grads = tree_map(lambda g, n: g + n.astype(mx.float32), grads, new)
@@ -1097,21 +1030,12 @@ class MLXGRPOTrainer:
             mx.eval(batch["ref_logprobs"])
 
     def apply_gradients(self, loss: float, grads: Any) -> tuple[float, int]:
-        """Clip, step, copy the masters to the model. A non-finite update changes nothing.
-
-        Raises:
-            RunError: five updates in a row were not finite.
-        """
+        """Clip, step, copy the masters to the model. A non-finite update changes nothing."""
         clipped, norm = optim.clip_grad_norm(grads, self.args.max_grad_norm)
         self.update_step += 1
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             self.bad_updates += 1
             say(f"update {self.update_step}: loss {loss}, gradient norm {norm.item()}: left out")
-            if self.bad_updates == 5:
-                raise RunError(
-                    "five updates in a row were not finite: lower the learning rate, or try "
-                    "dtype = float32"
-                )
             return norm.item(), 1
         self.bad_updates = 0
         self.optimizer.learning_rate = self.lr_schedule(self.update_step)
@@ -1137,7 +1061,6 @@ class MLXGRPOTrainer:
         rows = [dataset[i] for i in order[: samples or len(dataset)]]
         how = self.sampling_with(temperature, self.args.eval_max_new_tokens)
         keys = [row_key(self.args.seed, 1, i) for i in range(len(rows))]
-        self.bar.set_description_str("evaluation")
         return rows, self.sample(model or self.model, rows, keys, how)
 
     def score(self, dataset: list[dict], samples: int = 0, **how: Any) -> dict[str, Any]:
@@ -1147,15 +1070,18 @@ class MLXGRPOTrainer:
             answers = (extract_xml_answer(response.text) for response in responses)
             scores = [same_answer(a, r["answer"]) for a, r in zip(answers, rows, strict=True)]
         else:
-            scores = self.compute_rewards(rows, responses)[1][self.args.eval_metric].tolist()
+            scores = self.reward_values(self.args.eval_metric, rows, responses).tolist()
         cut = float(np.mean([r.finish_reason == "length" for r in responses]))
         return {"em": float(np.nanmean(scores)), "em_subset": len(rows), "truncation_rate": cut}
 
     def evaluate(self, split: str = "test") -> float:
-        """Evaluate the policy on the fixed subset of a split, log it, and return the score."""
+        """Evaluate on the fixed subset of a split, log it, return the score (NaN: no questions)."""
         train = split == "train"
+        dataset = self.train_dataset if train else self.eval_dataset
         samples = self.args.eval_subset_size if train else self.args.eval_samples
-        result = self.score(self.train_dataset if train else self.eval_dataset, samples)
+        if not (dataset and samples):
+            return math.nan
+        result = self.score(dataset, samples)
         counters = {"update": self.update_step, "batch_step": self.step, "split": split}
         self.log.evaluation(counters | result)
         return result["em"]
@@ -1168,22 +1094,23 @@ class MLXGRPOTrainer:
         with console.stoppable(self), console.progress_bar(self) as self.bar:
             try:
                 if self.update_step == 0:
-                    self.evaluate_test()
+                    self.evaluate("test")
                 while self.update_step < self.total_updates and time.perf_counter() < end:
                     before = self.step, self.update_step
                     batch, batches = self.prompts_of_update(self.rollout)
                     records = self.train_step(batch)
                     self.step, self.rollout = self.step + batches, self.rollout + 1
-                    self.updates_done, self.elapsed = self.update_step, time.perf_counter() - start
+                    self.elapsed = time.perf_counter() - start
                     self.after_update(before, records)
-                self.finish()
+                    if self.bad_updates >= 5:
+                        raise RunError(
+                            "five updates in a row were not finite: lower the learning rate, or "
+                            "try dtype = float32"
+                        )
+                checkpoints.finish(self)
             except (Interrupted, RunError) as stop:
-                return self.stopped(stop)
+                return checkpoints.stopped(self, stop)
         return 0
-
-    def evaluate_test(self) -> None:
-        if self.eval_dataset and self.args.eval_samples:
-            self.evaluate("test")
 
     def after_update(self, before: tuple[int, int], records: list[dict]) -> None:
         """Log, evaluate and save whatever falls due between the counters `before` and now."""
@@ -1193,16 +1120,15 @@ class MLXGRPOTrainer:
         self.log.pending += records
         self.bar.update(self.update_step - update)
         self.bar.set_postfix_str(console.progress_text(records[-1], self.log.history))
-        if self.step // a.logging_steps > step // a.logging_steps:
+        if due(a.logging_steps, step, self.step):
             self.log.training(self.step, self.elapsed)
             self.log.completions(self.shown)
-        every = a.eval_every_updates if a.eval_subset_size else 0
-        if every and self.update_step // every > update // every:
+        if due(a.eval_every_updates, update, self.update_step):
             self.evaluate("train")
-        last = self.update_step >= self.total_updates  # `finish` evaluates after the last update
-        if a.eval_steps and self.step // a.eval_steps > step // a.eval_steps and not last:
-            self.evaluate_test()
-        if a.save_steps and self.step // a.save_steps > step // a.save_steps:
+        last = self.update_step >= self.total_updates  # after it, the run ends with an evaluation
+        if due(a.eval_steps, step, self.step) and not last:
+            self.evaluate("test")
+        if due(a.save_steps, step, self.step):
             self.save_checkpoint(self.output_dir / f"checkpoint-{self.step}")
             checkpoints.prune(self.output_dir, a.save_total_limit)
 
@@ -1211,58 +1137,15 @@ class MLXGRPOTrainer:
         checkpoints.save(Path(path), self)
         self.saved_at = self.update_step
 
-    def finish(self) -> None:
-        """Evaluate once more and write `final/`, a model folder that mlx_lm loads by itself."""
-        if self.log.pending:
-            self.log.training(self.step, self.elapsed)
-        if self.step and self.update_step < self.total_updates:  # out of time
-            self.keep()
-        self.evaluate_test()
-        final = self.output_dir / "final"
-        with checkpoints.written_aside(final) as folder:
-            if self.loaded.train_type == "full":
-                checkpoints.write_trained_model(folder, self, self.model, self.loaded.config)
-            else:
-                self.compare_fused(checkpoints.write_fused(folder, self))
-        self.log.summary(self.update_step)
-        say(f"saved     {final}")
-        if self.args.closing_note:
-            say(f"note      {self.args.closing_note}")
 
-    def compare_fused(self, fused: nn.Module) -> None:
-        if self.eval_dataset:
-            score = self.evaluate_em(self.eval_dataset, self.args.eval_samples, model=fused)
-            unfused = self.log.history[-1]["em"]
-            say(f"fused     scores {score:.3f}, base with adapters {unfused:.3f}")
-
-    def keep(self) -> None:
-        """Save the last finished update, unless that was done, and say how to go on from it."""
-        path = self.output_dir / f"checkpoint-{self.step}"
-        if self.saved_at != self.update_step:
-            self.save_checkpoint(path)
-        say(f"stopped   after update {self.update_step}, saved in {path}. To continue:")
-        say(f"          {checkpoints.command_to_resume(self.command, self.args.overwrite)}")
-
-    def stopped(self, stop: Exception) -> int:
-        """Keep the last finished update if there is one; 130 for Ctrl-C, errors go on up."""
-        in_step = self.update_step != self.updates_done  # mid-iterations: weights have moved on
-        if self.step and not in_step:
-            self.keep()
-        else:
-            say(f"stopped   within update {self.updates_done + 1}: nothing new to save")
-        if isinstance(stop, RunError):
-            raise stop
-        return 130
-
-
-# Means over all tokens of the update; the other statistics are over those that had a gradient.
-PER_UPDATE = ("policy_reward", "clip_low", "clip_high")
-STATISTICS = (*PER_UPDATE, "importance_weight", "importance_capped", "sampler_mismatch")
+def due(every: int, before: int, now: int) -> bool:
+    """Whether an action of every so many steps falls due between two counts (0: never)."""
+    return every > 0 and now // every > before // every
 
 
 def read_config(path: str | None, overrides: Sequence[str]) -> MLXGRPOConfig:
     """Settings from defaults, TOML file and overrides, all checked."""
-    config = settings.resolve(MLXGRPOConfig, Path(path or "configs/default.toml"), overrides)
+    config = settings.resolve(MLXGRPOConfig, Path(path or ROOT / "configs/default.toml"), overrides)
     checks.refuse_dead_settings(config, config.train_type)
     for name in ("model_name", "dataset", "output_dir", "adapter_path", "resume", "chat_template"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
@@ -1315,15 +1198,15 @@ def start(config: MLXGRPOConfig, command: str) -> int:
         say(f"resume    {resume_from} at update {trainer.update_step}")
     kept = trainer.update_step if resume_from else -1
     checkpoints.truncate_log(output_dir / "training_log.jsonl", kept)
-    checkpoints.claim(output_dir, overwrite=config.overwrite)
-    checkpoints.write_json(output_dir / "config.resolved.json", dataclasses.asdict(config))
+    checkpoints.claim(output_dir, overwrite=config.overwrite and not resume_from)
+    described = dataclasses.asdict(config)
+    checkpoints.write_json(output_dir / "config.resolved.json", described)
     provenance = {
-        **runtime.provenance(Path(__file__).resolve().parent),
+        **runtime.provenance(ROOT),
         "seed": config.seed,
         "data_sha256": datafiles.fingerprint(trainer.train_dataset),
     }
     checkpoints.write_json(output_dir / "provenance.json", provenance)
-    described = dataclasses.asdict(config)
     trainer.log.tracker = tracking.make_tracker(
         config.report_to, output_dir, config.run_name, described
     )

@@ -80,7 +80,10 @@ SETTINGS = [
     ("eval_metric=accuracy", "eval_metric = 'accuracy' is neither em nor one of reward_funcs"),
     ("stop_strings=['']", "stop_strings holds an empty string"),
     ("stop_strings=<reasoning>", "stop string '<reasoning>' is part of reasoning_prefix"),
-    ("report_to=wandbb", "report_to = 'wandbb', allowed: csv, tensorboard, wandb"),
+    (
+        "report_to=wandbb",
+        "report_to: 'wandbb' is unknown, allowed are csv, tensorboard, wandb",
+    ),
     ("chat_template=no.jinja", "chat_template = 'no.jinja' is neither a file nor plain"),
     ("resume=checkpoint-7", "resume = 'checkpoint-7' is not a checkpoint folder"),
 ]
@@ -102,7 +105,6 @@ TOML = [
     ("seed = 1\n[mlx_grpo]\nseed = 2", "mixes [mlx_grpo] with other top-level keys: seed"),
     ("[train]\nseed = 2", "unknown key 'train' in bad.toml"),
     ("mlx_grpo = 3", "mlx_grpo = 3 must be a table, [mlx_grpo]"),
-    ("resume = 'auto'\noverwrite = true", "resume and overwrite exclude each other"),
     ("adapter_path = 'x'\ntrain_type = 'full'", "adapter_path needs train_type lora or dora"),
     ("train_type = 'full'\nlora_rank = 3", "lora_rank has no effect with train_type = full"),
 ]

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from utils import tracking
+from utils.errors import UserError
 
 TRAIN = {"update": 1, "loss": 0.5, "kl": None, "rewards": {"int": 0.25}}
 EVAL = {"update": 1, "split": "test", "em": 0.3, "em_subset": 200}
@@ -152,7 +153,7 @@ def test_tensorboard_event_file_holds_the_values(tmp_path):
 
 
 def test_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'tensorboard'"):
+    with pytest.raises(UserError, match="did you mean 'tensorboard'"):
         tracking.check_available(["csv", "tensorbord"])
 
 
@@ -161,7 +162,7 @@ def test_missing_package_names_its_extra(monkeypatch):
     tracking.check_available(["csv"])
     with pytest.raises(ImportError, match="uv sync --extra tensorboard, or pip install") as info:
         tracking.make_tracker(["tensorboard"], None, "name", {})
-    assert "mlx-grpo[tensorboard]" in str(info.value)
+    assert "'.[tensorboard]'" in str(info.value)
 
 
 def test_a_folder_of_an_earlier_run_is_no_package(monkeypatch, tmp_path):

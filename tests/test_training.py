@@ -236,8 +236,11 @@ def test_five_bad_updates_in_a_row_stop_the_run(model_dir, data_dir, tmp_path):
     trainer.loss_and_grad = bad
     for _ in range(4):
         trainer.train_step([0, 1])
+    assert trainer.bad_updates == 4, "the good one in between began the count anew"
+    trainer.args.eval_samples = trainer.args.eval_subset_size = 0
     with pytest.raises(RunError, match="five updates in a row"):
-        trainer.train_step([0, 1])
+        trainer.train()
+    assert trainer.bad_updates == 5
 
 
 def test_a_run_that_diverges_ends_with_exit_code_1(typed, grpo, monkeypatch, tmp_path):
@@ -251,10 +254,10 @@ def test_a_run_that_diverges_ends_with_exit_code_1(typed, grpo, monkeypatch, tmp
     code, out, err, _ = typed(reward_funcs=["helpers:digest"])
     assert code == 1
     assert "five updates in a row were not finite" in err
-    assert "within update 5" in out
+    assert "stopped   after update 5, saved in" in out
     records = read_log(tmp_path / "out")
     assert [(r["update"], r["loss"], r["skipped"]) for r in records] == [
-        (update, None, 1) for update in range(1, 5)
+        (update, None, 1) for update in range(1, 6)
     ]
 
 

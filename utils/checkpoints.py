@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .console import say
+from .errors import RunError, UserError
 
 RUN_FILES = (
     *("config.resolved.json", "provenance.json", "training_log.jsonl"),
@@ -77,10 +78,6 @@ def to_resume(output_dir: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
-def command_to_resume(command: str, overwrite: bool) -> str:
-    return f"{command} --set resume=auto" + (" --set overwrite=false" if overwrite else "")
-
-
 def remains_of_run(output_dir: Path) -> list[Path]:
     """What an earlier run left in the folder."""
     names = [output_dir / name for name in (*RUN_FILES, "final")]
@@ -101,7 +98,7 @@ def check_output(output_dir: Path, command: str, config: Any) -> None:
     if old and not (config.overwrite or config.resume):
         ways = f"Replace it:\n  {command} --set overwrite=true"
         if found(output_dir):
-            ways = f"Continue it:\n  {command_to_resume(command, False)}\nor r{ways[1:]}"
+            ways = f"Continue it:\n  {command} --set resume=auto\nor r{ways[1:]}"
         raise UserError(f"output_dir {output_dir} already holds a run ({old[0].name}). {ways}")
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -258,7 +255,7 @@ def load(folder: Path, trainer: Any) -> None:
         trainer.model.load_weights(str(file), strict=False)
     for name, value in counters.items():
         setattr(trainer, name, value)
-    trainer.saved_at = trainer.updates_done = trainer.update_step
+    trainer.saved_at = trainer.update_step
     parts: dict[str, dict] = {"optimizer": {}, "master": {}, "old": {}}
     for name, value in arrays.items():
         part, _, rest = name.partition(".")
@@ -307,3 +304,56 @@ def write_fused(folder: Path, trainer: Any) -> Any:
     write_trained_model(folder, trainer, fused, config)
     write_adapters(folder / "adapters", trainer.model, trainer.loaded.adapter_config)
     return fused
+
+
+def finish(trainer: Any) -> None:
+    """Evaluate once more and write `final/`, a model folder that mlx_lm loads by itself."""
+    if trainer.log.pending:
+        trainer.log.training(trainer.step, trainer.elapsed)
+    if trainer.step and trainer.update_step < trainer.total_updates:  # out of time
+        keep(trainer)
+    elif trainer.loaded.train_type != "full" and trainer.saved_at != trainer.update_step:
+        # Fusing takes memory that training did not: the adapters first.
+        trainer.save_checkpoint(trainer.output_dir / f"checkpoint-{trainer.step}")
+    trainer.evaluate("test")
+    final = trainer.output_dir / "final"
+    with written_aside(final) as folder:
+        if trainer.loaded.train_type == "full":
+            write_trained_model(folder, trainer, trainer.model, trainer.loaded.config)
+        else:
+            compare_fused(trainer, write_fused(folder, trainer))
+    trainer.log.summary(trainer.update_step)
+    say(f"saved     {final}")
+    if trainer.args.closing_note:
+        say(f"note      {trainer.args.closing_note}")
+
+
+def compare_fused(trainer: Any, fused: Any) -> None:
+    if trainer.eval_dataset:
+        samples = trainer.args.eval_samples
+        score = trainer.evaluate_em(trainer.eval_dataset, samples, model=fused)
+        unfused = trainer.log.history[-1]["em"]
+        say(f"fused     scores {score:.3f}, base with adapters {unfused:.3f}")
+
+
+def keep(trainer: Any) -> None:
+    """Save the last finished update, unless that was done, and say how to go on from it."""
+    path = trainer.output_dir / f"checkpoint-{trainer.step}"
+    if trainer.saved_at != trainer.update_step:
+        trainer.save_checkpoint(path)
+    say(f"stopped   after update {trainer.update_step}, saved in {path}. To continue:")
+    say(f"          {trainer.command} --set resume=auto")
+
+
+def stopped(trainer: Any, stop: Exception) -> int:
+    """Keep the last finished update if there is one; 130 for Ctrl-C, errors go on up.
+
+    Whatever stops a run does so before the weights of an unfinished update move.
+    """
+    if trainer.step:
+        keep(trainer)
+    else:
+        say("stopped   before the first update was finished: nothing to save")
+    if isinstance(stop, RunError):
+        raise stop
+    return 130

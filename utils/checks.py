@@ -58,7 +58,6 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         len(c.reward_weights) not in (0, len(c.reward_funcs)),
     )
     yield "reward_funcs names a function twice", len({*c.reward_funcs}) != len(c.reward_funcs)
-    yield "resume and overwrite exclude each other", bool(c.resume) and c.overwrite
     yield (
         "adapter_path needs train_type lora or dora",
         bool(c.adapter_path) and (c.train_type == "full"),
@@ -75,16 +74,6 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
     for text in c.stop_strings:
         yield "stop_strings holds an empty string", not text
         yield f"stop string {text!r} is part of reasoning_prefix", text in c.reasoning_prefix
-    for name in c.report_to:
-        yield (
-            f"report_to = {name!r}, allowed: csv, tensorboard, wandb",
-            name
-            not in (
-                "csv",
-                "tensorboard",
-                "wandb",
-            ),
-        )
 
 
 def check(c: Any) -> None:

@@ -94,7 +94,8 @@ def introduce(trainer: Any, blas: str | None) -> None:
     device = "CPU" if mx.default_device() == mx.cpu else mx.device_info()["device_name"]
     say(f"model     {a.model_name}: {kind}, {count:,} parameters train, on {device}")
     if kind != "full":
-        say(f"          learning rate {a.lora_learning_rate:g} (lora_learning_rate)")
+        note = "; learning_rate is for full fine-tuning" if "learning_rate" in a.explicit else ""
+        say(f"          learning rate {a.lora_learning_rate:g} (lora_learning_rate{note})")
     if kind != "full" and a.train_type == "auto" and not a.adapter_path:
         say("          the model is quantized, so adapters are trained on it (train_type = lora)")
     advice = runtime.blas_advice(blas) if device == "CPU" else None

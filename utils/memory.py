@@ -347,7 +347,7 @@ class Plan:
     activations: int
     """Of one micro-batch."""
     logits: int
-    """Of the completion positions of one micro-batch, with their gradients."""
+    """Of one micro-batch: of every position, and for the completion with their gradients."""
     trainable_parameters: int
     rollout_batch_size: int
     micro_batch_tokens: int
@@ -459,7 +459,7 @@ def _constant_parts(shape: ModelShape, settings: Settings) -> dict[str, Any]:
         "reference_copy": reference,
         "trainable_parameters": trainable,
         "checkpoint_bytes": (weights if full else adapters) + master + 8 * trainable,
-        "final_bytes": weights,
+        "final_bytes": weights if full else round(shape.parameters * width),  # fused, unpacked
     }
 
 
@@ -487,11 +487,16 @@ def activation_bytes_per_token(shape: ModelShape, settings: Settings) -> int:
 
 
 def _sequence_bytes(shape: ModelShape, settings: Settings) -> tuple[int, int]:
-    """Activations and logits of one sequence of a micro-batch."""
+    """Activations and logits of one sequence of a micro-batch.
+
+    The head is applied to every position, the loss only to those of the completion. In half
+    precision `position` counts the head's own output already, beside its float32 copies.
+    """
     width = settings.train_dtype_bytes
     position = shape.vocab_size * (12 + (2 * width if width < 4 else 0))
     activations = activation_bytes_per_token(shape, settings) * settings.sequence
-    return activations, position * settings.completion_tokens
+    head = shape.vocab_size * width * (settings.prompt_tokens if width < 4 else settings.sequence)
+    return activations, position * settings.completion_tokens + head
 
 
 def _rollout_rows(settings: Settings, left: float, row: int) -> int:

@@ -20,11 +20,13 @@ class RunLog:
         self.tracker: tracking.Tracker = tracking.NullTracker()
         self.history: list[dict[str, Any]] = []
         self.pending: list[dict[str, Any]] = []
+        self.warned_of_cut = False
 
     def write(self, record: dict[str, Any]) -> None:
         """One JSON object a line (NaN and infinity, which JSON lacks, as null); the trackers."""
         record = {name: finite(value) for name, value in record.items()}
         if self.args.log_jsonl:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.tracker.log(record)
@@ -44,7 +46,7 @@ class RunLog:
         self.write(record)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """Write and show an evaluation; the first on the test split warns of cut-off answers."""
+        """Write and show an evaluation; warn once when over 5 % of the answers are cut off."""
         self.write(record)
         cut = record["truncation_rate"]
         note = f", {cut:.0%} cut off" if cut else ""
@@ -52,10 +54,10 @@ class RunLog:
             f"eval      update {record['update']:>4}  {self.score_text(record['em'])} on "
             f"{record['split']} ({record['em_subset']} questions, greedy{note})"
         )
-        if record["split"] != "test":
-            return
-        self.history.append(record)
-        if cut > 0.05 and len(self.history) == 1:
+        if record["split"] == "test":
+            self.history.append(record)
+        if cut > 0.05 and not self.warned_of_cut:
+            self.warned_of_cut = True
             say(
                 f"          {cut:.0%} of the answers hit eval_max_new_tokens = "
                 f"{self.args.eval_max_new_tokens} and count as wrong: raise it"

@@ -172,19 +172,19 @@ def _installed(package: str) -> bool:
 def check_available(report_to: list[str]) -> None:
     """Check `report_to` without importing anything.
 
-    Raises ValueError for an unknown name, MissingExtra (an ImportError) for a missing package.
+    Raises UserError for an unknown name, MissingExtra (also one) for a missing package.
     """
     for name in report_to:
         if name not in PACKAGES:
             near = difflib.get_close_matches(name, PACKAGES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             allowed = ", ".join(PACKAGES)
-            raise ValueError(f"report_to: {name!r} is unknown, allowed are {allowed}{hint}")
+            raise UserError(f"report_to: {name!r} is unknown, allowed are {allowed}{hint}")
         package = PACKAGES[name]
         if package is not None and not _installed(package):
             raise MissingExtra(
                 f"report_to = {name!r} needs the package {package}: "
-                f'uv sync --extra {name}, or pip install "mlx-grpo[{name}]"'
+                f"uv sync --extra {name}, or pip install '.[{name}]'"
             )
 
 
