@@ -55,7 +55,10 @@ def test_the_quoted_reward_is_valid_and_used(grpo, tmp_path):
     assert reward(completions=[short, long]) == [0.5, 0.0]
 
 
-@pytest.mark.parametrize("name", [*DOCUMENTS, "models/tiny-math/README.md"])
+LINKING = [*DOCUMENTS, "models/tiny-math/README.md", "utils/README.md"]
+
+
+@pytest.mark.parametrize("name", [*LINKING, "docs/nanochat.md", "docs/litgpt.md"])
 def test_linked_files_exist(name):
     links = re.findall(r"\]\(([^)]+)\)", text_of(name))
     local = [link.partition("#")[0] for link in links if "://" not in link]

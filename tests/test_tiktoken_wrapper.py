@@ -96,6 +96,22 @@ def test_missing_chat_token_is_named(tokenizer):
         TiktokenTokenizerWrapper(RANKS, PATTERN, {k: v for k, v in SPECIAL.items() if v != BOS})
 
 
+TABLES = {
+    "a byte missing": ({k: v for k, v in RANKS.items() if k != b"z"}, SPECIAL, "lack 1 of the 256"),
+    "an empty token": (RANKS | {b"": 264}, SPECIAL, "empty token"),
+    "an id twice": (RANKS | {b"hell": 257}, SPECIAL, "the ids 0 to 263, each once"),
+    "a gap": (RANKS, SPECIAL | {"<|bos|>": 500}, "each once"),
+    "no number": (RANKS, SPECIAL | {"<|bos|>": "259"}, "each once"),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_tables_that_make_no_tokenizer_are_refused(tokenizer, case):
+    ranks, special, message = TABLES[case]
+    with pytest.raises(ValueError, match=message):
+        TiktokenTokenizerWrapper(ranks, PATTERN, special)
+
+
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(ImportError, match="uv sync --extra nanochat"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import pretrain, settings, tiny_math  # pretrain first loads the BLAS, then MLX
+from utils import pretrain as command  # first loads the BLAS, then MLX
 
 # isort: split
 import mlx.core as mx
@@ -16,6 +16,9 @@ import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save
 from transformers import AutoTokenizer
+
+from utils import settings, tiny_math
+from utils import tiny_math_model as pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "models" / "tiny-math"
@@ -53,7 +56,7 @@ def good_completion(row):
 
 @pytest.fixture(scope="module")
 def config():
-    return settings.resolve(pretrain.PretrainConfig, PRESET)
+    return settings.resolve(pretrain.TinyMathConfig, PRESET)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +306,7 @@ def test_the_command_makes_a_model_that_loads(tmp_path):
     )
     overrides = [part for item in small.split() for part in ("--set", item)]
     arguments = ["--config", str(PRESET), "--output-dir", str(tmp_path), *overrides]
-    assert pretrain.main(arguments) == 0
+    assert command.main(arguments) == 0
     model, tokenizer = mlx_lm.load(str(tmp_path))
     assert model(mx.array([tokenizer.encode("1+1=")])).shape[-1] == 448
     assert set(json.loads((tmp_path / "pretrain.json").read_text())["figures"]) == {
@@ -332,13 +335,13 @@ def test_the_command_makes_a_model_that_loads(tmp_path):
 def test_bad_settings_end_with_exit_code_2_and_write_nothing(override, complaint, tmp_path, capsys):
     folder = tmp_path / "out"
     arguments = ["--config", str(PRESET), "--output-dir", str(folder), "--set", override]
-    assert pretrain.main(arguments) == 2
+    assert command.main(arguments) == 2
     assert complaint in capsys.readouterr().err
     assert not folder.exists()
 
 
 def test_data_only_trains_nothing(tmp_path):
     arguments = ["--config", str(PRESET), "--output-dir", str(tmp_path), "--data-only"]
-    assert pretrain.main(arguments) == 0
+    assert command.main(arguments) == 0
     assert (tmp_path / "train.jsonl").exists()
     assert not (tmp_path / "model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 
 import mlx.core as mx
@@ -806,3 +807,16 @@ def test_a_change_that_would_alter_the_rest_of_the_run_is_refused(model_dir, dat
         model_dir, data_dir, tmp_path / "o", resume="auto", rollout_batch_size=3, **settings
     )
     assert code == 0
+
+
+def test_a_rope_base_written_by_transformers_5_is_read(model_dir, data_dir, tmp_path, grpo):
+    """mlx-lm's llama ignores `rope_parameters` and would train with the default of 10000."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_theta"]
+    config["rope_parameters"] = {"rope_theta": 777.0, "rope_type": "default"}
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = grpo.load_model(make_config(folder, data_dir, tmp_path / "o"))
+    assert loaded.model.args.rope_theta == 777.0
+    assert loaded.config["rope_theta"] == 777.0, "and final/ will say so"

@@ -2,18 +2,32 @@
 
     uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-1.5B-Instruct --quantize
 
-The folder appears only when the converted model has been loaded again and has generated text.
+The folder appears only when the converted model has been loaded again, has generated text, and its
+log-probs of a fixed text have been compared with those of the source.
 """
 
 import argparse
-import importlib
+import contextlib
+import json
 import os
+import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from utils import memory, runtime  # noqa: E402
+from utils.errors import RunError, UserError  # noqa: E402
+from utils.hf_config import translate_config  # noqa: E402
+from utils.model_check import compare, describe, read_fixed_text, read_source  # noqa: E402
 
 DEFAULT_OUTPUT = "utils/mlx_model"
 COMMAND = "uv run python utils/convert_model.py"
@@ -23,16 +37,27 @@ EXAMPLES = f"""examples:
   {COMMAND} --hf-path Qwen/Qwen2.5-1.5B-Instruct --dtype bfloat16
       half precision, which full fine-tuning needs
   {COMMAND} --hf-path ./my-model -q --bits 8 --output-dir models/my-model-8bit
+  {COMMAND} --hf-path ./my-model -q --quant-predicate mixed_4_6
+      4 bits, but 6 for the layers that suffer most
+  {COMMAND} --hf-path mlx-community/some-4bit-model --dequantize
 
 train the result with --set model_name={DEFAULT_OUTPUT}, or a preset that names it"""
 
+# What each quantization mode can store; the first of each is its default.
+GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,), "nvfp4": (16,), "mxfp8": (32,)}
+BITS = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "nvfp4": (4,), "mxfp8": (8,)}
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+QUANT_METHODS = (  # of Hugging Face checkpoints, which mlx-lm's load_model can read
+    "awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8",
+)  # fmt: skip
+VISION_KEYS = ("vision_config", "vision_tower", "mm_vision_tower")
 
-class ConversionError(Exception):
-    """What went wrong, for the user; exit_code 2 for input to correct, 1 for everything else."""
 
-    def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+# mlx-lm and MLX read untrusted files without checks of their own, and fail in all of these ways.
+READ_ERRORS = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError,
+    ArithmeticError, AssertionError,
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,22 +66,57 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert a Hugging Face model to an MLX folder and check that it works.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    add = parser.add_argument
+    add_source_options(parser)
+    add_weight_options(parser)
+    add_output_options(parser)
+    return parser
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("source").add_argument
     add("--hf-path", required=True, metavar="MODEL", help="name on the hub, or a local folder")
+    add("--revision", metavar="NAME", help="branch, tag or commit on the hub; default: its main")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; only for models you trust",
+    )
+
+
+def add_weight_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("weights").add_argument
     add("-q", "--quantize", action="store_true", help="quantize the weights (to 4 bits)")
-    add("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="with --quantize; default 4")
+    add("--bits", type=int, choices=sorted(BITS["affine"]), help="with --quantize; default 4")
     add(
         "--group-size",
         type=int,
-        choices=(32, 64, 128),
-        help="weights that share a scale, with --quantize; default 64",
+        choices=(16, 32, 64, 128),
+        help="weights that share a scale, with --quantize; default: the mode's, 64 for affine",
     )
+    add(
+        "--q-mode",
+        choices=tuple(BITS),
+        help="how numbers are stored, with --quantize: affine (default; any bits), or the "
+        "floating-point formats mxfp4, nvfp4 and mxfp8, which fix bits and group size",
+    )
+    add(
+        "--quant-predicate",
+        choices=RECIPES,
+        metavar="RECIPE",
+        help=f"fewer bits for most layers and more for sensitive ones: {', '.join(RECIPES)}",
+    )
+    add("--dequantize", action="store_true", help="turn a quantized model into a plain one")
     add(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
         help="of what is not quantized; default: as in the checkpoint",
     )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("result").add_argument
     add(
         "--output-dir",
         type=Path,
@@ -65,46 +125,128 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"default {DEFAULT_OUTPUT}",
     )
     add("--force", action="store_true", help="replace an existing model folder")
-    return parser
+    add(
+        "--eos-token",
+        metavar="TOKEN",
+        help="the token that ends a text, instead of the checkpoint's, such as '<|im_end|>'",
+    )
+    add("--upload-repo", metavar="OWNER/NAME", help="upload the result to the hub afterwards")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is downloaded. Raises ConversionError."""
-    if not args.quantize and (args.bits or args.group_size):
-        raise ConversionError("--bits and --group-size need --quantize")
-    check_source(args.hf_path)
+    """Refuse what cannot work before anything is downloaded. Raises UserError."""
+    check_quantization(args)
+    check_source(args)
     check_output(args)
+    if args.upload_repo:
+        check_upload(args.upload_repo)
 
 
-def check_source(hf_path: str) -> None:
-    source = Path(hf_path)
+def check_quantization(args: argparse.Namespace) -> None:
+    """Refuse contradictory options, then fill in the defaults of the mode."""
+    names = ("--bits", "--group-size", "--q-mode", "--quant-predicate")
+    values = (args.bits, args.group_size, args.q_mode, args.quant_predicate)
+    given = [name for name, value in zip(names, values, strict=True) if value is not None]
+    if args.quantize and args.dequantize:
+        raise UserError("--quantize and --dequantize exclude each other")
+    if given and not args.quantize:
+        raise UserError(f"{' and '.join(given)} need --quantize")
+    mode = args.q_mode or "affine"
+    if args.quant_predicate and (mode != "affine" or args.bits):
+        raise UserError(
+            f"--quant-predicate {args.quant_predicate} chooses the bits of each layer in the "
+            f"affine mode: leave out {'--bits' if args.bits else '--q-mode ' + mode}"
+        )
+    choose(args, "bits", mode, BITS[mode])
+    choose(args, "group_size", mode, GROUP_SIZES[mode])
+    args.q_mode = mode
+
+
+def choose(args: argparse.Namespace, name: str, mode: str, allowed: tuple[int, ...]) -> None:
+    value = getattr(args, name)
+    if value is not None and value not in allowed:
+        flag, choices = name.replace("_", "-"), ", ".join(map(str, sorted(allowed)))
+        raise UserError(f"--{flag} {value} does not go with --q-mode {mode}, which has {choices}")
+    setattr(args, name, value or allowed[0])
+
+
+def check_source(args: argparse.Namespace) -> None:
+    name, source = args.hf_path, Path(args.hf_path).expanduser()
     if (source / "config.json").is_file():
+        if args.revision:
+            raise UserError(f"--revision is for models on the hub, and {name} is a local folder")
         return
+    if (source / "adapter_config.json").is_file():
+        raise UserError(
+            f"--hf-path {name} holds adapters, not a model: fuse them into their base first, "
+            f"with mlx_lm.fuse --model BASE --adapter-path {name}"
+        )
     if source.exists():
-        raise ConversionError(f"--hf-path {hf_path} is no model folder: it has no config.json")
-    if hf_path.startswith((".", "/", "~")) or hf_path.count("/") > 1:
-        raise ConversionError(f"--hf-path {hf_path}: no such folder, and no hub name (OWNER/NAME)")
+        raise UserError(f"--hf-path {name} is no model folder: it has no config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise UserError(f"--hf-path {name}: no such folder, and no hub name (OWNER/NAME)")
 
 
 def check_output(args: argparse.Namespace) -> None:
     output: Path = args.output_dir
+    source = Path(args.hf_path).expanduser().resolve()
+    if source.exists() and (source == output.resolve() or output.resolve() in source.parents):
+        raise UserError(f"--output-dir {output} would replace the source {args.hf_path}")
     if not output.exists() and not output.is_symlink():
+        check_writable(output)
         return
     if not args.force:
-        raise ConversionError(
-            f"{output} exists already. Replace it with:\n"
-            f"  {COMMAND} {' '.join(sys.argv[1:])} --force"
-        )
+        again = shlex.join([*sys.argv[1:], "--force"])
+        raise UserError(f"{output} exists already. Replace it with:\n  {COMMAND} {again}")
     # --force must not delete a home folder because of a slip in --output-dir.
-    model_folder = (output / "config.json").is_file() or not any(output.iterdir())
-    if output.is_symlink() or not output.is_dir() or not model_folder:
-        raise ConversionError(f"--force replaces model folders only, and {output} is none")
+    if output.is_symlink() or not output.is_dir() or not is_model_or_empty(output):
+        raise UserError(f"--force replaces model folders only, and {output} is none")
+    check_writable(output)
+
+
+def is_model_or_empty(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or not any(folder.iterdir())
+
+
+def check_writable(output: Path) -> None:
+    """The nearest existing parent must be a folder where names can be made."""
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output-dir {output} cannot be made: {parent} is no writable folder")
+
+
+def check_upload(repo: str) -> None:
+    """The name must be one, and somebody logged in, before hours of work."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if repo.count("/") != 1:
+        raise UserError(f"--upload-repo {repo} is no hub name; it has the form OWNER/NAME")
+    try:
+        validate_repo_id(repo)
+        HfApi().whoami()
+    except HFValidationError as error:
+        raise UserError(f"--upload-repo {repo}: {one_line(error)}") from error
+    except LocalTokenNotFoundError as error:
+        raise UserError("--upload-repo needs a login: run `hf auth login` first") from error
+    except (HTTPError, OSError) as error:
+        raise RunError(f"--upload-repo: no answer from the hub: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text for the terminal; mlx-lm lists hundreds of weights over many lines."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, (LookupError, TypeError, AttributeError)):
+        text = f"{type(error).__name__} {text}"  # a KeyError's text is just the key
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 @contextmanager
 def partial_folder(output: Path) -> Iterator[Path]:
     """A name beside `output` to write to; moved there at the end, removed after an error."""
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    made = [parent for parent in output.absolute().parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
@@ -117,73 +259,375 @@ def partial_folder(output: Path) -> Iterator[Path]:
             partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: the result is there
+            for parent in made:
+                parent.rmdir()
 
 
-def run_conversion(args: argparse.Namespace, folder: Path) -> None:
-    """Convert into `folder` with mlx_lm; its errors become one line. Raises ConversionError."""
+def find_source(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The local folder of the source, downloaded if need be, and its configuration.
+
+    config.json comes first: what it rules out is refused before gigabytes are downloaded.
+    """
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    local = Path(args.hf_path).expanduser()
+    folder = local if local.is_dir() else download(args, ["config.json"])
+    config = read_config(folder, args)
+    check_config(config, args)
+    if folder != local:
+        folder = download(args, [*DEFAULT_ALLOW_PATTERNS, "*.model"])  # of vision models: spiece
+    check_weights(folder)
+    check_tokenizer(folder)
+    return folder, config
+
+
+def download(args: argparse.Namespace, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
-    from mlx_lm import convert
 
+    name = args.hf_path
     try:
-        convert(
-            args.hf_path,
-            str(folder),
-            quantize=args.quantize,
-            q_bits=args.bits,
-            q_group_size=args.group_size,
-            dtype=args.dtype,
-        )
-    except RepositoryNotFoundError as error:
-        raise ConversionError(
-            f"{args.hf_path} is neither a folder nor a model on the hub "
+        return Path(snapshot_download(name, revision=args.revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{name} is neither a folder nor a model on the hub "
             "(a private or gated one needs `hf auth login`)"
         ) from error
-    except (HTTPError, LocalEntryNotFoundError) as error:
-        raise ConversionError(f"no answer from the hub for {args.hf_path}: {error}", 1) from error
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{args.hf_path} cannot be converted: {error}", 1) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{name} has no revision {args.revision} on the hub") from error
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise RunError(f"no answer from the hub for {name}: {one_line(error)}") from error
 
 
-def check_model(folder: Path) -> str:
-    """Load the converted model, generate a few tokens, describe it. Raises ConversionError."""
-    import mlx.core as mx
-    from mlx_lm import generate, load
-    from mlx_lm.utils import compute_bits_per_weight, get_total_parameters
+def read_config(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    from mlx_lm.utils import load_config
 
-    loaded: Any = load(str(folder))
-    model, tokenizer = loaded[:2]
-    prompt = tokenizer.encode("Two and two make") or [0]
-    if not mx.isfinite(model(mx.array([prompt]))).all().item():
-        raise ConversionError("the converted model computes NaN or inf; try --dtype bfloat16", 1)
-    text = generate(model, tokenizer, prompt=prompt, max_tokens=8)
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
-    return (
-        f"{get_total_parameters(model) / 1e6:,.1f} M parameters, {size:,.3f} GB on disk, "
-        f"{compute_bits_per_weight(model):.2f} bits per weight; it continues "
-        f"'Two and two make' with {text!r}"
+    try:
+        config = load_config(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{args.hf_path} is no model: it has no config.json") from error
+    except (OSError, ValueError, TypeError) as error:  # TypeError: JSON, but no object
+        raise UserError(f"{args.hf_path}/config.json cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{args.hf_path}/config.json names no model_type")
+    return config
+
+
+def has_vision(config: dict[str, Any]) -> bool:
+    return any(config.get(key) for key in VISION_KEYS)
+
+
+def check_config(config: dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuse what the configuration alone rules out."""
+    name = args.hf_path
+    quantization = config.get("quantization") or config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if args.dequantize and not quantization:
+        raise UserError(f"{name} is not quantized: there is nothing to dequantize")
+    if args.quantize and config.get("quantization"):
+        raise UserError(f"{name} is quantized already; convert its source, or --dequantize it")
+    if quantization and not config.get("quantization") and method not in QUANT_METHODS:
+        raise UserError(
+            f"{name} is quantized by {method}, which mlx-lm does not read; it reads "
+            f"{', '.join(QUANT_METHODS)}, and models that are not quantized"
+        )
+    if has_vision(config):
+        check_vision(args)
+    elif "model_file" not in config:
+        check_model_type(config, name)
+
+
+def check_vision(args: argparse.Namespace) -> None:
+    from importlib.util import find_spec
+
+    if args.dequantize or args.eos_token:
+        flag = "--dequantize" if args.dequantize else "--eos-token"
+        raise UserError(f"{flag} is for language models; {args.hf_path} has a vision tower")
+    if find_spec("mlx_vlm") is None:
+        raise UserError(
+            f"{args.hf_path} has a vision tower, which mlx-vlm converts. Install the extra "
+            "`vision`:\n  uv run --extra vision python utils/convert_model.py ...\n"
+            "  pip install 'mlx-vlm>=0.7,<0.8'"
+        )
+
+
+def check_model_type(config: dict[str, Any], name: str) -> None:
+    from importlib.metadata import version
+
+    from mlx_lm.utils import _get_classes
+
+    try:
+        _get_classes(config)
+    except ValueError as error:
+        raise UserError(
+            f"{name}: mlx-lm {version('mlx-lm')} has no model_type {config['model_type']!r}. It "
+            "converts language models that generate text; a newer mlx-lm may know this one"
+        ) from error
+
+
+def check_weights(folder: Path) -> None:
+    """A missing or truncated shard is named here; MLX would fail in the middle of the work."""
+    # A folder may have weights of PyTorch only.
+    torch_files = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if torch_files and not any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"{folder} has no model*.safetensors, only {torch_files[0].name}. Save it with "
+            "transformers first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        for shard in memory._shards(folder):
+            memory._read_header(shard)
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+
+
+def check_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return  # a tokenizer of another kind, which mlx-lm tries to load
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # what `tokenizers` raises is no narrower
+        raise UserError(f"{file} is damaged: {one_line(error)}") from error
+
+
+def convert_text_model(
+    args: argparse.Namespace, source: Path, config: dict[str, Any], folder: Path
+) -> None:
+    """Write the converted model to `folder`, by mlx-lm's own steps."""
+    from mlx_lm.utils import dequantize_model, load, save
+
+    model, tokenizer, config = load(
+        str(source),
+        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        model_config=translate_config(config),
+        lazy=True,
+        return_config=True,
+        trust_remote_code=args.trust_remote_code,
     )
+    if args.eos_token:
+        tokenizer, config["eos_token_id"] = replace_eos(args, source, tokenizer)
+    cast(model, config, args.dtype)
+    if args.dequantize:
+        model = dequantize_model(model)
+        cast(model, config, args.dtype)  # mxfp4 and its like give bfloat16, whatever was asked
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    if args.quantize:
+        model, config = quantize(args, model, config)
+    save(folder, source, model, tokenizer, config)
+    if args.eos_token:
+        update_json(folder / "generation_config.json", eos_token_id=config["eos_token_id"])
+
+
+def cast(model: Any, config: dict[str, Any], dtype: str | None) -> None:
+    """Change the type of the floating-point weights, as mlx_lm.convert does, and note it."""
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
+
+    if dtype is None:
+        return
+    wanted = getattr(mx, dtype)
+    castable = getattr(model, "cast_predicate", lambda name: True)
+
+    def convert_one(name: str, weight: mx.array) -> mx.array:
+        floating = mx.issubdtype(weight.dtype, mx.floating)
+        return weight.astype(wanted) if floating and castable(name) else weight
+
+    model.update(tree_map_with_path(convert_one, model.parameters()))
+    # Under the name of transformers 5, and that of 4, by which mlx_lm.convert would cast back.
+    config.update({key: dtype for key in ("dtype", "torch_dtype") if key in config})
+
+
+def quantize(args: argparse.Namespace, model: Any, config: dict) -> tuple[Any, dict]:
+    from mlx_lm.convert import mixed_quant_predicate_builder
+    from mlx_lm.utils import quantize_model
+
+    plain, packed = layers_by_kind(model)
+    if len(packed) > len(plain):  # gpt-oss has packed experts, and the rest can still be packed
+        raise UserError(f"{args.hf_path} is quantized already; --dequantize turns it back")
+    predicate = None
+    if args.quant_predicate:
+        predicate = mixed_quant_predicate_builder(args.quant_predicate, model, args.group_size)
+    model, config = quantize_model(
+        model, config, args.group_size, args.bits, mode=args.q_mode, quant_predicate=predicate
+    )
+    left = [m for m in layers_by_kind(model)[0] if m.weight.shape[-1] % args.group_size]
+    if left and len(left) == len(plain):
+        widths = sorted({m.weight.shape[-1] for m in left})
+        raise UserError(
+            f"nothing to quantize: no layer's width ({', '.join(map(str, widths))}) is a "
+            f"multiple of the group size {args.group_size}"
+        )
+    if left:
+        say(f"{len(left)} layers stay as they are: width no multiple of {args.group_size}")
+    return model, config
+
+
+def layers_by_kind(model: Any) -> tuple[list[Any], list[Any]]:
+    """Layers that could be quantized, and those that are."""
+    modules = [module for _, module in model.named_modules()]
+    plain = [m for m in modules if hasattr(m, "to_quantized")]
+    return plain, [m for m in modules if hasattr(m, "bits") and "scales" in m]
+
+
+def replace_eos(args: argparse.Namespace, source: Path, tokenizer: Any) -> tuple[Any, int]:
+    """The tokenizer with the wanted token at the end of texts, and this token's id."""
+    from mlx_lm.utils import load_tokenizer
+
+    token = args.eos_token
+    # Asked of the vocabulary, because transformers would add an unknown one to it.
+    if (number := tokenizer.get_vocab().get(token)) is None:
+        known = ", ".join(sorted(tokenizer.get_added_vocab())[:12]) or "none"
+        raise UserError(f"--eos-token {token} is not in the vocabulary; special tokens: {known}")
+    extra = {"trust_remote_code": args.trust_remote_code, "eos_token": token}
+    return load_tokenizer(source, extra, eos_token_ids=[number]), number
+
+
+def update_json(path: Path, **values: Any) -> None:
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8")) | values
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def convert_vision_model(args: argparse.Namespace, source: Path, folder: Path) -> None:
+    from mlx_vlm import convert
+
+    convert(
+        str(source),
+        str(folder),
+        quantize=args.quantize,
+        q_group_size=args.group_size,
+        q_bits=args.bits,
+        q_mode=args.q_mode,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        quant_predicate=args.quant_predicate,
+    )
+
+
+def run_conversion(args: argparse.Namespace, folder: Path) -> str:
+    """Read the source, convert it into `folder`, read that; what came of it.
+
+    Raises:
+        UserError, RunError: mlx-lm's and MLX's own errors, in one line.
+    """
+    source, config = find_source(args)
+    vision = has_vision(config)
+    say(f"reading {args.hf_path}")
+    try:
+        added = {} if vision else translate_config(config)
+        before = read_source(source, args.trust_remote_code, vision, added)
+        say("converting")
+        if vision:
+            convert_vision_model(args, source, folder)
+        else:
+            convert_text_model(args, source, config, folder)
+    except READ_ERRORS as error:
+        raise explain(error, args) from error
+    if source != Path(args.hf_path).expanduser():
+        write_model_card(args.hf_path, folder)
+    say("checking the result")
+    try:
+        after = read_fixed_text(folder, args.trust_remote_code, vision, {})
+    except RunError as error:
+        raise RunError(f"the converted model is broken ({error}); try --dtype bfloat16") from error
+    except READ_ERRORS as error:
+        raise RunError(f"the converted model does not work: {one_line(error)}") from error
+    use = "--set model_name=" if not vision else "mlx_vlm.generate --model "
+    verb = "Ask" if vision else "Train"
+    return (
+        f"{describe(folder, after)}\n{compare(before, after)}\n"
+        f"{verb} it with: {use}{args.output_dir}"
+    )
+
+
+def explain(error: Exception, args: argparse.Namespace) -> UserError | RunError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{args.hf_path} needs Python code of its own. Read that code, and add "
+            "--trust-remote-code if you trust it"
+        )
+    return RunError(f"{args.hf_path} cannot be converted: {one_line(error)}")
+
+
+def write_model_card(name: str, folder: Path) -> None:
+    """README.md with the licence and tags of the source, whose name it gives."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+    from mlx_lm.utils import create_model_card
+
+    try:
+        create_model_card(folder, name)
+    except (OSError, ValueError, EntryNotFoundError):  # no card, or the hub is out of reach now
+        card = ModelCard.load(folder / "README.md")
+        card.data.base_model = name
+        card.save(folder / "README.md")
+
+
+def upload(folder: Path, repo: str) -> None:
+    """Not by mlx_lm.utils.upload_to_hub: what it calls is gone from huggingface_hub 2."""
+    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub.errors import HTTPError
+
+    card = ModelCard.load(folder / "README.md")
+    card.text = (
+        f"# {repo}\n\nIn MLX format; converted from {card.data.base_model or 'a local model'}.\n\n"
+        f'```python\nfrom mlx_lm import generate, load\n\nmodel, tokenizer = load("{repo}")\n```\n'
+    )
+    card.save(folder / "README.md")
+    try:
+        HfApi().create_repo(repo_id=repo, exist_ok=True)
+        HfApi().upload_folder(folder_path=folder, repo_id=repo)
+    except (HTTPError, OSError, ValueError) as error:
+        raise RunError(
+            f"{folder} is complete, but its upload failed: {one_line(error)}\n"
+            f"Try again with: hf upload {repo} {folder}"
+        ) from error
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """A kill takes the way of Ctrl-C, which removes the partial folder."""
+    raise KeyboardInterrupt
+
+
+def convert_and_report(args: argparse.Namespace) -> None:
+    args.output_dir = args.output_dir.expanduser()
+    check_arguments(args)
+    runtime.preload_blas()
+    with partial_folder(args.output_dir) as folder:
+        summary = run_conversion(args, folder)
+    print(f"{args.output_dir}: {summary}")
+    if args.upload_repo:
+        upload(args.output_dir, args.upload_repo)
+        print(f"Uploaded to https://huggingface.co/{args.upload_repo}")
 
 
 def main() -> int:
     """Returns the exit code: 0, 2 for input to correct, 1 for a conversion that failed."""
     args = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, stop)
     try:
-        check_arguments(args)
-        # As a script, sys.path[0] is utils/ itself.
-        name = f"{__package__}.runtime" if __package__ else "runtime"
-        importlib.import_module(name).preload_blas()
-        with partial_folder(args.output_dir) as folder:
-            run_conversion(args, folder)
-            summary = check_model(folder)
-    except ConversionError as error:
+        convert_and_report(args)
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{args.output_dir}: {summary}")
-    print(f"Train it with: --set model_name={args.output_dir}")
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

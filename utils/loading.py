@@ -2,17 +2,25 @@
 
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import checks, memory
+from . import checks, hf_config, memory
 from .errors import RunError, UserError
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
 
 HOW_TO_MAKE = {
     "utils/mlx_model": "uv run python utils/convert_model.py "
     "--hf-path Qwen/Qwen2.5-1.5B-Instruct --quantize",
-    "models/nanochat": "uv run python utils/convert_nanochat.py --help",
+    "models/nanochat-mlx": "# docs/nanochat.md says where to get a checkpoint\n"
+    "  uv run --extra nanochat python utils/convert_nanochat.py "
+    "--checkpoint-dir ~/.cache/nanochat/chatsft_checkpoints/d20",
+    "models/nanochat-d32-mlx": "# docs/nanochat.md says where to get a checkpoint\n"
+    "  uv run --extra nanochat python utils/convert_nanochat.py "
+    "--checkpoint-dir ~/.cache/nanochat/chatsft_checkpoints/d32 "
+    "--output-dir models/nanochat-d32-mlx",
+    "models/nanochat": "uv run --extra nanochat python utils/convert_nanochat.py --help",
     "models/tiny-math": "uv run python utils/pretrain.py --config configs/pretrain/tiny_math.toml",
 }
 
@@ -66,13 +74,21 @@ def read_model(config: Any, local: Path | None) -> tuple[Any, Any, dict, Path]:
     if local and (local / "tokenizer.tiktoken").is_file():
         model, model_config = mlx_lm.utils.load_model(local, trust_remote_code=trust)
         return model, TiktokenTokenizerWrapper.from_pretrained(local), model_config, local
-    model, tokenizer, model_config = mlx_lm.load(
-        str(local or config.model_name),
-        tokenizer_config={"trust_remote_code": trust},
-        trust_remote_code=trust,
-        return_config=True,
-    )
-    return model, tokenizer, model_config, local or hf_repo_to_path(config.model_name)
+    options = {
+        "tokenizer_config": {"trust_remote_code": trust},
+        "trust_remote_code": trust,
+        "return_config": True,
+    }
+    if not local:
+        loaded = mlx_lm.load(config.model_name, **options)
+        folder = hf_repo_to_path(config.model_name)
+        if not hf_config.translate_config(loaded[2]):
+            return *loaded, folder
+    else:
+        folder = local
+    # mlx-lm takes defaults for what transformers 5 calls by another name, if it is not told.
+    added = hf_config.translate_config(mlx_lm.utils.load_config(folder))
+    return *mlx_lm.load(str(folder), model_config=added, **options), folder
 
 
 def is_quantized(model: Any) -> bool:
@@ -159,3 +175,46 @@ def read_adapter_config(config: Any) -> tuple[dict[str, Any], str]:
     if config.train_type not in ("auto", kind):
         raise UserError(f"{path} holds {kind} adapters, but train_type = {config.train_type}")
     return adapter_config, kind
+
+
+@dataclass
+class LoadedModel:
+    """A model with all that saving it again takes."""
+
+    model: Any
+    tokenizer: Any
+    config: dict[str, Any]
+    folder: Path
+    train_type: str
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+
+
+def load_model(config: Any) -> LoadedModel:
+    """Load model and tokenizer, cast to `dtype`, and make the trainable part trainable.
+
+    Raises:
+        UserError: missing folder, unusable model or adapter settings.
+        RunError: the hub is out of reach.
+    """
+    import mlx.core as mx
+
+    local = find_model(config.model_name)
+    try:
+        model, tokenizer, model_config, folder = read_model(config, local)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # on bad files
+        kind, where = (UserError, local) if local else (RunError, f"{config.model_name} (hub)")
+        raise kind(f"model {where} cannot be loaded: {error}") from error
+    dtype = config.dtype
+    if dtype == "auto" and mx.default_device() == mx.cpu:
+        dtype = "float32"  # other types are slower on the CPU, not faster
+    if dtype != "auto":
+        model.set_dtype(getattr(mx, dtype))
+    train_type = choose_train_type(config, model)
+    loaded = LoadedModel(model, tokenizer, model_config, folder, train_type)
+    if train_type != "full":
+        add_adapters(config, loaded)
+    if config.gradient_checkpointing:
+        memory.checkpoint_layers(model)
+    model.eval()  # new adapters come with their dropout on
+    mx.eval(model.parameters())
+    return loaded

@@ -1,29 +1,29 @@
-"""Pretrain a small language model from scratch with MLX: how `models/tiny-math` was made.
+"""Pretrain a language model with MLX, or warm one up on prompts and completions.
 
-    uv run python utils/pretrain.py --config configs/pretrain/tiny_math.toml
+    uv run python utils/pretrain.py --smoke-test           one step on the CPU, no weights
+    uv run python utils/pretrain.py --config configs/pretrain/moe_200m.toml
+    uv run python utils/pretrain.py --config FILE.toml --micro-batch-size 2 --compile false
+    uv run python utils/pretrain.py --config configs/pretrain/warm_up.toml
+    uv run python utils/pretrain.py --config configs/pretrain/tiny_math.toml   models/tiny-math
 
-Two stages, both plain cross-entropy on the completion:
+The options are those of LitGPT's training configuration, with its names and defaults; a file may
+nest them as LitGPT does ([train], [eval], [optimizer], ...) or list them flat. Data are folders of
+text, packed into full sequences, or JSONL with "prompt" and "completion", the prompt masked.
 
-1. good demonstrations of an endless supply of word problems, until the arithmetic is known;
-2. a short finish on demonstrations of mixed quality, so that the model's usual answer is a bad one
-   and a good one is sampled about a third of the time: a fair subject for reinforcement learning.
-
-The folder then holds weights, tokenizer, train.jsonl, test.jsonl and `pretrain.json` (figures and
-settings). Data and tokenizer come out the same everywhere; weights differ by rounding between
-devices, and on a CPU the command takes hours instead of minutes.
+`out_dir` receives metrics.csv, checkpoint-N/ every save_interval updates, and final/, which
+`mlx_lm.load` and mlx-grpo.py's model_name take. The same command continues a run that was stopped
+(resume = auto) and ends with the weights of one that was not.
 """
 
 import argparse
 import dataclasses
-import importlib
-import itertools
+import difflib
 import json
 import math
+import os
 import platform
-import random
 import sys
 import time
-from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,459 +40,762 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx_lm.generate import batch_generate  # noqa: E402
-from mlx_lm.sample_utils import make_sampler  # noqa: E402
-from mlx_lm.tokenizer_utils import TokenizerWrapper  # noqa: E402
-from mlx_lm.utils import get_total_parameters, save_config, save_model  # noqa: E402
+from mlx.utils import tree_map, tree_unflatten  # noqa: E402
+from mlx_lm.utils import save_config, save_model  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from utils import settings, tiny_math  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils import checkpoints, litgpt, pretrain_data, pretrain_model, settings  # noqa: E402
+from utils.errors import RunError, UserError  # noqa: E402
+from utils.memory import checkpoint_layers  # noqa: E402
+from utils.pretrain_data import Rows  # noqa: E402
+from utils.tracking import Tracker, check_available, make_tracker  # noqa: E402
+
+DEFAULT_CONFIG = ROOT / "configs/pretrain/moe_200m.toml"
+# precision -> type of the weights that learn, type of the forward and backward pass
+PRECISIONS = {
+    "bf16-mixed": (mx.float32, mx.bfloat16),
+    "bf16-true": (mx.bfloat16, mx.bfloat16),
+    "32-true": (mx.float32, mx.float32),
+}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+LOGGERS = ("csv", "tensorboard", "wandb", "none")
+SMOKE_TEST = {
+    "micro_batch_size": 1,
+    "global_batch_size": 1,
+    "max_tokens": 64,
+    "max_seq_length": 64,
+    "precision": "32-true",
+    "logger_name": "csv",
+    "compile": False,  # compiling costs the CPU more time than one step takes
+}
+# Settings that change no later update, or only by rounding.
+MAY_CHANGE = {
+    *("out_dir", "resume", "overwrite", "save_interval", "save_total_limit", "log_interval"),
+    *("logger_name", "eval_interval", "eval_max_iters", "final_validation", "val_data_path"),
+    *("micro_batch_size", "gradient_checkpointing", "compile", "compile_mode", "num_workers"),
+    *("compile_dynamic", "compile_fullgraph", "flash_attention", "flash_attention_force"),
+    *("disable_math_fallback", "tokenizer_dir", "initial_checkpoint_dir", "train_data_path"),
+}
 
 
 @dataclasses.dataclass
 class PretrainConfig:
-    """Settings of both stages; names as in LitGPT where it has one."""
+    """Names and defaults of LitGPT's training configuration; what is ours says so."""
 
-    out_dir: str = "outputs/pretrain"
-    """Folder for the model, its tokenizer and the data; files in it are replaced."""
-    seed: int = 0
-    """Seed of data, weights, batches and samples."""
-    train_size: int = 4000
-    """Questions in train.jsonl."""
-    test_size: int = 600
-    """Questions in test.jsonl, half of them on held-out operand pairs."""
-    vocab_size: int = 448
-    """Tokens of the tokenizer; a multiple of 64, so that the embedding quantizes."""
-    tokenizer_samples: int = 6000
-    """Problems whose text the tokenizer is trained on."""
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The table [model]: config.json of a model type that mlx-lm knows."""
-    global_batch_size: int = 256
-    """Sequences per optimizer step."""
-    pool_size: int = 200_000
-    """Different demonstrations drawn for stage 1; batches walk through them in random order."""
-    max_steps: int = 2500
-    """Optimizer steps of stage 1."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of stage 1; cosine to zero."""
-    lr_warmup_steps: int = 300
-    """Steps of linear warm-up of stage 1."""
-    finish_pool_size: int = 100_000
-    """Different demonstrations drawn for stage 2."""
-    finish_steps: int = 1000
-    """Optimizer steps of stage 2; 0 leaves the model well behaved."""
-    finish_learning_rate: float = 3e-4
-    """Peak learning rate of stage 2."""
-    finish_warmup_steps: int = 50
-    """Steps of linear warm-up of stage 2."""
-    one_step: dict[str, Any] = dataclasses.field(default_factory=lambda: {"good": 1.0})
-    """The table [one_step]: weight of each kind of demonstration in stage 2, one-step problems."""
-    two_step: dict[str, Any] = dataclasses.field(default_factory=lambda: {"good": 1.0})
-    """The table [two_step]: the same for two-step problems."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
-    beta1: float = 0.9
-    """AdamW's first moment."""
-    beta2: float = 0.98
-    """AdamW's second moment."""
+    out_dir: str = "./checkpoints"
+    """Folder for metrics, checkpoints and the final model."""
+    precision: str = "bf16-mixed"
+    """bf16-mixed: bf16 compute, float32 weights; bf16-true: bf16 weights; 32-true: float32.
+    Moments, gradient norm and loss are float32 in all three."""
+    tokenizer_dir: str = "./data/tokenizer"
+    """Folder of the tokenizer; "" takes the one of initial_checkpoint_dir."""
+    tokenizer_vocab_size: int = 0
+    """Ours: if tokenizer_dir does not exist, train a byte-level BPE of this size on the training
+    text and save it there; 0 = never."""
+    initial_checkpoint_dir: str = ""
+    """Start from this model folder instead of fresh weights; [model] is then not needed."""
+    data_class_path: str = "litgpt.data.TextFiles"
+    """litgpt.data.TextFiles: folders of text; litgpt.data.JSON: JSONL of prompt and completion."""
+    train_data_path: str = "./data/custom_text/train"
+    """Folder of text files, or a .jsonl file."""
+    val_data_path: str = "./data/custom_text/val"
+    """The same for validation; read only if eval_interval or final_validation ask for it."""
+    text_suffixes: list[str] = dataclasses.field(default_factory=lambda: [".txt"])
+    """Ours: endings of the files that count as text."""
+    use_chat_template: bool = False
+    """Ours, JSONL: put the prompt through the tokenizer's chat template as a user message."""
+    num_workers: int = 2
+    """No effect: rows are made before training and lie in memory."""
+    global_batch_size: int = 128
+    """Sequences per optimizer update."""
+    micro_batch_size: int = 4
+    """Sequences per forward and backward pass; gradients are accumulated exactly."""
+    max_tokens: int = 320_000
+    """Tokens to train on, rounded up to whole updates."""
+    max_seq_length: int = 512
+    """Tokens per sequence."""
+    lr_warmup_steps: int = 5
+    """Updates of linear warm-up; then the rate falls to min_lr by a cosine."""
+    min_lr: float = 0.0
+    """The learning rate at the end."""
     max_norm: float = 1.0
     """Gradients are clipped to this global norm."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of each layer for the backward pass: less memory, a third slower."""
+    save_interval: int = 500
+    """Updates between checkpoints; 0 = none."""
+    save_total_limit: int = 2
+    """Ours: how many checkpoints are kept; 0 = all."""
+    log_interval: int = 1
+    """Updates between rows of the log."""
+    eval_interval: int = 0
+    """Updates between validations; 0 = none. LitGPT's eval.interval."""
+    eval_max_iters: int = 100
+    """Micro-batches per validation at most. LitGPT's eval.max_iters."""
+    final_validation: bool = False
+    """Validate once more when training has ended."""
+    resume: str = "auto"
+    """auto: the newest checkpoint in out_dir, if there is one; none; or a checkpoint folder."""
+    overwrite: bool = False
+    """Ours: delete what an earlier run left in out_dir."""
+    seed: int = 42
+    """Seed of fresh weights and of the order of the data."""
     compile: bool = True
-    """Compile the step with mx.compile; slower to start, pays on a GPU."""
-    max_new_tokens: int = 32
-    """Longest completion in evaluations."""
-    eval_interval: int = 1000
-    """Steps of stage 1 between greedy evaluations on the test questions; 0 = at the end only."""
-    eval_samples: int = 4
-    """Completions per test question at temperature 1 in the final evaluation."""
-    log_interval: int = 50
-    """Steps between updates of the figures on the progress bar."""
+    """Compile the step with mx.compile; pays on a GPU, false is faster on a CPU."""
+    compile_mode: str = "reduce-overhead"
+    """No effect: mx.compile has one mode."""
+    compile_dynamic: bool = True
+    """No effect: every batch has the same shape."""
+    compile_fullgraph: bool = False
+    """No effect: mx.compile always takes the whole step."""
+    flash_attention: bool = True
+    """No effect: mlx-lm's models always call MLX's fused attention."""
+    flash_attention_force: bool = False
+    """No effect, likewise."""
+    disable_math_fallback: bool = False
+    """No effect, likewise."""
+    logger_name: str = "csv"
+    """csv (metrics.csv in out_dir), tensorboard, wandb or none."""
+    optimizer_class_path: str = "torch.optim.AdamW"
+    """torch.optim.AdamW; by MLX's own AdamW."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay, on every weight as in torch."""
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay of both moments; the default is torch's."""
+    eps: float = 1e-8
+    """AdamW's epsilon; the default is torch's."""
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The table [model]: LitGPT's model options, or config.json of an mlx-lm model type."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        choices = {"precision": PRECISIONS, "compile_mode": COMPILE_MODES, "logger_name": LOGGERS}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                near = difflib.get_close_matches(value, allowed, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"{name} = {value!r}: must be one of {', '.join(allowed)}{hint}")
+        if self.optimizer_class_path.rpartition(".")[2] != "AdamW":
+            raise UserError(
+                f"optimizer.class_path = {self.optimizer_class_path!r}: only torch.optim.AdamW"
+            )
+        if self.data_class not in ("TextFiles", "JSON"):
+            raise UserError(
+                f"data.class_path = {self.data_class_path!r}: must be litgpt.data.TextFiles or "
+                "litgpt.data.JSON"
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            raise UserError(
+                f"global_batch_size = {self.global_batch_size}: must be a multiple of "
+                f"micro_batch_size = {self.micro_batch_size}"
+            )
+
+    def _check_numbers(self) -> None:
+        free = {"seed", "weight_decay", "min_lr", "num_workers", "tokenizer_vocab_size"}
+        free |= {"save_interval", "save_total_limit", "eval_interval", "lr_warmup_steps"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            free = field.name in ("seed", "finish_steps", "weight_decay", "eval_interval")
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                low = "0 or more" if free else "more than 0"
-                if not math.isfinite(value) or value < 0 or (value == 0 and not free):
+                zero = field.name in free
+                if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+                    low = "0 or more" if zero else "more than 0"
                     raise UserError(f"{field.name} = {value!r}: must be {low}")
-        if self.vocab_size % 64 or self.vocab_size < 320:
-            raise UserError(
-                f"vocab_size = {self.vocab_size}: must be a multiple of 64 from 320 (256 bytes, "
-                "special tokens, and some merges)"
-            )
-        if self.test_size % 2:
-            raise UserError(f"test_size = {self.test_size}: must be even (half is held out)")
-        self._check_stage("pool_size", "max_steps", "lr_warmup_steps")
-        if self.finish_steps:
-            self._check_stage("finish_pool_size", "finish_steps", "finish_warmup_steps")
-        for name in ("one_step", "two_step"):
-            _check_mixture(name, getattr(self, name))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas = {self.betas!r}: must be two numbers from 0 up to below 1")
+        if 0 < self.tokenizer_vocab_size < 257:
+            raise UserError("tokenizer_vocab_size: must be at least 257 (256 bytes, end of text)")
+        if self.min_lr > self.lr:
+            raise UserError(f"min_lr = {self.min_lr}: must not be above lr = {self.lr}")
 
-    def _check_stage(self, pool: str, steps: str, warmup: str) -> None:
-        if getattr(self, pool) < self.global_batch_size:
-            raise UserError(
-                f"{pool} = {getattr(self, pool)}: must be at least global_batch_size = "
-                f"{self.global_batch_size}"
-            )
-        if getattr(self, warmup) >= getattr(self, steps):
-            raise UserError(
-                f"{warmup} = {getattr(self, warmup)}: must be less than {steps} = "
-                f"{getattr(self, steps)}"
-            )
+    @property
+    def data_class(self) -> str:
+        return self.data_class_path.rpartition(".")[2]
+
+    @property
+    def validates(self) -> bool:
+        return bool(self.eval_interval) or self.final_validation
 
 
-def _check_mixture(name: str, mixture: dict[str, Any]) -> None:
-    for kind, weight in mixture.items():
-        if kind not in tiny_math.DEMONSTRATIONS:
-            known = ", ".join(tiny_math.DEMONSTRATIONS)
-            raise UserError(f"[{name}] {kind}: unknown kind of demonstration; known: {known}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
-            raise UserError(f"[{name}] {kind} = {weight!r}: a weight is a number from 0 up")
-    if not sum(mixture.values()):
-        raise UserError(f"[{name}] needs a kind with a weight above 0")
-
-
-# Data
+# Model, tokenizer, data
 
 
 @dataclasses.dataclass
-class Pool:
-    """Padded sequences: tokens (N, T), and mask (N, T) with ones on completions."""
+class Materials:
+    """What a run trains, and on what."""
 
-    tokens: mx.array
-    mask: mx.array
-
-    def batches(self, size: int, rng: np.random.Generator) -> Iterator[tuple[mx.array, mx.array]]:
-        """Batches (B, T) without end, each pass over the pool in a new random order."""
-        total = self.tokens.shape[0]
-        while True:
-            order = rng.permutation(total)
-            for start in range(0, total - size + 1, size):
-                rows = mx.array(order[start : start + size])
-                yield self.tokens[rows], self.mask[rows]
+    model: nn.Module
+    model_config: dict[str, Any]
+    tokenizer: PreTrainedTokenizerFast
+    train: Rows
+    val: Rows | None
 
 
-def make_pool(
-    tokenizer: PreTrainedTokenizerFast, examples: list[tuple[tiny_math.Problem, str]]
-) -> Pool:
-    prompts = tiny_math.prompt_ids(tokenizer, [problem.question for problem, _ in examples])
-    completions = tiny_math.completion_ids(tokenizer, [text for _, text in examples])
-    length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    tokens = np.full((len(examples), length), tokenizer.pad_token_id, dtype=np.int32)
-    mask = np.zeros((len(examples), length), dtype=np.float32)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        end = len(prompt) + len(completion)
-        tokens[row, :end] = prompt + completion
-        mask[row, len(prompt) : end] = 1
-    return Pool(mx.array(tokens), mx.array(mask))
+def prepare_tokenizer(config: PretrainConfig, smoke_test: bool) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer, that of the initial model, or one trained on the training text."""
+    folder = Path(config.tokenizer_dir or config.initial_checkpoint_dir)
+    if folder.is_dir() and config.tokenizer_dir + config.initial_checkpoint_dir:
+        return pretrain_data.load_tokenizer(str(folder))
+    if smoke_test and not config.tokenizer_vocab_size:
+        config = dataclasses.replace(config, tokenizer_vocab_size=512)
+    if not config.tokenizer_vocab_size:
+        raise UserError(
+            f"tokenizer_dir = {config.tokenizer_dir!r}: no such folder; set tokenizer_vocab_size "
+            "to train a tokenizer on the training text"
+        )
+    if config.data_class == "JSON":
+        pairs = pretrain_data.read_pairs(config.train_data_path, "train_data_path")
+        texts = [part for pair in pairs for part in pair]
+    else:
+        files = pretrain_data.text_files(
+            config.train_data_path, config.text_suffixes, "train_data_path"
+        )
+        texts = list(pretrain_data.read_texts(files))
+    tokenizer = pretrain_data.train_tokenizer(texts, config.tokenizer_vocab_size)
+    if not smoke_test:
+        tokenizer.save_pretrained(folder)
+        print(f"trained a tokenizer of {len(tokenizer)} tokens: {folder}")
+    return tokenizer
 
 
-def good_examples(data: tiny_math.TinyMath, size: int) -> list[tuple[tiny_math.Problem, str]]:
-    rng = random.Random(data.seed)
-    problems = itertools.islice(data.stream("pretrain"), size)
-    return [(problem, tiny_math.good(problem, rng)) for problem in problems]
+def prepare_rows(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, option: str, vocab_size: int
+) -> Rows:
+    path, length = getattr(config, option), config.max_seq_length
+    if config.data_class == "JSON":
+        pairs = pretrain_data.read_pairs(path, option)
+        chat = config.use_chat_template
+        rows = pretrain_data.pair_rows(tokenizer, pairs, length, chat, option)
+    else:
+        files = pretrain_data.text_files(path, config.text_suffixes, option)
+        rows = pretrain_data.text_rows(tokenizer, files, length, option)
+    if (largest := int(rows.tokens.max())) >= vocab_size:  # MLX does not check bounds
+        raise UserError(f"[model] vocab_size = {vocab_size}: the text has token {largest}")
+    return rows
 
 
-def mixed_examples(
-    data: tiny_math.TinyMath, config: PretrainConfig
-) -> list[tuple[tiny_math.Problem, str]]:
-    rng = random.Random(f"tiny-math mixture {data.seed}")
-    mixtures = {1: config.one_step, 2: config.two_step}
-    problems = itertools.islice(data.stream("finish"), config.finish_pool_size)
-    return [(p, tiny_math.demonstrate(p, mixtures[len(p.ops)], rng)) for p in problems]
+def check_paths(config: PretrainConfig) -> None:
+    """Raises: UserError: data that are not of data.class_path's kind, or not there."""
+    for option in (
+        ("train_data_path", "val_data_path") if config.validates else ("train_data_path",)
+    ):
+        path = Path(getattr(config, option))
+        is_json = path.suffix == ".jsonl"
+        if is_json != (config.data_class == "JSON"):
+            wanted = "a .jsonl file" if config.data_class == "JSON" else "a folder of text files"
+            other = "TextFiles" if config.data_class == "JSON" else "JSON"
+            raise UserError(
+                f"{option} = {str(path)!r}: data.class_path = {config.data_class_path!r} wants "
+                f"{wanted} (the other kind is litgpt.data.{other})"
+            )
+        if not path.exists():
+            raise UserError(f"{option} = {str(path)!r}: does not exist")
 
 
-# Model and training
+def prepare(config: PretrainConfig, smoke_test: bool) -> Materials:
+    check_paths(config)
+    if not config.initial_checkpoint_dir and not config.model:
+        raise UserError("[model] is missing (or initial_checkpoint_dir, to start from a model)")
+    table = litgpt.model_config(config.model)
+    if not config.initial_checkpoint_dir:
+        pretrain_model.architecture({"vocab_size": 64, **table})  # before anything is written
+    tokenizer = prepare_tokenizer(config, smoke_test)
+    if config.initial_checkpoint_dir:
+        model, model_config = pretrain_model.load_folder(config.initial_checkpoint_dir)
+    else:
+        model_config = {"vocab_size": -(-len(tokenizer) // 64) * 64, **table}
+        model = pretrain_model.new_model(model_config, config.seed)
+    block = model_config.get("max_position_embeddings", config.max_seq_length)
+    if config.max_seq_length > block:
+        raise UserError(
+            f"max_seq_length = {config.max_seq_length}: more than the model's block_size = {block}"
+        )
+    if config.precision != "32-true" and mx.default_device().type == mx.DeviceType.cpu:
+        if pretrain_model.has_experts(model):
+            raise UserError(
+                f"precision = {config.precision!r}: MLX has experts on the CPU in float32 only; "
+                "--precision 32-true"
+            )
+        print("note: bf16 is slow on a CPU; --precision 32-true is many times faster there")
+    vocab_size = model_config.get("vocab_size", len(tokenizer))
+    rows = [prepare_rows(config, tokenizer, "train_data_path", vocab_size)]
+    if config.validates:
+        rows.append(prepare_rows(config, tokenizer, "val_data_path", vocab_size))
+    return Materials(model, model_config, tokenizer, rows[0], rows[1] if rows[1:] else None)
 
 
-def build_model(config: PretrainConfig) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with fresh float32 weights and its config.json.
+# Training
+
+
+def learning_rate(step: int, steps: int, config: PretrainConfig) -> float:
+    """Rate of update `step`, counted from 1: linear to lr, then cosine to min_lr at `steps`."""
+    warmup = min(config.lr_warmup_steps, steps)
+    if step <= warmup:
+        return config.lr * step / warmup
+    progress = (step - warmup) / (steps - warmup)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def total_loss(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.array:
+    """Summed cross-entropy of the targets that `mask` (B, T) marks; tokens (B, T+1)."""
+    logits = model(tokens[:, :-1]).astype(mx.float32)  # (B, T, V)
+    losses = nn.losses.cross_entropy(logits, tokens[:, 1:])  # (B, T)
+    return (losses * mask).sum()
+
+
+class Trainer:
+    """Weights, optimizer and the position in the data.
+
+    The weights that learn live in `params`, outside the model, which gets them in the precision of
+    the computation.
+    """
+
+    def __init__(self, config: PretrainConfig, materials: Materials) -> None:
+        self.config, self.model, self.rows = config, materials.model, materials.train
+        self.steps = -(-config.max_tokens // (config.global_batch_size * self.rows.length))
+        self.step = 0
+        storage, self.compute = PRECISIONS[config.precision]
+        self.params = self.cast(self.model.trainable_parameters(), storage)
+        self.optimizer = optim.AdamW(
+            learning_rate=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            bias_correction=True,
+        )
+        self.optimizer.init(self.cast(self.params, mx.float32))
+        mx.eval(self.params, self.optimizer.state)
+        if config.gradient_checkpointing:
+            checkpoint_layers(self.model)
+        wrap = mx.compile if config.compile else (lambda function: function)
+        self._grad = wrap(mx.value_and_grad(self._loss))
+        self._eval = wrap(self._loss)
+        self._apply = wrap(self._update)
+
+    @staticmethod
+    def cast(tree: Any, dtype: mx.Dtype) -> Any:
+        floating = mx.floating
+        return tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, floating) else x, tree)
+
+    def _loss(self, params: Any, tokens: mx.array, mask: mx.array, count: mx.array) -> mx.array:
+        self.model.update(self.cast(params, self.compute))
+        return total_loss(self.model, tokens, mask) / count
+
+    def _update(self, params: Any, state: Any, grads: Any, rate: mx.array) -> tuple[Any, ...]:
+        """AdamW in float32, whatever the weights are kept in."""
+        grads, norm = optim.clip_grad_norm(self.cast(grads, mx.float32), self.config.max_norm)
+        self.optimizer.state = state
+        self.optimizer.learning_rate = rate
+        new = self.optimizer.apply_gradients(grads, self.cast(params, mx.float32))
+        new = tree_map(lambda x, old: x.astype(old.dtype), new, params)
+        return new, self.optimizer.state, norm
+
+    def batch(self, rows: Rows, index: np.ndarray) -> tuple[mx.array, mx.array]:
+        return mx.array(rows.tokens[index]), mx.array(rows.mask[index].astype(np.float32))
+
+    def gradients(self, index: np.ndarray) -> tuple[mx.array, Any]:
+        """Mean loss and its gradient over the rows `index`, one micro-batch at a time.
+
+        Each micro-batch is divided by the targets of the whole batch, so that the sum is the
+        gradient of the mean over all of them, however they are spread.
+        """
+        count = mx.array(max(int(self.rows.mask[index].sum()), 1), dtype=mx.float32)
+        loss, grads = mx.array(0.0), None
+        size = self.config.micro_batch_size
+        for start in range(0, len(index), size):
+            tokens, mask = self.batch(self.rows, index[start : start + size])
+            part, new = self._grad(self.params, tokens, mask, count)
+            new = self.cast(new, mx.float32)
+            grads = new if grads is None else tree_map(mx.add, grads, new)
+            loss = loss + part
+            mx.eval(loss, grads)
+        return loss, grads
+
+    def train_step(self) -> dict[str, float]:
+        """One update.
+
+        Raises:
+            RunError: loss or gradient is not finite.
+        """
+        size = self.config.global_batch_size
+        index = pretrain_data.batch_rows(len(self.rows), size, self.step, self.config.seed)
+        loss, grads = self.gradients(index)
+        rate = learning_rate(self.step + 1, self.steps, self.config)
+        # Old references go before the evaluation, so that MLX can reuse their memory.
+        self.params, self.optimizer.state, norm = self._apply(
+            self.params, self.optimizer.state, grads, mx.array(rate)
+        )
+        del grads
+        mx.eval(self.params, self.optimizer.state, norm)
+        self.step += 1
+        figures = {"loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
+        if not all(map(math.isfinite, figures.values())):
+            raise RunError(
+                f"update {self.step}: loss {figures['loss']}, gradient norm "
+                f"{figures['grad_norm']}: not finite; a lower lr or more lr_warmup_steps may help"
+            )
+        return figures
+
+    def validate(self, rows: Rows) -> float:
+        """Mean loss per target of the first eval_max_iters micro-batches of `rows`."""
+        size = self.config.micro_batch_size
+        total = count = 0.0
+        for start in range(0, min(len(rows), size * self.config.eval_max_iters), size):
+            tokens, mask = self.batch(rows, np.arange(start, min(start + size, len(rows))))
+            loss = self._eval(self.params, tokens, mask, mx.array(1.0))
+            total += float(loss)
+            count += float(mask.sum())
+        return total / count
+
+    def weights_into_model(self, dtype: mx.Dtype | None = None) -> nn.Module:
+        params = self.params if dtype is None else self.cast(self.params, dtype)
+        self.model.update(params)
+        mx.eval(self.model.parameters())
+        return self.model
+
+
+# Checkpoints
+
+
+def save_folder(folder: Path, trainer: Trainer, materials: Materials, dtype: mx.Dtype) -> None:
+    """A complete model folder for `mlx_lm.load`."""
+    tokenizer = materials.tokenizer
+    end = {"eos_token_id": tokenizer.eos_token_id}
+    save_model(folder, trainer.weights_into_model(dtype))
+    name = {"torch_dtype": str(dtype).rpartition(".")[2]}
+    save_config({**materials.model_config, **end, **name}, folder / "config.json")
+    checkpoints.write_json(folder / "generation_config.json", end)
+    tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(trainer: Trainer, materials: Materials, data: str) -> Path:
+    """The weights that learn, moments, random state and position; `data` names the rows."""
+    config = trainer.config
+    path = Path(config.out_dir) / f"checkpoint-{trainer.step}"
+    arrays = {f"optimizer.{k}": v for k, v in checkpoints.flat(trainer.optimizer.state).items()}
+    arrays["random"] = mx.array(np.array(mx.random.state[0]))  # type: ignore[index]
+    with checkpoints.written_aside(path) as folder:
+        save_folder(folder, trainer, materials, PRECISIONS[config.precision][0])
+        counters = {"step": trainer.step, "data": data, "config": dataclasses.asdict(config)}
+        checkpoints.write_state(folder, counters, arrays)
+    checkpoints.prune(Path(config.out_dir), config.save_total_limit)
+    return path
+
+
+def load_checkpoint(folder: Path, trainer: Trainer, data: str) -> None:
+    """Bring a fresh trainer to where the checkpoint was written.
 
     Raises:
-        UserError: [model] names no model type of mlx-lm, or not the settings of that type.
+        UserError: it cannot be read, or a setting or the data would change the rest of the run.
     """
-    kind = config.model.get("model_type")
     try:
-        module = importlib.import_module(f"mlx_lm.models.{kind}")
-    except ModuleNotFoundError:
-        raise UserError(f"[model] model_type = {kind!r}: mlx-lm has no such model type") from None
-    known = {field.name for field in dataclasses.fields(module.ModelArgs)} | {"architectures"}
-    if unknown := sorted(set(config.model) - known):
-        raise UserError(f"[model] {unknown[0]}: unknown for {kind!r}; known: {sorted(known)}")
-    model_config = {
-        **config.model,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-    }
-    try:
-        args = module.ModelArgs.from_dict(model_config)
-    except TypeError as error:
-        raise UserError(f"[model] is incomplete for {kind!r}: {error}") from None
-    mx.random.seed(config.seed)
-    model = module.Model(args)
-    mx.eval(model.parameters())
-    return model, model_config
-
-
-def completion_loss(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.array:
-    """Mean cross-entropy where mask is 1, on completions; tokens and mask (B, T)."""
-    logits = model(tokens[:, :-1])  # (B, T-1, V)
-    losses = nn.losses.cross_entropy(logits, tokens[:, 1:])  # (B, T-1)
-    return (losses * mask[:, 1:]).sum() / mask[:, 1:].sum()
-
-
-def learning_rate_schedule(peak: float, warmup: int, steps: int) -> Callable[[mx.array], mx.array]:
-    """Linear to `peak` over `warmup` steps, then cosine to zero at `steps`."""
-    rise = optim.linear_schedule(0.0, peak, warmup)
-    return optim.join_schedules([rise, optim.cosine_decay(peak, steps - warmup)], [warmup])
-
-
-def fit(
-    model: nn.Module,
-    pool: Pool,
-    config: PretrainConfig,
-    schedule: Callable[[mx.array], mx.array],
-    steps: int,
-    label: str,
-    after_step: Callable[[int], None] = lambda step: None,
-) -> None:
-    """Train `model` in place for `steps` optimizer steps."""
-    optimizer = optim.AdamW(
-        learning_rate=schedule,
-        betas=[config.beta1, config.beta2],
-        weight_decay=config.weight_decay,
-        bias_correction=True,
-    )
-    optimizer.init(model.trainable_parameters())
-    state = [model.state, optimizer.state]
-    loss_and_grad = nn.value_and_grad(model, completion_loss)
-
-    def step_once(tokens: mx.array, mask: mx.array) -> mx.array:
-        loss, grads = loss_and_grad(model, tokens, mask)
-        grads, _ = optim.clip_grad_norm(grads, config.max_norm)
-        optimizer.update(model, grads)
-        return loss
-
-    if config.compile:
-        step_once = mx.compile(step_once, inputs=state, outputs=state)
-    batches = pool.batches(config.global_batch_size, np.random.default_rng(config.seed))
-    bar = tqdm(range(1, steps + 1), desc=label, unit="step", mininterval=1.0)
-    for step in bar:
-        loss = step_once(*next(batches))
-        mx.eval(loss, state)
-        if step % config.log_interval == 0 or step == steps:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-        after_step(step)
-
-
-# Evaluation
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
-    questions: list[str],
-    temperature: float,
-    max_new_tokens: int,
-) -> list[str]:
-    """One completion per question (without the prefix and the end-of-text token)."""
-    rows = min(256, len(questions))
-    response = batch_generate(
-        model,
-        TokenizerWrapper(tokenizer),
-        tiny_math.prompt_ids(tokenizer, questions),
-        max_tokens=max_new_tokens,
-        sampler=make_sampler(temp=temperature),
-        completion_batch_size=rows,
-        prefill_batch_size=rows,
-    )
-    return response.texts
-
-
-def summarize(grades: list[tiny_math.Grade]) -> dict[str, float]:
-    """Shares: exact match, format, and of the equations written those that are true."""
-    written = sum(grade.equations for grade in grades)
-    return {
-        "exact_match": round(sum(grade.exact for grade in grades) / len(grades), 4),
-        "format": round(sum(grade.well_formed for grade in grades) / len(grades), 4),
-        "arithmetic": round(sum(g.equations_right for g in grades) / max(written, 1), 4),
-    }
-
-
-def evaluate(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
-    data: tiny_math.TinyMath,
-    config: PretrainConfig,
-    temperature: float,
-) -> dict[str, dict[str, float]]:
-    """Figures on all test questions, on those with seen pairs and on the held-out ones."""
-    repeats = config.eval_samples if temperature else 1
-    problems = data.test * repeats
-    questions = [problem.question for problem in problems]
-    texts = generate(model, tokenizer, questions, temperature, config.max_new_tokens)
-    grades = [tiny_math.grade(t, p.answer) for t, p in zip(texts, problems, strict=True)]
-    marks = [data.is_held_out(problem) for problem in problems]
-    parts = {
-        "all": grades,
-        "seen pairs": [g for g, mark in zip(grades, marks, strict=True) if not mark],
-        "held-out pairs": [g for g, mark in zip(grades, marks, strict=True) if mark],
-    }
-    return {name: summarize(part) for name, part in parts.items()}
-
-
-def report(title: str, figures: dict[str, dict[str, float]]) -> None:
-    for part, values in figures.items():
-        line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        tqdm.write(f"{title:<24} {part:<15} {line}")
-
-
-# The command
-
-
-def train_both_stages(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
-    data: tiny_math.TinyMath,
-    config: PretrainConfig,
-) -> dict[str, Any]:
-    """Train `model` in place and return the figures after each stage."""
-
-    def greedy() -> dict[str, dict[str, float]]:
-        return evaluate(model, tokenizer, data, config, temperature=0.0)
-
-    def now_and_then(step: int) -> None:
-        if config.eval_interval and step % config.eval_interval == 0 and step < config.max_steps:
-            report(f"stage 1, step {step}", greedy())
-
-    schedule = learning_rate_schedule(
-        config.learning_rate, config.lr_warmup_steps, config.max_steps
-    )
-    pool = make_pool(tokenizer, good_examples(data, config.pool_size))
-    fit(model, pool, config, schedule, config.max_steps, "stage 1", now_and_then)
-    figures: dict[str, Any] = {"stage 1": final_figures(model, tokenizer, data, config, "stage 1")}
-    if config.finish_steps:
-        schedule = learning_rate_schedule(
-            config.finish_learning_rate, config.finish_warmup_steps, config.finish_steps
+        counters, arrays = checkpoints.read_state(folder)
+        weights: dict[str, mx.array] = {}
+        for file in sorted(folder.glob("model*.safetensors")):
+            weights |= mx.load(str(file))  # type: ignore[arg-type]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"resume: checkpoint {folder} cannot be read: {error}") from None
+    now = dataclasses.asdict(trainer.config)
+    changed = [
+        f"{key} (was {old!r}, is {now.get(key)!r})"
+        for key, old in counters["config"].items()
+        if key not in MAY_CHANGE and now.get(key) != old
+    ]
+    if changed or counters["data"] != data:
+        what = ", ".join(changed) or "the training data"
+        raise UserError(
+            f"resume: {folder} was made with other settings: {what}; set them back, choose "
+            "another --out-dir, or --overwrite"
         )
-        pool = make_pool(tokenizer, mixed_examples(data, config))
-        fit(model, pool, config, schedule, config.finish_steps, "stage 2")
-        figures["stage 2"] = final_figures(model, tokenizer, data, config, "stage 2")
-    return figures
+    trainer.step = counters["step"]
+    names = checkpoints.flat(trainer.params)
+    trainer.params = tree_unflatten([(name, weights[name]) for name in names])
+    state = [(k.partition(".")[2], v) for k, v in arrays.items() if k.startswith("optimizer.")]
+    trainer.optimizer.state = tree_unflatten(state)
+    high, low = (int(word) for word in arrays["random"].tolist())
+    mx.random.seed(high << 32 | low)
 
 
-def final_figures(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
-    data: tiny_math.TinyMath,
-    config: PretrainConfig,
-    stage: str,
-) -> dict[str, dict[str, dict[str, float]]]:
-    mx.random.seed(config.seed)
-    figures = {}
-    for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
-        figures[name] = evaluate(model, tokenizer, data, config, temperature)
-        report(f"{stage}, {name}", figures[name])
-    return figures
+# The run
 
 
-def save(
-    folder: Path,
-    model: nn.Module,
-    model_config: dict[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    record: dict[str, Any],
-) -> None:
-    """Weights, config.json, generation_config.json and pretrain.json, for `mlx_lm.load`."""
-    stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    save_model(folder, model)
-    save_config({**model_config, **stops}, folder / "config.json")
-    for name, content in (("generation_config", stops), ("pretrain", record)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+def drop_later_rows(path: Path, step: int) -> None:
+    """Rows of the log that were written after the checkpoint: the run writes them again."""
+    if path.exists():
+        header, *rows = path.read_text(encoding="utf-8").splitlines()
+        numbers = [(row.partition(",")[0], row) for row in rows]
+        kept = [row for number, row in numbers if number.isdigit() and int(number) <= step]
+        path.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
 
 
-def run(config: PretrainConfig, data_only: bool) -> None:
-    """Make the data and the tokenizer, then train and save the model unless `data_only`."""
-    started = time.perf_counter()
+def find_checkpoint(config: PretrainConfig) -> Path | None:
+    """Where to resume from.
+
+    Raises:
+        UserError: out_dir holds a run that is not to be continued.
+    """
     folder = Path(config.out_dir)
-    model, model_config = build_model(config)
-    make_folder(folder)
-    data = tiny_math.TinyMath.make(config.seed, config.test_size)
-    data.write(folder, config.train_size)
-    corpus = tiny_math.tokenizer_corpus(data, config.tokenizer_samples)
-    tokenizer = tiny_math.build_tokenizer(corpus, config.vocab_size)
-    tokenizer.save_pretrained(folder)
-    print(f"{folder}: train.jsonl, test.jsonl and the tokenizer are written")
-    if data_only:
-        return
-    parameters = get_total_parameters(model)
-    print(f"{parameters:,} parameters in float32 on {mx.default_device()}")
-    figures = train_both_stages(model, tokenizer, data, config)
-    used = dataclasses.asdict(config)
-    del used["out_dir"]  # a path of this machine
-    record = {
-        "parameters": parameters,
-        "figures": figures,
-        "seconds": round(time.perf_counter() - started),
-        "device": mx.default_device().type.name,
-        "settings": used,
-        "versions": versions(),
-    }
-    save(folder, model, model_config, tokenizer, record)
-    print(f"saved to {folder} in {record['seconds']} s")
+    if config.overwrite:
+        source = Path(config.initial_checkpoint_dir or "/").resolve()
+        if any(source.is_relative_to(p.resolve()) for p in checkpoints.remains_of_run(folder)):
+            raise UserError("overwrite would delete initial_checkpoint_dir: choose another out_dir")
+        return None
+    finished = (folder / "final").exists() and not checkpoints.found(folder)
+    if config.resume == "auto" and finished:
+        raise UserError(
+            f"out_dir = {config.out_dir!r} holds a finished run and no checkpoint: choose another "
+            "--out-dir, or --overwrite it"
+        )
+    if config.resume != "none":
+        return checkpoints.to_resume(folder, config.resume)
+    if checkpoints.remains_of_run(folder):
+        raise UserError(
+            f"out_dir = {config.out_dir!r} already holds a run: --resume auto continues it, "
+            "--overwrite replaces it"
+        )
+    return None
 
 
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out_dir = {str(folder)!r}: {error.strerror}") from None
-
-
-def versions() -> dict[str, str]:
-    names = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="settings (TOML keys, or --set key=value):\n" + settings.help_text(PretrainConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def describe(trainer: Trainer, materials: Materials) -> dict[str, Any]:
+    """Prints what is about to happen; returns the figures for the record."""
+    total, active = pretrain_model.parameter_counts(trainer.model, materials.model_config)
+    rows, config = materials.train, trainer.config
+    kind = materials.model_config.get("model_type")
+    print(
+        f"{kind}: {total:,} parameters, {active:,} active per token; {config.precision} on "
+        f"{mx.default_device()}"
     )
-    parser.add_argument("--config", type=Path, required=True, help="TOML file with the settings")
-    parser.add_argument("--output-dir", help="folder to write to; overrides out_dir")
+    passes = trainer.steps * config.global_batch_size / len(rows)
+    print(
+        f"training data: {len(rows):,} rows of {rows.length} tokens; {trainer.steps} updates of "
+        f"{config.global_batch_size} rows, {passes:.2f} passes"
+    )
+    figures: dict[str, Any] = {"parameters": total, "active_parameters": active}
+    figures |= {"train_rows": len(rows), "row_tokens": rows.length, "updates": trainer.steps}
+    if materials.val is not None:
+        entropy = materials.val.unigram_entropy()
+        print(f"validation data: {len(materials.val):,} rows; unigram entropy {entropy:.4f} nats")
+        figures |= {"val_rows": len(materials.val), "val_unigram_entropy": round(entropy, 4)}
+    return figures
+
+
+def log_validation(trainer: Trainer, materials: Materials, tracker: Tracker) -> float:
+    assert materials.val is not None
+    loss = trainer.validate(materials.val)
+    tqdm.write(
+        f"update {trainer.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
+    )
+    tracker.log({"update": trainer.step, "split": "val", "loss": loss})
+    return loss
+
+
+def fit(trainer: Trainer, materials: Materials, tracker: Tracker, data: str) -> dict[str, Any]:
+    """Train to the end with logs, validations and checkpoints; the figures of the run.
+
+    data: fingerprint of the rows for the checkpoints; "" saves none.
+    """
+    config, rows = trainer.config, materials.train
+    bar = tqdm(total=trainer.steps, initial=trainer.step, unit="update", mininterval=1.0)
+    batch_tokens, speeds, figures = config.global_batch_size * rows.length, [], {}
+    while trainer.step < trainer.steps:
+        start = time.perf_counter()
+        figures = trainer.train_step()
+        speeds.append(batch_tokens / (time.perf_counter() - start))
+        step = trainer.step
+        bar.set_postfix(loss=f"{figures['loss']:.3f}", tok_s=f"{speeds[-1]:,.0f}", refresh=False)
+        bar.update()
+        peak = round(mx.get_peak_memory() / 1e9, 3)
+        if step % config.log_interval == 0 or step == trainer.steps:
+            speed = {"tokens_per_second": round(speeds[-1], 1), "peak_memory_gb": peak}
+            tracker.log({"update": step, "tokens": step * batch_tokens, **figures, **speed})
+        if config.eval_interval and step % config.eval_interval == 0 and step < trainer.steps:
+            log_validation(trainer, materials, tracker)
+        if data and config.save_interval and step % config.save_interval == 0:
+            tqdm.write(f"saved {save_checkpoint(trainer, materials, data)}")
+    bar.close()
+    result: dict[str, Any] = {"train_loss": figures.get("loss")}
+    if materials.val is not None:
+        result["val_loss"] = log_validation(trainer, materials, tracker)
+    median = float(np.median(speeds)) if speeds else 0.0
+    peak = round(mx.get_peak_memory() / 1e9, 2)
+    return result | {"tokens_per_second": round(median, 1), "peak_memory_gb": peak}
+
+
+def run(config: PretrainConfig, smoke_test: bool) -> None:
+    if smoke_test:
+        mx.set_default_device(mx.cpu)
+        config = smoke_config(config)
+    out_dir = Path(config.out_dir)
+    logger = [] if config.logger_name == "none" else [config.logger_name]
+    check_available(logger)
+    checkpoint = None if smoke_test else find_checkpoint(config)
+    started = time.perf_counter()
+    materials = prepare(config, smoke_test)
+    trainer = Trainer(config, materials)
+    record = describe(trainer, materials)
+    data = "" if smoke_test else materials.train.fingerprint()
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, trainer, data)
+        for name in ("metrics.csv", "metrics_eval.csv"):
+            drop_later_rows(out_dir / name, trainer.step)
+        print(f"continuing from {checkpoint}")
+    checkpoints.claim(out_dir, overwrite=config.overwrite)
+    tracker = make_tracker(logger, out_dir, out_dir.name, dataclasses.asdict(config))
+    figures = fit(trainer, materials, tracker, data)
+    tracker.close()
+    seconds = round(time.perf_counter() - started, 1)
+    print(json.dumps(figures))
+    if smoke_test:
+        print(
+            f"smoke test passed in {seconds} s: one step, no weights saved, {out_dir} has its log"
+        )
+        return
+    names = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
+    record |= figures | {"seconds": seconds, "device": mx.default_device().type.name}
+    record["versions"] = {"python": platform.python_version()} | {n: version(n) for n in names}
+    record["settings"] = dataclasses.asdict(config)
+    with checkpoints.written_aside(out_dir / "final") as folder:
+        save_folder(folder, trainer, materials, trainer.compute)
+        checkpoints.write_json(folder / "pretrain.json", record)
+    print(f"saved {out_dir / 'final'} after {seconds} s")
+
+
+def smoke_config(config: PretrainConfig) -> PretrainConfig:
+    """One tiny step; the repository's own text stands in for data that are not there."""
+    changes: dict[str, Any] = dict(SMOKE_TEST)
+    changes["out_dir"] = str(Path(config.out_dir) / "smoke_test")
+    changes |= {"eval_interval": 0, "final_validation": False, "overwrite": True}
+    if not Path(config.train_data_path).exists():
+        print(f"smoke test: {config.train_data_path} does not exist, using this repository's text")
+        changes["data_class_path"] = "litgpt.data.TextFiles"
+        changes["train_data_path"], changes["text_suffixes"] = str(ROOT / "utils"), [".py", ".md"]
+    return dataclasses.replace(config, **changes)
+
+
+# The command line
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    return litgpt.flatten(settings.read_toml(path))
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether the file is for the recipe of models/tiny-math."""
+    name = settings.read_toml(path).get("recipe")
+    if name not in (None, "tiny_math"):
+        raise UserError(f"recipe = {name!r}: the only recipe is 'tiny_math'")
+    return name is not None
+
+
+def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
+    """`--kebab-case` for every field; a bare flag of a boolean means true."""
+    docs = settings.field_docs(cls)
+    for field in dataclasses.fields(cls):
+        names = ["--" + field.name.replace("_", "-")]
+        if field.name == "eval_interval":
+            names.append("--interval")  # its name in LitGPT's table [eval]
+        optional: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type is bool else {}
+        text = docs[field.name].replace("%", "%%")
+        if field.default is not dataclasses.MISSING:
+            text += f" (default: {field.default!r})"
+        parser.add_argument(*names, dest=field.name, help=text, metavar="VALUE", **optional)
+
+
+def make_parser(cls: type) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="pretrain.py [--config FILE] [--smoke-test] [--SETTING VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, help="TOML file (default: %(default)s)"
+    )
+    parser.add_argument("--output-dir", dest="out_dir", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--smoke-test",
+        action="store_true",
+        help="one step in float32 on the CPU with 64 tokens; saves no weights",
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override one setting; repeatable, e.g. --set max_steps=200 --set compile=false",
+        help="override one setting; repeatable, e.g. --set compile=false",
     )
-    parser.add_argument(
-        "--data-only", action="store_true", help="write the data and the tokenizer, train nothing"
-    )
-    return parser.parse_args(argv)
+    parser.add_argument("--data-only", action="store_true", help="tiny_math only: train nothing")
+    add_settings(parser.add_argument_group("settings"), cls)  # type: ignore[arg-type]
+    return parser
+
+
+def parse(argv: list[str], cls: type) -> tuple[argparse.Namespace, list[str]]:
+    """Arguments, and the settings among them as key=value in the order of precedence."""
+    parser = make_parser(cls)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; --help lists the options"
+        raise UserError(f"unknown argument {unknown[0]}{hint}")
+    named = [(f.name, getattr(arguments, f.name)) for f in dataclasses.fields(cls)]
+    return arguments, arguments.overrides + [f"{k}={v}" for k, v in named if v is not None]
+
+
+def resolve(path: Path, overrides: list[str]) -> PretrainConfig:
+    """The file's settings, nested or flat, then the overrides.
+
+    Raises:
+        UserError: whatever is wrong with them.
+    """
+    values = {}
+    types = {field.name: field.type for field in dataclasses.fields(PretrainConfig)}
+    for key, value in read_file(path).items():
+        if key not in types:
+            near = difflib.get_close_matches(key, [*types, *litgpt.TABLES], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists the keys"
+            raise UserError(f"unknown key {key!r} in {path}{hint}")
+        values[key] = settings.check_type(key, value, types[key])
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if key not in types or not equals:
+            settings.resolve(PretrainConfig, None, [override])  # raises with the nearest name
+        values[key] = settings.parse_text(key, text.strip(), types[key])
+    return PretrainConfig(**values)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    overrides = list(arguments.overrides)
-    if arguments.output_dir:
-        overrides.append(f"out_dir={json.dumps(arguments.output_dir)}")
+    argv = sys.argv[1:] if argv is None else argv
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
+    path = early.parse_known_args(argv)[0].config
     try:
-        config = settings.resolve(PretrainConfig, arguments.config, overrides)
-        run(config, arguments.data_only)
-    except UserError as error:
+        if is_recipe(path):
+            from utils import tiny_math_model
+
+            arguments, overrides = parse(argv, tiny_math_model.TinyMathConfig)
+            if arguments.smoke_test:
+                raise UserError("--smoke-test: not for the recipe tiny_math; use --data-only")
+            recipe = settings.resolve(tiny_math_model.TinyMathConfig, path, overrides)
+            tiny_math_model.run(recipe, arguments.data_only)
+        else:
+            arguments, overrides = parse(argv, PretrainConfig)
+            if arguments.data_only:
+                raise UserError("--data-only: only the recipe tiny_math makes data")
+            run(resolve(path, overrides), arguments.smoke_test)
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the newest checkpoint")
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     sys.exit(main())

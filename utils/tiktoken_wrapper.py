@@ -34,10 +34,23 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 def _read_config(path: Path) -> tuple[str, dict[str, int]]:
     try:
-        config = json.loads(path.read_text())
-        return config["pattern"], config["special_tokens"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config["pattern"], dict(config["special_tokens"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: needs "pattern" and "special_tokens" ({error!r})') from error
+
+
+def _check_tokens(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
+    """Refuse tables on which tiktoken panics or decoding fails later. Raises ValueError."""
+    if missing := [name for name in CHAT_TOKENS if name not in special_tokens]:
+        raise ValueError(f"special_tokens lacks {', '.join(missing)}")
+    if missing_bytes := [i for i in range(256) if bytes([i]) not in ranks]:
+        raise ValueError(f"the ranks lack {len(missing_bytes)} of the 256 single bytes")
+    if b"" in ranks:
+        raise ValueError("the ranks hold an empty token")
+    ids = [*ranks.values(), *special_tokens.values()]
+    if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
+        raise ValueError(f"the {len(ids)} tokens need the ids 0 to {len(ids) - 1}, each once")
 
 
 def _merge_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -54,7 +67,8 @@ def _merge_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 class TiktokenTokenizerWrapper:
     """Encodes text as ordinary text always: special tokens come from the chat template only.
 
-    Raises ImportError without the extra `nanochat`, ValueError when a chat token is missing.
+    Raises ImportError without the extra `nanochat`, ValueError for ranks, special tokens or a
+    pattern that make no tokenizer.
     """
 
     chat_template = "nanochat"  # not None: this tokenizer renders conversations
@@ -70,8 +84,7 @@ class TiktokenTokenizerWrapper:
                 "nanochat models need the package tiktoken: uv sync --extra nanochat, "
                 'or pip install "mlx-grpo[nanochat]"'
             ) from error
-        if missing := [name for name in CHAT_TOKENS if name not in special_tokens]:
-            raise ValueError(f"special_tokens lacks {', '.join(missing)}")
+        _check_tokens(ranks, special_tokens)
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.encoding = tiktoken.Encoding(
             "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens

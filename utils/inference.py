@@ -1,0 +1,710 @@
+"""Ask a model: one prompt, a conversation, or a file of prompts.
+
+    uv run python utils/inference.py --model outputs/tiny-math/final --grpo-prompt "Ann has 3 ..."
+    uv run python utils/inference.py --model Qwen/Qwen2.5-1.5B-Instruct --chat
+
+A model is a hub name, a converted folder, or what training wrote: `final/` and `checkpoint-N/`,
+full or adapters (those name their base in adapter_config.json). Text goes to standard output,
+everything else to standard error.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0] is utils/ itself
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "utils"
+
+from .errors import RunError, UserError
+from .script import load_script
+
+COMMAND = "uv run python utils/inference.py"
+EXAMPLES = f"""examples:
+  {COMMAND} --model Qwen/Qwen2.5-1.5B-Instruct "Why is it blue?"
+  {COMMAND} --model outputs/tiny-math/final --grpo-prompt \\
+      "Ann has 3 cups and buys 4. How many cups has Ann got?"
+      with the prompt that it was trained with; shows the answer that the trainer would read
+  {COMMAND} --model outputs/run/checkpoint-200 --chat
+      in the conversation: /clear, /history, /system TEXT, /help, /quit; Ctrl-C stops a reply
+  {COMMAND} --model utils/mlx_model --batch prompts.txt
+      one prompt a line, or rows (.jsonl, .json, .csv, .parquet) with prompt, question or messages
+  echo "Why is the sky blue?" | {COMMAND} --model utils/mlx_model
+
+--grpo-prompt takes its settings (system prompt, reasoning prefix, chat template, stop strings) from
+--config and --set, else from the run that made the model, else the trainer's defaults."""
+
+# What of a run's settings says how its model is asked (the first ones) and judged.
+PROMPT_SETTINGS = 5
+OF_A_RUN = (
+    *("system_prompt", "reasoning_prefix", "chat_template", "chat_template_kwargs", "stop_strings"),
+    *("max_prompt_length", "max_completion_length", "eval_max_new_tokens", "seed"),
+    *("dataset", "dataset_config", "train_split", "test_split", "question_column"),
+    *("answer_column", "temperature", "top_k", "top_p", "min_p", "reward_funcs", "reward_weights"),
+)
+
+
+def number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
+    """An argparse type: a number for which `holds`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}")
+        return value
+
+    return parse
+
+
+POSITIVE = number(int, lambda v: v >= 1, "a whole number, at least 1")
+TEMPERATURE = number(float, lambda v: 0 <= v < math.inf, "a number, at least 0 (0 is greedy)")
+TOP_P = number(float, lambda v: 0 < v <= 1, "above 0, at most 1")
+PENALTY = number(float, lambda v: 0 < v < math.inf, "above 0 (1 is none)")
+SEED = number(int, lambda v: 0 <= v < 2**64, "a whole number, at least 0, below 2 ** 64")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="inference.py",
+        description="Ask a model: one prompt, a conversation, or a file of prompts.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the prompt; read from standard input when that is a pipe")
+    add("--model", required=True, metavar="MODEL", help="folder, checkpoint or name on the hub")
+    add("--adapter", default="", metavar="FOLDER", help="LoRA or DoRA adapters to put on the model")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with it")
+    add("--chat", action="store_true", help="a conversation")
+    add("--batch", type=Path, metavar="FILE", help="many prompts, answered in batches as JSONL")
+    add("--output", type=Path, metavar="FILE", help="where --batch writes; default: the terminal")
+    add("--batch-size", type=POSITIVE, metavar="N", help="prompts at once; default 32")
+    add("--stream", action="store_true", help="show the text while it comes (--chat always does)")
+    add("--system", metavar="TEXT", help="system prompt")
+    add("--max-tokens", type=POSITIVE, default=512, metavar="N", help="default 512")
+    add("--temperature", type=TEMPERATURE, default=0.0, metavar="T", help="default 0: greedy")
+    add("--top-p", type=TOP_P, default=1.0, metavar="P", help="sample from this much probability")
+    add(
+        "--repetition-penalty",
+        type=PENALTY,
+        default=1.0,
+        metavar="F",
+        help="above 1: repeat less of the last 20 tokens; default 1",
+    )
+    add("--seed", type=SEED, default=0, metavar="N", help="of the sampling; default 0")
+    add("--stop", action="append", metavar="TEXT", help="text that ends a reply (repeatable); "
+        "default: what the model's generation_config.json says")  # fmt: skip
+    add("--chat-template", metavar="FILE", help='Jinja file, or "plain" for models without one')
+    add("--grpo-prompt", action="store_true", help="ask as the trainer does, show its answer")
+    add("--config", metavar="TOML", help="with --grpo-prompt: the settings of the training run")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one of them")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what contradicts itself before anything is loaded. Raises UserError."""
+    if sum([args.prompt is not None, args.chat, args.batch is not None]) > 1:
+        raise UserError("a prompt, --chat and --batch exclude each other")
+    if args.batch is None and (args.output or args.batch_size):
+        raise UserError("--output and --batch-size need --batch")
+    if args.batch and args.stream:
+        raise UserError("--stream shows one reply as it comes: leave it out with --batch")
+    if (args.config or args.set) and not args.grpo_prompt:
+        raise UserError("--config and --set need --grpo-prompt")
+    if args.grpo_prompt and (args.system is not None or args.chat_template):
+        raise UserError("--grpo-prompt has its own: --set system_prompt=..., --set chat_template=")
+    if args.stop and "" in args.stop:
+        raise UserError("--stop '' is empty: it would end every reply at once")
+    if args.output:
+        check_output(args.output)
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError when a new file can't be made there."""
+    if path.exists():
+        raise UserError(f"--output {path} exists already: delete it, or choose another name")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: {path.parent} is no folder that can be written to")
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a model's folder; empty when there is no such file. Raises UserError."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def locate(name: str, adapter: str = "") -> tuple[str, str]:
+    """(base model, adapters or ""); a checkpoint that holds adapters names its base itself.
+
+    Raises:
+        UserError: a folder that is no model, or adapters whose base is not known.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return name if not folder.is_dir() else str(folder), os.path.expanduser(adapter)
+    settings_file = folder / "adapter_config.json"
+    if settings_file.is_file():
+        if adapter:
+            raise UserError(f"{name} holds adapters itself: --model BASE --adapter {adapter}")
+        base = read_object(settings_file).get("model")
+        if not isinstance(base, str) or not base:
+            raise UserError(f"{settings_file} names no base: --model BASE --adapter {name}")
+        if base.count("/") != 1 and not Path(base).expanduser().is_dir():
+            raise UserError(f"{settings_file} names the base {base}, which is not there: "
+                            f"--model BASE --adapter {name}")  # fmt: skip
+        return os.path.expanduser(base), str(folder)
+    inside = sorted(path.parent for path in folder.glob("*/*config.json"))
+    models = list(dict.fromkeys(map(str, inside)))
+    hint = f"; did you mean {' or '.join(models[-3:])}?" if models else ""
+    raise UserError(f"{name} is a folder without config.json or adapter_config.json{hint}")
+
+
+def in_our_words(error: UserError) -> str:
+    """The trainer's settings have other names here."""
+    return str(error).replace("model_name = ", "model ").replace("adapter_path", "--adapter")
+
+
+def check_model(name: str, adapter: str = "") -> tuple[str, str]:
+    """(base, adapters) of a model whose files are there and whole; gigabytes are not read.
+
+    Raises:
+        UserError: what is missing or damaged.
+    """
+    from . import loading
+
+    base, adapter = locate(name, adapter)
+    try:
+        loading.check_model(base or "''")
+    except UserError as error:
+        raise UserError(in_our_words(error)) from None
+    return base, adapter
+
+
+def open_model(name: str, adapter: str = "", *, trust: bool = False) -> Any:
+    """The script's LoadedModel for anything that a person may call a model, ready to answer.
+
+    Raises:
+        UserError: no such model, a damaged one, or adapters that don't fit.
+        RunError: the hub is out of reach.
+    """
+    grpo = load_script()
+    base, adapter = check_model(name, adapter)
+    try:
+        config = grpo.MLXGRPOConfig(model_name=base, adapter_path=adapter, trust_remote_code=trust)
+        loaded = grpo.load_model(config)
+    except UserError as error:
+        raise UserError(in_our_words(error)) from error
+    if loaded.train_type != "full" and not adapter:  # new adapters on a 4-bit base, for training
+        loaded.model = grpo.without_adapters(loaded.model)
+    return loaded
+
+
+def settings_of_run(model: str) -> tuple[dict[str, Any], Path | None]:
+    """How the run that made `model` asked it (keys OF_A_RUN), and the file that says so."""
+    from . import settings
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return {}, None
+    run = folder.resolve().parent
+    found = read_object(folder / "trainer_state.json").get("config") or {}
+    source = folder / "trainer_state.json"
+    if not found:
+        source = (run.parent if folder.name == "adapters" else run) / "config.resolved.json"
+        found = read_object(source)
+    types = typing.get_type_hints(load_script().MLXGRPOConfig)
+    values = {k: settings.check_type(k, found[k], types[k]) for k in OF_A_RUN if k in found}
+    return without_code(values), source if values else None
+
+
+def without_code(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out reward functions in files: a folder that was downloaded must not run code."""
+    names = values.get("reward_funcs", [])
+    own = [name for name in names if ":" in name]
+    if not own:
+        return values
+    note(f"left out: {', '.join(own)} is code; --set reward_funcs=[...] runs it")
+    kept = [name for name in names if ":" not in name]
+    weights = values.pop("reward_weights", None) or [1.0] * len(names)
+    pairs = zip(names, weights, strict=True)
+    values["reward_weights"] = [weight for name, weight in pairs if name in kept]
+    values["reward_funcs"] = kept or ["correctness"]
+    if not kept:
+        values["reward_weights"] = [1.0]
+    return values
+
+
+def trainer_settings(file: str | None, overrides: list[str], models: list[str]) -> tuple[Any, str]:
+    """The trainer's configuration to ask `models` by, and where it is from.
+
+    `file` (with `overrides` on top), else the first run among those that made the models, else the
+    defaults.
+
+    Raises:
+        UserError: unknown keys, wrong values, missing files.
+    """
+    from . import settings
+
+    grpo = load_script()
+    if file:
+        return grpo.read_config(file, overrides), file
+    given = settings.resolve(grpo.MLXGRPOConfig, None, overrides)
+    runs = [run for run in map(settings_of_run, models) if run[0]]
+    values, source = runs[0] if runs else ({}, None)
+    for name in OF_A_RUN[:PROMPT_SETTINGS]:
+        if any(run[0].get(name) != values.get(name) for run in runs):
+            note(f"the runs that made these models differ in {name}; taken from {source}")
+    config = grpo.MLXGRPOConfig(**values | {name: getattr(given, name) for name in given.explicit})
+    if config.chat_template not in ("", "plain") and not Path(config.chat_template).is_file():
+        raise UserError(f"chat_template = {config.chat_template!r} is neither a file nor plain")
+    if source is None:
+        return config, "the trainer's defaults"
+    return config, min(str(source), os.path.relpath(source), key=len)
+
+
+def chat_settings(args: argparse.Namespace, loaded: Any) -> Any:
+    """A configuration for ordinary questions: no prefix, the model's own stop strings."""
+    template = args.chat_template or ""
+    if template not in ("", "plain") and not Path(template).is_file():
+        raise UserError(f"--chat-template {template!r} is neither a file nor plain")
+    return load_script().MLXGRPOConfig(
+        system_prompt=args.system or "",
+        reasoning_prefix="",
+        chat_template=template,
+        stop_strings=stop_strings_of(args, loaded),
+    )
+
+
+def stop_strings_of(args: argparse.Namespace, loaded: Any) -> list[str]:
+    """From --stop, else the model's generation_config.json, else the run of its adapters."""
+    if args.stop:
+        return args.stop
+    base, adapter = locate(args.model, args.adapter)
+    found = read_object(loaded.folder / "generation_config.json").get("stop_strings") or []
+    if adapter:
+        found = settings_of_run(adapter)[0].get("stop_strings") or found
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
+        raise UserError(f"generation_config.json of {base}: stop_strings = {found!r} is no list "
+                        "of texts; --stop TEXT takes its place")  # fmt: skip
+    return found
+
+
+class Generator:
+    """A model with the way it is asked and sampled."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import mlx.core as mx
+
+        self.args, self.grpo = args, load_script()
+        config = None
+        if args.grpo_prompt:  # before the model: a mistyped setting should not wait for it
+            models = [args.adapter, args.model] if args.adapter else [args.model]
+            config, source = trainer_settings(args.config, args.set, models)
+            note(f"prompt settings from {source}")
+        loaded = open_model(args.model, args.adapter, trust=args.trust_remote_code)
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.config = config or chat_settings(args, loaded)
+        self.config.model_name = args.model
+        if args.grpo_prompt and args.stop:
+            self.config.stop_strings = args.stop
+        self.vocabulary = loaded.config.get("vocab_size")
+        self.stop = self.grpo.StopRule(self.tokenizer, self.config.stop_strings)
+        mx.random.seed(args.seed)
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids by the trainer's own function. Raises UserError for a template that refuses."""
+        from . import datafiles
+
+        try:
+            ids = self.grpo.encode_prompt(self.tokenizer, self.config, {"prompt": messages})
+        except ValueError as error:  # nanochat's tokenizer, for turns that it can't render
+            raise UserError(str(error)) from None
+        unlimited = dataclasses.replace(self.config, max_prompt_length=sys.maxsize)
+        datafiles.check_prompts(unlimited, [{"prompt_ids": ids}], "given", self.vocabulary)
+        return ids
+
+    def conversation(self, question: str) -> list[dict[str, str]]:
+        """The messages of a first question."""
+        system = {"role": "system", "content": self.config.system_prompt}
+        user = {"role": "user", "content": question}
+        return [system, user] if self.config.system_prompt else [user]
+
+    def sampling(self) -> dict[str, Any]:
+        from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+        penalty = self.args.repetition_penalty
+        return {
+            "max_tokens": self.args.max_tokens,
+            "sampler": make_sampler(self.args.temperature, self.args.top_p),
+            "logits_processors": make_logits_processors(
+                repetition_penalty=penalty if penalty != 1 else None
+            ),
+        }
+
+    def stream(self, ids: list[int], tokens: list[int], cache: Any = None) -> Iterator[str]:
+        """Pieces of the reply as they come; `tokens` collects its ids.
+
+        The text so far is decoded anew for each token: with a byte-level vocabulary one character
+        may take several, and a stop string ends where it ends in training.
+        """
+        import mlx.core as mx
+        from mlx_lm.generate import generate_step, generation_stream, wired_limit
+
+        shown = 0
+        with wired_limit(self.model, [generation_stream]):
+            steps = generate_step(mx.array(ids), self.model, prompt_cache=cache, **self.sampling())
+            for token, _ in steps:
+                tokens.append(int(token))
+                ended = self.stop.length(tokens, len(tokens) - 1) is not None
+                text = self.stop.text(tokens)
+                if not ended and len(tokens) < self.args.max_tokens:
+                    text = text.rstrip(" \ufffd")  # what the next token may still change
+                yield text[shown:]
+                shown = max(shown, len(text))
+                if ended:
+                    return
+
+    def batch(self, prompts: list[list[int]]) -> Iterator[tuple[int, list[int], str]]:
+        """(index, token ids, finish reason) of each prompt, in the order in which they end."""
+        from mlx_lm.generate import BatchGenerator
+        from mlx_lm.models.cache import make_prompt_cache
+
+        if not all(hasattr(layer, "merge") for layer in make_prompt_cache(self.model)):
+            note("this model's cache can't be batched: one prompt at a time")
+            yield from self.one_by_one(prompts)
+            return
+        size = self.args.batch_size or 32
+        generator = BatchGenerator(
+            self.model,
+            completion_batch_size=size,
+            prefill_batch_size=min(size, 8),
+            **self.sampling(),
+        )
+        of_uid = {uid: index for index, uid in enumerate(generator.insert(prompts))}
+        replies: dict[int, list[int]] = {uid: [] for uid in of_uid}
+        try:
+            while replies:
+                for response in generator.next_generated():
+                    tokens = replies[response.uid]
+                    tokens.append(response.token)
+                    end = self.stop.length(tokens, len(tokens) - 1)
+                    if end is None and response.finish_reason is None:
+                        continue
+                    if response.finish_reason is None:  # a stop string or EOS, which only we check
+                        generator.remove([response.uid])
+                    del replies[response.uid]
+                    yield of_uid[response.uid], tokens, "length" if end is None else "stop"
+        finally:
+            generator.close()
+
+    def one_by_one(self, prompts: list[list[int]]) -> Iterator[tuple[int, list[int], str]]:
+        for index, ids in enumerate(prompts):
+            tokens: list[int] = []
+            for _ in self.stream(ids, tokens):
+                pass
+            ended = self.stop.length(tokens, 0) is not None
+            yield index, tokens, "stop" if ended else "length"
+
+    def extracted(self, text: str) -> str:
+        """The line that --grpo-prompt adds to a reply."""
+        answer = self.grpo.extract_xml_answer(text)
+        return f"answer: {answer}" if answer else "answer: none (no <answer>...</answer> in it)"
+
+
+def write(text: str) -> None:
+    """To standard output at once, with what the terminal can't show replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def read_standard_input() -> str:
+    """What was piped in. Raises UserError when it is no text."""
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8 text") from None
+
+
+def is_unicode(text: str) -> bool:
+    """False when it carries bytes that were no UTF-8, which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def answer_one(args: argparse.Namespace) -> int:
+    """One prompt, one reply."""
+    question = args.prompt
+    if question is None:
+        if sys.stdin.isatty():
+            raise UserError("nothing to do: give a prompt, --chat or --batch FILE")
+        question = read_standard_input()
+    if not question.strip():
+        raise UserError("the prompt is empty")
+    if not is_unicode(question):
+        raise UserError("the prompt is not UTF-8 text")
+    generator = Generator(args)
+    ids = generator.encode(generator.conversation(question))
+    text = generator.config.reasoning_prefix
+    if args.stream:
+        write(text)
+    for piece in generator.stream(ids, []):
+        text += piece
+        if args.stream:
+            write(piece)
+    write("\n" if args.stream else f"{text}\n")
+    if args.grpo_prompt:
+        write(f"{generator.extracted(text)}\n")
+    return 0
+
+
+class Chat:
+    """A conversation in the terminal. The key-value cache is kept as far as the prompt agrees."""
+
+    HELP = """/clear         forget the conversation
+/history       show it
+/system TEXT   another system prompt (clears); without TEXT: show it
+/quit          end, as Ctrl-D does; Ctrl-C stops a reply
+"""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        self.clear()
+
+    def clear(self) -> None:
+        self.messages: list[dict[str, str]] = []
+        self.cache: Any = None
+        self.cached: list[int] = []
+
+    def run(self) -> int:
+        if sys.stdin.isatty():
+            try:
+                importlib.import_module("readline")  # arrow keys and history of lines
+            except ImportError:
+                note("no readline: lines can't be edited with arrow keys")
+        write("/help lists the commands, /quit ends\n")
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                write("\n")
+                return 0
+            except UnicodeDecodeError:
+                line = "\udc80"
+            if not is_unicode(line):
+                note("error: that is not UTF-8 text")
+                continue
+            if line in ("/quit", "/exit", "quit", "exit"):
+                return 0
+            if line.startswith("/") or line == "clear":
+                self.command(line)
+            elif line:
+                self.reply(line)
+
+    def command(self, line: str) -> None:
+        name, _, text = line.lstrip("/").partition(" ")
+        config = self.generator.config
+        if name == "clear":
+            self.clear()
+            write("(forgotten)\n")
+        elif name == "history":
+            write("".join(f"[{m['role']}] {m['content']}\n" for m in self.messages) or "(empty)\n")
+        elif name == "system" and text.strip():
+            config.system_prompt = text.strip()
+            self.clear()
+            write("(new system prompt, conversation forgotten)\n")
+        elif name == "system":
+            write(f"{config.system_prompt.strip() or '(none)'}\n")
+        else:
+            write(self.HELP if name == "help" else f"unknown command /{name}\n{self.HELP}")
+
+    def reply(self, line: str) -> None:
+        """Ask, show the reply as it comes, remember both; Ctrl-C keeps what came."""
+        generator = self.generator
+        question = {"role": "user", "content": line}
+        messages = [*self.messages, question] if self.messages else generator.conversation(line)
+        try:
+            ids = generator.encode(messages)
+        except UserError as error:
+            note(f"error: {error}")
+            return
+        text, tokens = generator.config.reasoning_prefix, []  # type: tuple[str, list[int]]
+        write(text)
+        ids_left = self.prepare_cache(ids)
+        try:
+            for piece in generator.stream(ids_left, tokens, self.cache):
+                text += piece
+                write(piece)
+            self.cached = (ids + tokens)[: self.cache[0].offset] if self.trimmable() else []
+        except KeyboardInterrupt:  # mid-step: layers of the cache may differ in length
+            self.cached = []
+            write(" (stopped)")
+        write("\n")
+        if self.generator.args.grpo_prompt:
+            write(f"{generator.extracted(text)}\n")
+        self.messages = [*messages, {"role": "assistant", "content": text}]
+
+    def trimmable(self) -> bool:
+        from mlx_lm.models.cache import can_trim_prompt_cache
+
+        same = len({getattr(layer, "offset", None) for layer in self.cache}) == 1
+        return same and hasattr(self.cache[0], "offset") and can_trim_prompt_cache(self.cache)
+
+    def prepare_cache(self, ids: list[int]) -> list[int]:
+        """Cut the cache to what `ids` starts with; returns the ids that are still to be read."""
+        from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+
+        pairs = zip(self.cached, ids[:-1], strict=False)  # the last one is always read anew
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
+        same = min(len(self.cached), len(ids) - 1) if same is None else same
+        if same:
+            trim_prompt_cache(self.cache, len(self.cached) - same)
+            return ids[same:]
+        self.cache = make_prompt_cache(self.generator.model)
+        return ids
+
+
+def read_prompts(path: Path, grpo_prompt: bool) -> list[dict[str, Any]]:
+    """Rows with `prompt` or `messages`: of a data file, or one prompt a line of any other.
+
+    Raises:
+        UserError: missing, malformed, or without prompts.
+    """
+    from . import datafiles
+
+    if path.suffix.lower() in datafiles.SUFFIXES:
+        rows = datafiles.read_rows(path)
+        for index, row in enumerate(rows, start=1):
+            check_row(f"{path}, row {index}", row, grpo_prompt)
+        return rows
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"--batch {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"--batch {path} cannot be read: {error.strerror}") from None
+    rows = [{"prompt": line} for line in lines if line.strip()]
+    if not rows:
+        raise UserError(f"--batch {path} holds no prompts")
+    if len(rows) < len(lines):
+        note(f"{len(lines) - len(rows)} empty lines of {path} left out")
+    return rows
+
+
+def check_row(where: str, row: dict[str, Any], grpo_prompt: bool) -> None:
+    kinds = [name for name in ("messages", "prompt", "question") if row.get(name) is not None]
+    if not kinds:
+        raise UserError(f"{where}: needs prompt, question or messages; it has {', '.join(row)}")
+    value = row[kinds[0]]
+    if kinds[0] != "messages":
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: {kinds[0]} = {value!r} is not a text")
+        return
+    if grpo_prompt:
+        raise UserError(f"{where}: messages can't be asked with --grpo-prompt; give a question")
+    texts = isinstance(value, list) and value and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value
+    )  # fmt: skip
+    if not texts:
+        raise UserError(f"{where}: messages must be a list of {{role, content}}, both texts")
+
+
+def answer_batch(args: argparse.Namespace) -> int:
+    """All prompts of a file; each result is written as soon as those before it are."""
+    rows = read_prompts(args.batch, args.grpo_prompt)
+    generator = Generator(args)
+    prompts = [
+        generator.encode(
+            row.get("messages") or generator.conversation(row.get("prompt") or row["question"])
+        )
+        for row in rows
+    ]
+    if args.output is None:
+        write_results(generator, rows, prompts, write)
+        return 0
+    with args.output.open("x", encoding="utf-8") as file:
+        write_results(generator, rows, prompts, file.write)
+    return 0
+
+
+def write_results(
+    generator: Generator,
+    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
+    write_text: Callable[[str], Any],
+) -> None:
+    from tqdm import tqdm
+
+    waiting: dict[int, str] = {}
+    written = 0
+    with tqdm(total=len(rows), unit="prompt", disable=None, dynamic_ncols=True) as bar:
+        for index, tokens, reason in generator.batch(prompts):
+            text = generator.config.reasoning_prefix + generator.stop.text(tokens)
+            result = {"completion": text, "finish_reason": reason, "tokens": len(tokens)}
+            if generator.args.grpo_prompt:
+                result["extracted_answer"] = generator.grpo.extract_xml_answer(text)
+            waiting[index] = json.dumps(rows[index] | result, ensure_ascii=False, default=str)
+            while written in waiting:
+                write_text(waiting.pop(written) + "\n")
+                written += 1
+            bar.update()
+    if generator.args.output:
+        note(f"{written} results in {generator.args.output}")
+
+
+def run(command: Callable[[], int]) -> int:
+    """The exit code of `command`, with every expected end turned into a line."""
+    try:
+        return command()
+    except (UserError, RunError) as error:
+        note(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        note("\nstopped")
+        return 130
+    except BrokenPipeError:  # the reader has what it wanted (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a full disk
+        note(f"error: {error}")
+        return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, 2 (bad input), 1 (a run that failed) or 130 (Ctrl-C)."""
+    args = build_parser().parse_args(argv)
+
+    def command() -> int:
+        check_arguments(args)
+        if args.chat:
+            return Chat(Generator(args)).run()
+        return answer_batch(args) if args.batch else answer_one(args)
+
+    return run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
