@@ -12,6 +12,9 @@ import pytest
 from conftest import ROOT, make_model
 from helpers import read_log, tree, typed_in_a_shell, write_toml
 
+from utils import loading
+from utils.errors import UserError
+
 SCRIPT = ROOT / "mlx-grpo.py"
 
 
@@ -141,6 +144,18 @@ MODELS = [
 ]
 
 
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=r"no such folder; models has .*tiny-math"):
+        loading.find_model("models/tiny-mth")
+
+
+def test_a_path_of_the_repository_typed_elsewhere_says_where_to_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="paths count from the current folder, so run it in"):
+        loading.find_model("models/tiny-math")
+
+
 @pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["run", "dry-run"])
 @pytest.mark.parametrize(("name", "advice"), MODELS, ids=[case[0] for case in MODELS])
 def test_a_missing_model(refused, name, advice, words):
@@ -148,7 +163,7 @@ def test_a_missing_model(refused, name, advice, words):
 
 
 def test_the_command_that_makes_mlx_model_is_one_that_convert_model_understands():
-    from utils import convert_model, loading
+    from utils import convert_model
 
     command = shlex.split(loading.HOW_TO_MAKE["utils/mlx_model"])
     assert command[:4] == ["uv", "run", "python", "utils/convert_model.py"]
@@ -453,7 +468,9 @@ def test_a_finished_run_without_checkpoints_can_only_be_replaced(typed, refused)
     run = {"max_updates": 1, "save_steps": 0}
     assert typed(**run)[0] == 0
     assert [command.split()[-1] for command in ready_commands(refused(**run))] == ["overwrite=true"]
-    assert_names(refused(**run, resume="auto"), "holds a finished run and no checkpoint")
+    assert_names(
+        refused(**run, resume="auto"), "is finished (see", "has no checkpoint to go on from"
+    )
 
 
 def test_a_model_that_overwriting_would_delete(typed, refused, tmp_path):

@@ -69,8 +69,8 @@ def to_resume(output_dir: Path, resume: str) -> Path | None:
         newest = next(iter(reversed(found(output_dir))), None)
         if newest is None and (output_dir / "final").exists():
             raise UserError(
-                f"resume: output_dir {output_dir} holds a finished run and no checkpoint; "
-                "overwrite=true replaces it"
+                f"resume: the run in {output_dir} is finished (see {output_dir / 'final'}) and has "
+                "no checkpoint to go on from; overwrite=true without resume starts it over"
             )
         return newest
     if not (Path(resume) / STATE).is_file():
@@ -113,8 +113,11 @@ def claim(output_dir: Path, *, overwrite: bool) -> None:
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for path in remains_of_run(output_dir) if overwrite else []:
+        old = remains_of_run(output_dir) if overwrite else []
+        for path in old:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if old:
+            say(f"replaced  the earlier run in {output_dir} (overwrite = true)")
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"output_dir {output_dir} is not writable: {reason}") from None

@@ -38,6 +38,7 @@ def progress_bar(trainer: Any) -> tqdm:
         initial=trainer.update_step,
         unit="update",
         disable=None,  # silent when the output is not a terminal
+        leave=False,  # the lines that were printed stay
         dynamic_ncols=True,
         smoothing=0.1,
     )

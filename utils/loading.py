@@ -10,6 +10,7 @@ from . import checks, hf_config, memory
 from .errors import RunError, UserError
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
 
+ROOT = Path(__file__).resolve().parent.parent
 HOW_TO_MAKE = {
     "utils/mlx_model": "uv run python utils/convert_model.py "
     "--hf-path Qwen/Qwen2.5-1.5B-Instruct --quantize",
@@ -36,11 +37,23 @@ def find_model(name: str) -> Path | None:
         if not (path / "config.json").is_file():
             raise UserError(f"model_name = {name!r} is a folder without config.json")
         return path
+    if (ROOT / path).is_dir():
+        raise UserError(
+            f"model folder {name} is not there: paths count from the current folder, "
+            f"so run it in {ROOT}"
+        )
     normal = os.path.normpath(name)
     command = next((c for known, c in HOW_TO_MAKE.items() if normal.startswith(known)), None)
     if command:
         raise UserError(f"model folder {name} is not there. Make it with:\n  {command}")
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or path.parent.is_dir():
+    if name.count("/") == 1 and path.parent.is_dir() and not name.startswith(("/", ".", "~")):
+        there = (
+            ", ".join(sorted(p.name for p in path.parent.iterdir() if p.is_dir())) or "no folder"
+        )
+        raise UserError(
+            f"model_name = {name!r}: there is no such folder; {path.parent} has {there}"
+        )
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise UserError(f"model_name = {name!r} is neither a folder nor a hub name (owner/model)")
     return None
 

@@ -57,7 +57,10 @@ def dry_run(config: Any) -> int:
     plan = plan_memory(config, shape, train_type, config.max_prompt_length, completion)
     for name, value in dataclasses.asdict(config).items():
         say(f"{name} = {json.dumps(value, ensure_ascii=False)}")
-    say(f"\ntrain_type resolves to {train_type}; prompts count as max_prompt_length tokens.")
+    say(
+        f"\ntrain_type resolves to {train_type}. An upper bound: prompts count as "
+        f"max_prompt_length = {config.max_prompt_length} tokens."
+    )
     say(plan.table())
     say(planned_updates(config))
     return 0
