@@ -425,6 +425,7 @@ BAD = [
     (["--batch", "f", "--output", "empty.txt"], "exists already"),
     (["--batch", "f", "--output", "no/f"], "no folder that can be written to"),
     (["hi", "--set", "seed=1"], "need --grpo-prompt"),
+    (["hi", "--grpo-prompt", "--set", "question_column=q"], "question_column has no effect"),
     (["hi", "--grpo-prompt", "--system", "x"], "--grpo-prompt has its own"),
     (["hi", "--grpo-prompt", "--set", "sytem_prompt=1"], "did you mean 'system_prompt'"),
     (["hi", "--grpo-prompt", "--config", "no.toml"], "config file no.toml does not exist"),

@@ -122,6 +122,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--stream shows one reply as it comes: leave it out with --batch")
     if (args.config or args.set) and not args.grpo_prompt:
         raise UserError("--config and --set need --grpo-prompt")
+    if any(text.partition("=")[0].strip() == "question_column" for text in args.set):
+        raise UserError(
+            "--batch reads the columns prompt and question: question_column has no effect"
+        )
     if args.grpo_prompt and (args.system is not None or args.chat_template):
         raise UserError("--grpo-prompt has its own: --set system_prompt=..., --set chat_template=")
     if args.stop and "" in args.stop:
