@@ -31,12 +31,21 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             _flush(file)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        take_place(temporary, path)
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def take_place(new: Path, path: Path) -> None:
+    """Rename the folder `new` to `path`; what stood there is deleted only after that."""
+    if not path.exists():
+        new.rename(path)
+        return
+    retired = path.with_name(f".{path.name}.old-{os.getpid()}")
+    path.rename(retired)
+    new.rename(path)
+    shutil.rmtree(retired)
 
 
 def _flush(path: Path) -> None:

@@ -245,18 +245,14 @@ def one_line(error: BaseException) -> str:
 @contextmanager
 def partial_folder(output: Path) -> Iterator[Path]:
     """A name beside `output` to write to; moved there at the end, removed after an error."""
+    from utils.checkpoints import take_place  # brings tqdm: not for --help
+
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        if output.exists():
-            retired = output.with_name(f".{output.name}.old-{os.getpid()}")
-            output.rename(retired)
-            partial.rename(output)
-            shutil.rmtree(retired)
-        else:
-            partial.rename(output)
+        take_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: the result is there
