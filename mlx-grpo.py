@@ -588,12 +588,21 @@ def read_block(live: list[Completion], ids: list, logprobs: list, stop: StopRule
             completion.finish_reason = "stop"
 
 
-def token_logprobs(model: nn.Module, tokens: mx.array, width: int, temperature: float) -> mx.array:
-    """(B, width) log pi, at `temperature`, of the last `width` of (B, T) tokens."""
+def token_logprobs(
+    model: nn.Module, tokens: mx.array, width: int, temperature: float, with_entropy: bool = False
+) -> tuple[mx.array, mx.array | None]:
+    """(B, width) log pi, at `temperature`, of the last `width` of (B, T) tokens.
+
+    With `with_entropy` also the (B, width) entropies, in nats, of the distributions they are from.
+    """
     logits = model(tokens[:, :-1])[:, -width:]  # (B, width, V)
     logits = logits.astype(mx.float32) / temperature
     chosen = mx.take_along_axis(logits, tokens[:, -width:, None], axis=-1)[..., 0]
-    return chosen - mx.logsumexp(logits, axis=-1)
+    normaliser = mx.logsumexp(logits, axis=-1)
+    if not with_entropy:
+        return chosen - normaliser, None
+    mean = (mx.softmax(logits, axis=-1) * logits).sum(axis=-1)
+    return chosen - normaliser, normaliser - mean
 
 
 def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.ndarray:
@@ -956,7 +965,7 @@ class MLXGRPOTrainer:
         """Loss, sums for the log, and the (B, W) log-probs of the policy being trained."""
         a = self.args
         width = batch["mask"].shape[1]
-        logprobs = token_logprobs(self.model, batch["tokens"], width, a.temperature)
+        logprobs, _ = token_logprobs(self.model, batch["tokens"], width, a.temperature)
         loss, sums = grpo_loss(
             logprobs,
             batch,
@@ -1025,7 +1034,7 @@ class MLXGRPOTrainer:
     def add_reference(self, batch: dict[str, mx.array]) -> None:
         if self.ref_model is not None:
             width, temperature = batch["mask"].shape[1], self.args.temperature
-            logprobs = token_logprobs(self.ref_model, batch["tokens"], width, temperature)
+            logprobs, _ = token_logprobs(self.ref_model, batch["tokens"], width, temperature)
             batch["ref_logprobs"] = mx.stop_gradient(logprobs)
             mx.eval(batch["ref_logprobs"])
 

@@ -45,7 +45,7 @@ def about(count):
 
 def rescored(grpo, model, batch):
     """(B, W) log-probs of a micro-batch under a model, at the temperature 1 of these tests."""
-    return grpo.token_logprobs(model, batch["tokens"], batch["mask"].shape[1], 1.0)
+    return grpo.token_logprobs(model, batch["tokens"], batch["mask"].shape[1], 1.0)[0]
 
 
 def largest_difference(one, other):
@@ -231,7 +231,7 @@ def test_the_anchor_is_the_policy_at_the_first_use(grpo, model_dir, data_dir, tm
     assert "old_logprobs" not in calls[0][0]
     first, *later = calls
     width, temperature = first[0]["mask"].shape[1], trainer.args.temperature
-    anchor = grpo.token_logprobs(start, first[0]["tokens"], width, temperature)
+    anchor = grpo.token_logprobs(start, first[0]["tokens"], width, temperature)[0]
     for batch, _, logprobs in later:
         assert mx.array_equal(batch["old_logprobs"], first[2]), "fixed over the iterations"
         assert mx.allclose(batch["old_logprobs"], anchor, atol=1e-4)

@@ -193,7 +193,7 @@ def test_a_batch_of_ragged_prompts_is_each_prompt_alone(grpo, tmp_path, family):
         assert (alone.text, alone.finish_reason) == (together[n].text, together[n].finish_reason)
         assert alone.logprobs == pytest.approx(together[n].logprobs, abs=1e-4)
         ids = together[n].ids
-        forward = grpo.token_logprobs(model, mx.array([prompts[row] + ids]), len(ids), 1.0)[0]
+        forward = grpo.token_logprobs(model, mx.array([prompts[row] + ids]), len(ids), 1.0)[0][0]
         assert np.array(forward) == pytest.approx(together[n].logprobs, abs=1e-3)
 
 
@@ -376,3 +376,12 @@ def test_rewards_read_the_prefix_too(model_dir, data_dir, tmp_path):
         assert response.text == "<reasoning>\n" + text
         assert len(response.ids) <= trainer.args.max_new_tokens
     assert trainer.train_dataset[0]["prompt_ids"][-len(prefix) :] == prefix
+
+
+def test_the_entropy_of_a_token_is_that_of_its_whole_distribution(grpo, model_dir):
+    model = grpo.load_model(grpo.MLXGRPOConfig(model_name=str(model_dir))).model
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    _, entropy = grpo.token_logprobs(model, tokens, 3, 0.7, with_entropy=True)
+    logits = np.array(model(tokens[:, :-1])[:, -3:].astype(mx.float32)) / 0.7
+    p = np.exp(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), rtol=1e-4)
