@@ -41,16 +41,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or not __package__:
-    from utils import caches, checkpoints, checks, console, datafiles, loading, memory
-    from utils import planning, rewarding, runtime, settings, templates, tracking
+    from utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
+    from utils import memory, planning, rewarding, runtime, settings, templates, tracking
     from utils.console import say
     from utils.errors import RunError, UserError
     from utils.loading import LoadedModel, load_model
     from utils.runlog import RunLog, rollout_metrics
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
-    from .utils import caches, checkpoints, checks, console, datafiles, loading, memory
-    from .utils import planning, rewarding, runtime, settings, templates, tracking
+    from .utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
+    from .utils import memory, planning, rewarding, runtime, settings, templates, tracking
     from .utils.console import say
     from .utils.errors import RunError, UserError
     from .utils.loading import LoadedModel, load_model
@@ -127,6 +127,17 @@ class MLXGRPOConfig:
     """Column with the answer; what follows `####` counts where that occurs."""
     max_train_samples: int = 0
     """Train on the first so many questions; 0 all."""
+    dataset_mix: list[dict[str, Any]] = field(default_factory=list)
+    """Train on several data sets (evaluation stays on `dataset`): tables with dataset, and if need
+    be weight (its share of the prompts), samples, dataset_config, train_split, question_column,
+    answer_column. Rows say where they are from in the column data_source."""
+    shuffle: bool = True
+    """Ask the questions in a new random order every epoch; false: in the order of the data."""
+    curriculum: str = "none"
+    """weights (ask a question in proportion to curriculum_column), easy_to_hard (by it, the
+    smallest first, in every epoch) or none."""
+    curriculum_column: str = "difficulty"
+    """Column with each question's sampling weight or difficulty."""
     system_prompt: str = SYSTEM_PROMPT
     """System message; empty for none."""
     reasoning_prefix: str = "<reasoning>\n"
@@ -293,9 +304,8 @@ def load_questions(config: MLXGRPOConfig, split: str) -> list[dict[str, Any]]:
         UserError: missing file, split or column, malformed or empty data.
         RunError: the hub is out of reach.
     """
-    name = config.train_split if split == "train" else config.test_split
-    rows = datafiles.read_dataset(config, split, name)
-    return [as_question(config, row) for row in rows]
+    sources = datafiles.sources(config, split)
+    return [as_question(s, row) for s in sources for row in datafiles.read_dataset(s, split)]
 
 
 def as_question(config: MLXGRPOConfig, row: dict[str, Any]) -> dict[str, Any]:
@@ -698,6 +708,7 @@ class MLXGRPOTrainer:
         self.prefix_ids = self.tokenizer.encode(args.reasoning_prefix, add_special_tokens=False)
         self.train_dataset = self.encode(train_dataset, "training")
         self.eval_dataset = self.encode(eval_dataset, "evaluation") if eval_dataset else []
+        self.order = curriculum.PromptOrder(args, self.train_dataset)
         self.sampling = self.sampling_with(args.temperature, args.max_new_tokens)
         self.step = self.update_step = self.rollout = 0
         self.elapsed = 0.0
@@ -807,9 +818,8 @@ class MLXGRPOTrainer:
     def prompts_of_update(self, rollout: int) -> tuple[list[int], int]:
         """Rows of the training set for the nth rollout, and how many batches they make."""
         epoch, position = divmod(rollout, self.rollouts_per_epoch)
-        order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.train_dataset))
         size = self.args.batch_size * self.args.gradient_accumulation_steps
-        rows = order[position * size : (position + 1) * size].tolist()
+        rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
         return rows, math.ceil(len(rows) / self.args.batch_size)
 
     def refresh_old_policy(self) -> None:

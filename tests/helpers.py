@@ -44,7 +44,10 @@ def write_toml(folder, values):
 
     def literal(value):
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{k} = {literal(v)}" for k, v in value.items()) + "}"
+            pairs = (f"{json.dumps(k)} = {literal(v)}" for k, v in value.items())
+            return "{" + ", ".join(pairs) + "}"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(literal, value)) + "]"
         return json.dumps(value, ensure_ascii=True)
 
     path = Path(folder) / "settings.toml"

@@ -49,6 +49,8 @@ def write_questions(path, count, words):
             "answer": f"so\n#### {n}",
             "wording": f"Count to {n}.",
             "result": f"{n} apples",
+            "difficulty": 7 * n % count,
+            "importance": float(n < 3),
         }
         for n in range(count)
     ]
@@ -327,8 +329,28 @@ def column(path, name="question", count=None):
     return lambda *_: [json.loads(x)[name] for x in Path(path).read_text().splitlines()][:count]
 
 
+def by(name):
+    """A column of the training data, and the questions."""
+    return column("data/train.jsonl", name)(), column("data/train.jsonl")()
+
+
 def used(settings):
     return [row["question"] for row in trainer_of(settings).train_dataset]
+
+
+def asked(settings):
+    """The questions of an epoch, in order."""
+    trainer = trainer_of(settings)
+    rows = trainer.train_dataset
+    return [rows[i]["question"] for n in range(12) for i in trainer.prompts_of_update(n)[0]]
+
+
+def mixed(settings):
+    """Where the questions of an epoch are from: how many of each, and which."""
+    trainer = trainer_of(settings)
+    rows = trainer.train_dataset
+    sources = [rows[i].get("data_source") for i in trainer.order(0)]
+    return {"counts": {name: sources.count(name) for name in {*sources}}, "asked": asked(settings)}
 
 
 def prompts(settings):
@@ -533,6 +555,26 @@ FIELDS = {
         "answer", "result", questions("train", "answer"), column("data/train.jsonl", "result")
     ),
     "max_train_samples": Watch(0, 5, used, column("data/train.jsonl", count=5)),
+    "dataset_mix": Watch(
+        [],
+        [{"dataset": "data", "weight": 1, "samples": 5}, {"dataset": "other-data", "weight": 4.0}],
+        mixed,
+        lambda _, b: b["counts"] == {"data": 5, "other-data": 20},
+    ),
+    "shuffle": Watch(True, False, asked, column("data/train.jsonl")),
+    "curriculum": Watch(
+        "none",
+        "easy_to_hard",
+        asked,
+        lambda *_: [x for _, x in sorted(zip(*by("difficulty"), strict=True))],
+    ),
+    "curriculum_column": Watch(
+        "difficulty",
+        "importance",
+        asked,
+        lambda _, b: sorted(b) == sorted(8 * by("importance")[1][:3]),
+        {"curriculum": "weights"},
+    ),
     "system_prompt": Watch(
         "", "Be brief.", prompt, chat("How many is 0?", "<|im_start|>system\nBe brief.<|im_end|>\n")
     ),

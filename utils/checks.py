@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .datafiles import MIX_KEYS
 from .errors import UserError
 
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -46,6 +47,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "train_type": ("auto", "full", "lora", "dora"),
     "loss_type": ("grpo", "dapo", "dr_grpo"),
+    "curriculum": ("none", "weights", "easy_to_hard"),
     "lr_scheduler_type": ("cosine", "linear", "constant"),
 }
 
@@ -71,9 +73,46 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         f"eval_metric = {c.eval_metric!r} is neither em nor one of reward_funcs",
         c.eval_metric not in ("em", *c.reward_funcs),
     )
+    weighted = [part for part in c.dataset_mix if "weight" in part]
+    yield (
+        f"curriculum = {c.curriculum} orders all questions by difficulty, so the weights in "
+        "dataset_mix would have no effect: leave one of them out",
+        c.curriculum == "easy_to_hard" and bool(weighted),
+    )
+    yield (
+        "shuffle = false keeps the order of the data, but weights draw at random: leave one out",
+        not c.shuffle and (bool(weighted) or c.curriculum == "weights"),
+    )
+    yield (
+        "max_train_samples has no effect on dataset_mix: write samples = N in its tables",
+        bool(c.dataset_mix) and c.max_train_samples > 0,
+    )
+    yield (
+        "dataset_mix: a weight in every table or in none (then each question comes once an epoch)",
+        len(weighted) not in (0, len(c.dataset_mix)),
+    )
     for text in c.stop_strings:
         yield "stop_strings holds an empty string", not text
         yield f"stop string {text!r} is part of reasoning_prefix", text in c.reasoning_prefix
+
+
+def check_mix(mix: list[dict[str, Any]]) -> None:
+    """Refuse tables of dataset_mix with unknown keys or impossible values. Raises UserError."""
+    names = [part.get("dataset") for part in mix]
+    for part in mix:
+        for key, value in part.items():
+            kind = MIX_KEYS.get(key)
+            if kind is None:
+                raise UserError(f"dataset_mix: unknown key {key!r}; known: {', '.join(MIX_KEYS)}")
+            number = isinstance(value, int | kind) and not isinstance(value, bool)
+            right = isinstance(value, str) if kind is str else number and 0 < value < math.inf
+            if not right:
+                wanted = "text" if kind is str else "a number above 0"
+                raise UserError(f"dataset_mix: {key} = {value!r} must be {wanted}")
+        if not part.get("dataset"):
+            raise UserError(f"dataset_mix: a table without dataset: {part}")
+        if names.count(part["dataset"]) > 1:
+            raise UserError(f"dataset_mix: {part['dataset']!r} occurs twice")
 
 
 def check(c: Any) -> None:
@@ -89,6 +128,7 @@ def check(c: Any) -> None:
     for name, allowed in CHOICES.items():
         if getattr(c, name) not in allowed:
             raise UserError(f"{name} = {getattr(c, name)!r}, allowed: {', '.join(allowed)}")
+    check_mix(c.dataset_mix)
     for complaint, wrong in contradictions(c):
         if wrong:
             raise UserError(complaint)
@@ -96,6 +136,13 @@ def check(c: Any) -> None:
 
 def refuse_dead_settings(c: Any, train_type: str) -> None:
     """Refuse what was set on purpose and could have no effect."""
+    if c.dataset_mix and c.eval_samples and "dataset" not in c.explicit:
+        raise UserError(
+            "dataset_mix is trained on; set dataset too, on which the run is evaluated (or "
+            "eval_samples = 0)"
+        )
+    if "curriculum_column" in c.explicit and c.curriculum == "none":
+        raise UserError("curriculum_column has no effect with curriculum = none: leave it out")
     dead = sorted(name for name in c.explicit if name.startswith("lora_"))
     if train_type == "full" and dead:
         raise UserError(f"{', '.join(dead)} has no effect with train_type = full: leave it out")

@@ -103,7 +103,8 @@ def introduce(trainer: Any, blas: str | None) -> None:
     if advice:
         say(f"speed     {advice}")
     tested = f"{len(trainer.eval_dataset):,} for evaluation"
-    say(f"data      {a.dataset}: {len(trainer.train_dataset):,} questions, {tested}")
+    names = ", ".join(part["dataset"] for part in a.dataset_mix) or a.dataset
+    say(f"data      {names}: {len(trainer.train_dataset):,} questions, {tested}")
     if a.top_k or a.top_p < 1 or a.min_p:
         say("sampling  top_k, top_p and min_p bias the gradient: what they cut off is never learnt")
     prompts = a.batch_size * a.gradient_accumulation_steps

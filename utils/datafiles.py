@@ -1,8 +1,10 @@
 """Rows of questions from local files; a malformed one is named by file, line and column."""
 
+import copy
 import csv
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +117,48 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"data file {path} is not a parquet file: {error}") from None
 
 
-def read_dataset(config: Any, split: str, name: str) -> list[dict[str, Any]]:
-    """The raw rows of a split, from a local path if there is one, else from the hub.
+MIX_KEYS = {
+    "dataset": str,
+    "dataset_config": str,
+    "train_split": str,
+    "question_column": str,
+    "answer_column": str,
+    "weight": float,
+    "samples": int,
+}
+
+
+def sources(config: Any, split: str) -> list[Any]:
+    """The settings to read each data set of a split by: those of `dataset_mix`, or `config`."""
+    if split != "train" or not config.dataset_mix:
+        return [config]
+    parts = []
+    for entry in config.dataset_mix:
+        part = copy.copy(config)
+        part.dataset_config = ""
+        vars(part).update(entry)
+        part.max_train_samples = entry.get("samples", 0)
+        if part.dataset != config.dataset:  # nothing of it is for evaluation
+            part.eval_samples = 0
+        parts.append(part)
+    return parts
+
+
+def read_dataset(config: Any, split: str) -> list[dict[str, Any]]:
+    """The raw rows of "train" or "test", from a local path if there is one, else from the hub.
 
     Raises:
-        UserError: missing or malformed, no row, or a row without question or answer.
+        UserError: missing or malformed, no row, or a row without question or answer, or without
+            the number that the curriculum goes by.
         RunError: the hub is out of reach.
     """
+    name = config.train_split if split == "train" else config.test_split
     rows = find_rows(config, split, name)
+    if split == "train" and config.dataset_mix:
+        rows = rows[: config.max_train_samples or len(rows)]
+        rows = [{**row, "data_source": config.dataset} for row in rows]
+    if split == "train" and config.curriculum != "none":
+        check_curriculum(config, name, rows)
     for column in (config.question_column, config.answer_column):
         if column not in rows[0]:
             raise UserError(
@@ -139,6 +175,24 @@ def read_dataset(config: Any, split: str, name: str) -> list[dict[str, Any]]:
                     f"{column!r}: {str(row)[:200]}"
                 )
     return rows
+
+
+def check_curriculum(config: Any, name: str, rows: list[dict[str, Any]]) -> None:
+    """Make the column that the curriculum goes by numbers, in place."""
+    column, least = config.curriculum_column, 0 if config.curriculum == "weights" else -math.inf
+    for number, row in enumerate(rows, start=1):
+        where = f"data set {config.dataset} ({name}), row {number}"
+        if column not in row:
+            raise UserError(f"{where}: no column {column!r} for curriculum = {config.curriculum}")
+        try:
+            row[column] = float(row[column])
+        except (TypeError, ValueError):
+            row[column] = math.nan if row[column] is None else row[column]
+        if not (isinstance(row[column], float) and least <= row[column] < math.inf):
+            kind = "at least 0" if least == 0 else "finite"
+            raise UserError(f"{where}: {column} = {row[column]!r} must be a number, {kind}")
+    if not any(row[column] for row in rows) and config.curriculum == "weights":
+        raise UserError(f"data set {config.dataset} ({name}): every {column} is 0")
 
 
 def local_path(dataset: str) -> Path | None:
@@ -172,7 +226,9 @@ def read_hub_dataset(config: Any, split: str) -> list[dict[str, Any]]:
 
     what = f"data set {config.dataset} ({config.dataset_config}, {split})"
     try:
-        rows = list(datasets.load_dataset(config.dataset, config.dataset_config, split=split))
+        rows = list(
+            datasets.load_dataset(config.dataset, config.dataset_config or None, split=split)
+        )
     except (OSError, ValueError) as error:  # not found; unknown configuration, split; out of reach
         kind = UserError if isinstance(error, FileNotFoundError | ValueError) else RunError
         raise kind(

@@ -147,7 +147,7 @@ def resolve(args: argparse.Namespace) -> tuple[Any, str]:
     changes: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     if args.data:
         # With eval_samples = 0 the reader keeps nothing of a single file for training.
-        changes |= {"dataset": args.data, "eval_samples": 0}
+        changes |= {"dataset": args.data, "eval_samples": 0, "dataset_mix": []}
         if args.data in ("gsm8k", "openai/gsm8k"):
             changes |= {"dataset": "openai/gsm8k", "dataset_config": "main"}
             changes |= {"question_column": "question", "answer_column": "answer"}

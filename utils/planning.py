@@ -69,11 +69,13 @@ def dry_run(config: Any) -> int:
 def planned_updates(config: Any) -> str:
     """The length of the run, from the number of questions if that can be known offline."""
     questions = config.max_train_samples
-    if datafiles.local_path(config.dataset):
-        rows = len(datafiles.read_dataset(config, "train", config.train_split))
+    sources = datafiles.sources(config, "train")
+    if all(datafiles.local_path(source.dataset) for source in sources):
+        rows = sum(len(datafiles.read_dataset(source, "train")) for source in sources)
         questions = min(rows, questions) if questions else rows
     if not questions:
-        return f"updates: known once {config.dataset} is loaded (max_train_samples = 0: all of it)"
+        names = ", ".join(source.dataset for source in sources)
+        return f"updates: known once {names} is loaded (max_train_samples = 0: all of it)"
     prompts = config.batch_size * config.gradient_accumulation_steps
     updates = config.num_epochs * math.ceil(questions / prompts) * config.num_iterations
     updates = min(updates, config.max_updates or updates)
