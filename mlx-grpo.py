@@ -42,18 +42,22 @@ import numpy as np
 
 if TYPE_CHECKING or not __package__:
     from utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
-    from utils import memory, planning, rewarding, runtime, settings, templates, tracking
+    from utils import memory, planning, reward_functions, rewarding, runtime, settings
+    from utils import templates, tracking
     from utils.console import say
     from utils.errors import RunError, UserError
     from utils.loading import LoadedModel, load_model
+    from utils.reward_calls import RewardCalls, TrainerState
     from utils.runlog import RunLog, rollout_metrics
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
     from .utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
-    from .utils import memory, planning, rewarding, runtime, settings, templates, tracking
+    from .utils import memory, planning, reward_functions, rewarding, runtime, settings
+    from .utils import templates, tracking
     from .utils.console import say
     from .utils.errors import RunError, UserError
     from .utils.loading import LoadedModel, load_model
+    from .utils.reward_calls import RewardCalls, TrainerState
     from .utils.runlog import RunLog, rollout_metrics
     from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 
@@ -152,10 +156,16 @@ class MLXGRPOConfig:
     reward_funcs: list[str] = field(
         default_factory=lambda: ["correctness", "xmlcount", "soft_format", "int"]
     )
-    """Built-in names (correctness, int, strict_format, soft_format, xmlcount), or module:function,
-    or file.py:function with TRL's interface. Reward files are code: they run with your rights."""
+    """Built-in names (correctness, int, strict_format, soft_format, xmlcount, math, cosine, length,
+    soft_overlong, repetition), or module:function, or file.py:function with TRL's interface.
+    Reward files are code: they run with your rights."""
     reward_weights: list[float] = field(default_factory=list)
     """One factor per reward function; empty: all 1."""
+    reward_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Parameters of reward functions, by their names in reward_funcs, such as
+    {soft_overlong = {cache = 100}}; docs/rewards.md has those of the built-in ones."""
+    reward_timeout: float = 180.0
+    """Seconds that an async reward function may take."""
 
     num_generations: int = 64
     """Completions sampled per prompt: the group."""
@@ -400,6 +410,7 @@ REWARDS: dict[str, Callable[..., list]] = {
     "strict_format": strict_format_reward_func,
     "soft_format": soft_format_reward_func,
     "xmlcount": xmlcount_reward_func,
+    **reward_functions.table(extract_xml_answer, correctness_reward_func),
 }
 
 
@@ -708,6 +719,7 @@ class MLXGRPOTrainer:
         self.prefix_ids = self.tokenizer.encode(args.reasoning_prefix, add_special_tokens=False)
         self.train_dataset = self.encode(train_dataset, "training")
         self.eval_dataset = self.encode(eval_dataset, "evaluation") if eval_dataset else []
+        self.reward_calls = RewardCalls(args.reward_timeout)
         self.order = curriculum.PromptOrder(args, self.train_dataset)
         self.sampling = self.sampling_with(args.temperature, args.max_new_tokens)
         self.step = self.update_step = self.rollout = 0
@@ -888,20 +900,27 @@ class MLXGRPOTrainer:
 
         None from a function (NaN here) adds nothing; a row that no function values is NaN.
         """
-        values = {name: self.reward_values(name, rows, responses) for name in self.reward_funcs}
+        values = self.call_rewards(self.reward_funcs, rows, responses)
         stacked = np.stack(list(values.values()))  # (F, B)
         weights = np.array(self.args.reward_weights or [1.0] * len(values))[:, None]
         totals = np.nansum(stacked * weights, axis=0)
         return np.where(np.isnan(stacked).all(axis=0), np.nan, totals), values
 
-    def reward_values(self, name: str, rows: list[dict], responses: list[Completion]) -> np.ndarray:
-        """(B,) values of one reward function, called with TRL's keywords."""
+    def call_rewards(
+        self,
+        functions: dict[str, Callable[..., Any]],
+        rows: list[dict],
+        responses: list[Completion],
+    ) -> dict[str, np.ndarray]:
+        """(B,) values per function, called with TRL's keywords."""
         names = {name for row in rows for name in row} - {"prompt_ids", "prompt"}
         columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
         columns["prompts"] = [row["prompt"] for row in rows]
+        columns["completions"] = [[{"role": "assistant", "content": r.text}] for r in responses]
         columns["completion_ids"] = [response.ids for response in responses]
-        texts = [response.text for response in responses]
-        return np.array(rewarding.call_reward(name, self.reward_funcs[name], texts, columns))
+        epoch = self.rollout / self.rollouts_per_epoch
+        state = TrainerState(self.update_step, self.total_updates, epoch, self.args.num_epochs)
+        return self.reward_calls(functions, columns, state, partial(self.pulse, "rewards"))
 
     def micro_batches(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
@@ -998,6 +1017,7 @@ class MLXGRPOTrainer:
         scored = time.perf_counter()
         micro_batches = self.micro_batches(rows, responses, advantages.reshape(-1))
         metrics = rollout_metrics(responses, groups, advantages, per_function)
+        metrics |= self.reward_calls.metrics
         left = min(self.args.num_iterations, self.total_updates - self.update_step)
         records = [self.update(micro_batches, i, metrics["tokens"]) for i in range(left)]
         metrics |= {
@@ -1089,7 +1109,9 @@ class MLXGRPOTrainer:
             answers = (extract_xml_answer(response.text) for response in responses)
             scores = [same_answer(a, r["answer"]) for a, r in zip(answers, rows, strict=True)]
         else:
-            scores = self.reward_values(self.args.eval_metric, rows, responses).tolist()
+            name = self.args.eval_metric
+            functions = {name: self.reward_funcs[name]}
+            scores = self.call_rewards(functions, rows, responses)[name].tolist()
         cut = float(np.mean([r.finish_reason == "length" for r in responses]))
         return {"em": float(np.nanmean(scores)), "em_subset": len(rows), "truncation_rate": cut}
 
@@ -1141,7 +1163,7 @@ class MLXGRPOTrainer:
         self.bar.set_postfix_str(console.progress_text(records[-1], self.log.history))
         if due(a.logging_steps, step, self.step):
             self.log.training(self.step, self.elapsed)
-            self.log.completions(self.shown)
+            self.log.completions(self.shown, self.reward_calls.extras)
         if due(a.eval_every_updates, update, self.update_step):
             self.evaluate("train")
         last = self.update_step >= self.total_updates  # after it, the run ends with an evaluation
@@ -1196,7 +1218,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
     """Everything that can fail for bad input, cheap things first; nothing is written."""
     loading.check_model(config.model_name)
-    rewards = {spec: rewarding.load_reward(spec, REWARDS) for spec in config.reward_funcs}
+    rewards = rewarding.load_rewards(config, REWARDS)
     train_rows = load_questions(config, "train")
     train_rows = train_rows[: config.max_train_samples or len(train_rows)]
     test_rows = load_questions(config, "test") if config.eval_samples else []

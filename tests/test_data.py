@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from helpers import QUIET, make_config, write_toml
+from helpers import QUIET, make_config, make_trainer, write_toml
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
@@ -330,16 +330,19 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
     assert trainer.total_updates == -(-len(kept) // QUIET["gradient_accumulation_steps"])
 
 
-def test_a_column_named_like_ours_does_not_replace_ours(grpo):
+def test_a_column_named_like_ours_does_not_replace_ours(grpo, model_dir, data_dir, tmp_path):
     """A data set may have columns called prompt or completions; rewards see the model's."""
-    from utils.rewarding import call_reward
-
     config = SimpleNamespace(question_column="question", answer_column="answer", system_prompt="")
     row = grpo.as_question(config, {"question": "a", "answer": "1", "prompt": "theirs"})
     assert row["prompt"] == [{"role": "user", "content": "a"}]
 
-    def lengths(completions, **_):
-        return [len(completion[0]["content"]) for completion in completions]
+    def lengths(completions, trainer_state, completion_ids, **_):
+        assert trainer_state.max_steps == 12
+        pairs = zip(completions, completion_ids, strict=True)
+        return [len(completion[0]["content"]) + ids[0] for completion, ids in pairs]
 
-    columns = {"completions": ["theirs", "theirs"]}
-    assert call_reward("lengths", lengths, ["a", "bcd"], columns) == [1.0, 3.0]
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", lengths)
+    theirs = dict.fromkeys(("completions", "completion_ids", "trainer_state"), "theirs")
+    rows = [{**row, **theirs, "prompt_ids": [1]}] * 2
+    responses = [grpo.Completion([5], text=text) for text in ("a", "bcd")]
+    assert trainer.compute_rewards(rows, responses)[0].tolist() == [6.0, 8.0]

@@ -33,12 +33,18 @@ grpo = load_script()
 approx = pytest.approx
 
 REWARDS = """
+import asyncio
+
 def vowels(completions, **_):
     texts = [c[0]["content"] for c in completions]
     return [sum(ch in "aeiou0123456789" for ch in t) / max(len(t), 1) for t in texts]
 
 def length(completion_ids, **_):
     return [len(ids) for ids in completion_ids]
+
+async def waits(completion_ids, **_):
+    await asyncio.sleep(0.2)
+    return length(completion_ids)
 """
 
 
@@ -597,6 +603,20 @@ FIELDS = {
     ),
     "reward_weights": Watch(
         [], [3.0, 10.0], lambda s: rewards(s)[0], [21.5], {"reward_funcs": ["int", "correctness"]}
+    ),
+    "reward_kwargs": Watch(
+        {},
+        {"length": {"target": 0, "penalty": -6.0}},
+        lambda s: rewards(s)[0],
+        [-0.5],
+        {"reward_funcs": ["length"]},
+    ),  # of one token among twelve
+    "reward_timeout": Watch(
+        180.0,
+        0.01,
+        lambda s: console({**s, "max_updates": 1})[0],
+        1,
+        {"reward_funcs": ["rewards.py:waits"]},
     ),
     "num_generations": Watch(4, 3, lambda s: sum(size for size, _ in shapes(s)), 6),
     "batch_size": Watch(1, 2, prompts_and_batches, [4, 2, 6]),

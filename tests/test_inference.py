@@ -298,7 +298,9 @@ def test_reward_files_of_a_run_are_not_taken_over(grpo, lora_run, capsys):
     assert config.reward_funcs == ["correctness"]
     assert "helpers:digest is code" in capsys.readouterr().err
     kept = {"reward_funcs": ["a.py:f", "int", "correctness"], "reward_weights": [1.0, 2.0, 3.0]}
+    kept["reward_kwargs"] = {"a.py:f": {"x": 1}, "int": {}}
     expected = {"reward_funcs": ["int", "correctness"], "reward_weights": [2.0, 3.0]}
+    expected["reward_kwargs"] = {"int": {}}
     assert inference.without_code(kept) == expected
 
 

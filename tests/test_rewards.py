@@ -1,5 +1,6 @@
 """The five rewards, TRL's interface for other ones, and group advantages."""
 
+import asyncio
 import math
 import time
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import make_config, make_trainer
 
-from utils import rewarding
+from utils import reward_calls, rewarding
 from utils.errors import RunError, UserError
 
 PERFECT = "<reasoning>\nthree\ntimes four\n</reasoning>\n<answer>\n12\n</answer>"
@@ -18,13 +19,16 @@ def reward(grpo, name, text, answer="12"):
     return value
 
 
+OF_THE_DOCUMENTS = ["correctness", "int", "strict_format", "soft_format", "xmlcount"]
+
+
 def all_rewards(grpo, text, answer="12"):
-    return [reward(grpo, name, text, answer) for name in grpo.REWARDS]
+    return [reward(grpo, name, text, answer) for name in OF_THE_DOCUMENTS]
 
 
 def test_a_perfect_answer_that_stopped_earns_every_maximum(grpo):
     """Sampling stops right after </answer>: no line break follows, and none is asked for."""
-    assert list(grpo.REWARDS) == ["correctness", "int", "strict_format", "soft_format", "xmlcount"]
+    assert list(grpo.REWARDS)[:5] == OF_THE_DOCUMENTS
     assert all_rewards(grpo, PERFECT) == [2.0, 0.5, 0.5, 0.5, 0.5]
     assert all_rewards(grpo, f"\n \t{PERFECT}\n\n ") == [2.0, 0.5, 0.5, 0.5, 0.5]
 
@@ -330,15 +334,33 @@ def test_an_unknown_reward_is_refused(grpo, spec, complaint):
         rewarding.load_reward(spec, grpo.REWARDS)
 
 
+def call(function, texts=("first text", "second text"), timeout=5.0, **columns):
+    """The values of one function, called as the trainer does."""
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    calls = reward_calls.RewardCalls(timeout)
+    return calls({"judge": function}, {**columns, "completions": completions})["judge"].tolist()
+
+
 def divides(completions, **_):
     return [1 / 0]
+
+
+async def divides_later(completions, **_):
+    return [1 / 0]
+
+
+async def sleeps(completions, **_):
+    await asyncio.sleep(60)
+
+
+PASSED = "for 2 completions:\n  'first text'\n  'second text'"
 
 
 @pytest.mark.parametrize(
     ("function", "complaint"),
     [
-        (lambda **_: [1.0], "returned 1 values for 2"),
-        (lambda **_: 1.0, "not a list"),
+        (lambda **_: [1.0], f"returned 1 values {PASSED}"),
+        (lambda **_: 1.0, f"not a list of one number a completion, {PASSED}"),
         (lambda **_: None, "not a list"),
         (lambda **_: "ab", "not a list"),
         (lambda **_: [1.0, math.nan], "returned nan.*second text"),
@@ -346,22 +368,29 @@ def divides(completions, **_):
         (lambda **_: [0.0, "1"], "returned '1'.*second text"),
         (lambda **_: [0.0, [1.0]], "second text"),
         (lambda **_: [0.0, 1j], "second text"),
-        (divides, "ZeroDivisionError: division by zero"),
-        (lambda solutions, **_: [0.0, 0.0], "TypeError.*solutions"),
+        (divides, rf"raised ZeroDivisionError: division by zero .*test_rewards.py.* {PASSED}"),
+        (divides_later, rf"raised ZeroDivisionError: .*test_rewards.py.* {PASSED}"),
+        (lambda solutions, **_: [0.0, 0.0], f"TypeError.*solutions.* {PASSED}"),
+        (sleeps, f"took longer than reward_timeout = 0.05 seconds {PASSED}"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_a_reward_that_fails_stops_the_run_with_its_name(function, complaint):
     with pytest.raises(RunError, match=rf"(?s)reward judge .*{complaint}"):
-        rewarding.call_reward("judge", function, ["first text", "second text"], {})
+        call(function, timeout=0.05 if function is sleeps else 5.0)
+
+
+def test_long_completions_are_shortened_in_messages():
+    with pytest.raises(RunError) as caught:
+        call(divides, ["x" * 9_000] * 64)
+    assert "for 64 completions:\n  'xxx" in str(caught.value)
+    assert str(caught.value).endswith("xxx...'\n  and 62 more")
+    assert len(str(caught.value)) < 1_000
 
 
 def test_what_counts_as_a_list_of_numbers():
-    def call(values):
-        return rewarding.call_reward("judge", lambda **_: values, ["a", "b"], {})
-
     for values in ([1, 0], (1.0, 0.0), np.array([1.0, 0.0]), [True, False], np.array([1, 0])):
-        assert call(values) == [1.0, 0.0]
+        assert call(lambda values=values, **_: values) == [1.0, 0.0]
 
 
 def test_group_advantages_by_hand(grpo):

@@ -14,7 +14,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "text": (lambda v: v.strip() != "", "model_name output_dir dataset train_split test_split"),
     "above 0 and finite": (
         lambda v: 0 < v < math.inf,
-        "learning_rate lora_learning_rate lora_scale temperature max_grad_norm importance_cap",
+        "learning_rate lora_learning_rate lora_scale temperature max_grad_norm importance_cap "
+        "reward_timeout",
     ),
     "at least 0 and finite": (
         lambda v: 0 <= v < math.inf,
@@ -60,6 +61,16 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         len(c.reward_weights) not in (0, len(c.reward_funcs)),
     )
     yield "reward_funcs names a function twice", len({*c.reward_funcs}) != len(c.reward_funcs)
+    for name, given in c.reward_kwargs.items():
+        yield (
+            f"reward_kwargs names {name!r}, which is not among reward_funcs: "
+            f"{', '.join(c.reward_funcs)}",
+            name not in c.reward_funcs,
+        )
+        yield (
+            f"reward_kwargs.{name} = {given!r} must be a table such as {{key = value}}",
+            not isinstance(given, dict),
+        )
     yield (
         "adapter_path needs train_type lora or dora",
         bool(c.adapter_path) and (c.train_type == "full"),

@@ -182,6 +182,7 @@ def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size
     Its own methods encode the questions, sample and call the reward functions.
     """
     from . import console
+    from .reward_calls import RewardCalls
 
     cls = load_script().MLXGRPOTrainer
     evaluator = object.__new__(cls)
@@ -190,6 +191,9 @@ def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size
     evaluator.prefix_ids = loaded.tokenizer.encode(
         config.reasoning_prefix, add_special_tokens=False
     )
+    evaluator.reward_calls = RewardCalls(config.reward_timeout)
+    evaluator.update_step = evaluator.total_updates = evaluator.rollout = 0
+    evaluator.rollouts_per_epoch = 1
     evaluator.plan = SimpleNamespace(rollout_batch_size=batch_size)
     evaluator.interrupted, evaluator.bar = False, console.no_bar()
     return evaluator
@@ -335,9 +339,7 @@ def report(args: argparse.Namespace, config: Any) -> int:
 
     for name in args.models:  # all of them, before the first takes its time
         check_model(name)
-    rewards = {
-        spec: rewarding.load_reward(spec, load_script().REWARDS) for spec in config.reward_funcs
-    }
+    rewards = rewarding.load_rewards(config, load_script().REWARDS)
     questions = read_questions(args, config)
     runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb)
     temperature = temperature_of(args, config)

@@ -49,6 +49,7 @@ OF_A_RUN = (
     *("max_prompt_length", "max_completion_length", "eval_max_new_tokens", "seed"),
     *("dataset", "dataset_config", "train_split", "test_split", "question_column"),
     *("answer_column", "temperature", "top_k", "top_p", "min_p", "reward_funcs", "reward_weights"),
+    "reward_kwargs",
 )
 
 
@@ -251,6 +252,8 @@ def without_code(values: dict[str, Any]) -> dict[str, Any]:
         return values
     note(f"left out: {', '.join(own)} is code; --set reward_funcs=[...] runs it")
     kept = [name for name in names if ":" not in name]
+    given = values.get("reward_kwargs", {})
+    values["reward_kwargs"] = {name: given[name] for name in kept if name in given}
     weights = values.pop("reward_weights", None) or [1.0] * len(names)
     pairs = zip(names, weights, strict=True)
     values["reward_weights"] = [weight for name, weight in pairs if name in kept]

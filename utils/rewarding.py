@@ -1,25 +1,82 @@
-"""Find reward functions by name and call them as TRL does, checking every answer."""
+"""Find reward functions by name and give them their parameters."""
 
-import asyncio
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
-import math
-import numbers
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .errors import UserError
+from .reward_calls import described, waits
 
-from .errors import RunError, UserError
+# Parameters of built-in rewards that a setting fills, unless reward_kwargs does.
+FROM_SETTINGS = {"max_len": "max_new_tokens"}
+Rewards = dict[str, Callable[..., Any]]
 
 
-def load_reward(spec: str, builtin: dict[str, Callable[..., list]]) -> Callable[..., list]:
+def load_rewards(config: Any, builtin: Rewards) -> Rewards:
+    """The functions of `reward_funcs` by the names given there, with their `reward_kwargs`.
+
+    Raises:
+        UserError: no such function, or a parameter that it lacks or can't take.
+    """
+    rewards = {
+        spec: with_parameters(spec, load_reward(spec, builtin), config, spec in builtin)
+        for spec in config.reward_funcs
+    }
+    if "reward_timeout" in config.explicit and not any(map(waits, rewards.values())):
+        raise UserError("reward_timeout has no effect: none of reward_funcs is async")
+    return rewards
+
+
+def with_parameters(
+    spec: str, function: Callable[..., Any], config: Any, is_builtin: bool
+) -> Callable[..., Any]:
+    """The function with parameters bound; a class is made an instance, once."""
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    given = config.reward_kwargs.get(spec, {})
+    for name, value in given.items():
+        check_parameter(spec, name, value, defaults)
+    if is_builtin:  # its defaults too, or a column of that name would be taken for the parameter
+        named = {n: getattr(config, s) for n, s in FROM_SETTINGS.items() if n in defaults}
+        given = {**defaults, **named, **given}
+    try:
+        if inspect.isclass(function):
+            made: Any = function(**given)
+            return made
+        bound = functools.partial(function, **given) if given else function
+        if is_builtin:
+            bound(completions=[], completion_ids=[], answer=[])  # refuses impossible values
+    except UserError:
+        raise
+    except Exception as error:  # also of someone else's class
+        reason = str(error) if is_builtin else described(error)
+        raise UserError(f"reward {spec}: {reason}") from error
+    return bound
+
+
+def check_parameter(spec: str, name: str, value: Any, defaults: dict[str, Any]) -> None:
+    if name not in defaults:
+        near = difflib.get_close_matches(name, defaults, n=1)
+        known = f"it has {', '.join(defaults)}" if defaults else "it has none with a default"
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"reward_kwargs: reward {spec} has no parameter {name!r} ({known}){hint}")
+    default = defaults[name]
+    kinds: Any = (int, float) if isinstance(default, float) else type(default)
+    if default is not None and (
+        not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
+    ):
+        raise UserError(
+            f"reward_kwargs: {name} of {spec} must be like its default {default!r}, not {value!r}"
+        )
+
+
+def load_reward(spec: str, builtin: Rewards) -> Callable[..., Any]:
     """A built-in name, `module:function` or `file.py:function`.
 
     Raises:
@@ -63,51 +120,3 @@ def import_reward_module(spec: str, source: str) -> Any:
         sys.modules.pop(name, None)
         raise UserError(f"reward {spec!r} cannot be imported: {described(error)}") from error
     return module
-
-
-def described(error: Exception) -> str:
-    """The error with the line of the user's file it came from (a syntax error names its own)."""
-    ours = (__file__, importlib.__file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours]
-    own = frames and not isinstance(error, SyntaxError) and Path(frames[-1].filename).is_file()
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{place}"
-
-
-def call_reward(
-    name: str, function: Callable[..., list], texts: list[str], columns: dict[str, list]
-) -> list[float]:
-    """One value per completion; NaN where the function says None (not applicable).
-
-    Raises:
-        RunError: it raised, or returned the wrong number of values, NaN, inf or no number.
-    """
-    messages = [[{"role": "assistant", "content": text}] for text in texts]
-    arguments = {**columns, "completions": messages}
-    accepted = inspect.signature(function).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in accepted):
-        arguments = {p.name: arguments[p.name] for p in accepted if p.name in arguments}
-    try:
-        values: Any = function(**arguments)
-        if inspect.iscoroutine(values):  # in a thread of its own: a notebook's has a loop already
-            with ThreadPoolExecutor(1) as pool:
-                values = pool.submit(asyncio.run, values).result()
-    except Exception as error:  # someone else's code: whatever it raises, say which function it was
-        raise RunError(f"reward {name} raised {described(error)}") from error
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise RunError(f"reward {name} returned {values!r}, not a list of one number a completion")
-    if len(values) != len(texts):
-        raise RunError(f"reward {name} returned {len(values)} values for {len(texts)} completions")
-    for value, text in zip(values, texts, strict=True):
-        if value is not None and not (is_real(value) and math.isfinite(value)):
-            raise RunError(
-                f"reward {name} returned {value!r}, not a finite number or None, for the "
-                f"completion:\n{text}"
-            )
-    return [math.nan if value is None else float(value) for value in values]
-
-
-def is_real(value: Any) -> bool:
-    """A number of Python, numpy or an array library (an array without dimensions)."""
-    return isinstance(value, numbers.Real | np.bool_) or getattr(value, "ndim", 1) == 0

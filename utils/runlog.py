@@ -74,11 +74,15 @@ class RunLog:
             then = self.score_text(after).rpartition(" ")[2]
             say(f"result    {self.score_text(before)} -> {then} after {update} updates")
 
-    def completions(self, shown: list[tuple[dict[str, Any], Any, float]]) -> None:
-        """Print sampled completions with their rewards."""
-        for row, response, reward in shown:
+    def completions(
+        self, shown: list[tuple[dict[str, Any], Any, float]], extras: dict[str, list]
+    ) -> None:
+        """Print sampled completions with their rewards and what reward functions say of them."""
+        for number, (row, response, reward) in enumerate(shown):
             say(f"--- reward {reward:.2f}, {response.finish_reason}: {row['question']}")
             say(f"{response.text}\n    (expected {row['answer']})")
+            for column, values in extras.items():
+                say(f"    {column}: {values[number]}")
 
 
 def finite(value: Any) -> Any:
