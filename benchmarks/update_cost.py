@@ -44,6 +44,7 @@ def write_model(folder: Path, shape: str, dtype: str, bits: int) -> None:
 
     config: dict[str, Any] = {**SHAPES[shape], "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     config |= {"max_position_embeddings": 4096, "eos_token_id": 2}
+    config |= {"architectures": ["Qwen2ForCausalLM"]}  # for PyTorch tools
     model_class, arguments = _get_classes(config)
     mx.random.seed(0)
     model = model_class(arguments.from_dict(config))
