@@ -39,7 +39,7 @@ TORCH = ["torch==2.13.0", "transformers>=5.5,<6", "accelerate", "datasets", "pef
 UNSLOTH = ["transformers>=5.5,<=5.17", "datasets>=4.6,<5", "mlx-lm==0.32.2", "mlx-vlm", "msgspec"]
 ENVIRONMENTS = {
     "mlx-lm-lora": ["mlx-lm-lora==5.10.2", *MLX],
-    "trl": ["trl==1.16.0", *TORCH],
+    "trl": ["trl==1.16.0", *TORCH, *MLX[:1]],  # MLX: trl_curves.py takes our rewards
     "torch": ["trl==1.16.0", *TORCH],
     "unsloth": [*UNSLOTH, "psutil", "pillow", "requests", "tqdm", "sentencepiece", *MLX],
 }
