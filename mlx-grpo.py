@@ -202,14 +202,68 @@ class MLXGRPOConfig:
     """Text that ends a completion; empty: only the end-of-sequence token does (and is trained)."""
 
     loss_type: str = "grpo"
-    """How tokens are averaged over the update: grpo (mean over sequences of token means), dapo
-    (mean over tokens), dr_grpo (token sums over sequences x longest possible completion)."""
+    """grpo (clipped ratio, mean over sequences of token means), bnpo and dapo (over all tokens),
+    dr_grpo (token sums over sequences x longest possible completion), gspo, gmpo, cpgd, cispo,
+    sapo, reinforce (docs/objectives.md). Brings its paper's clip widths, unless they are set."""
+    importance_sampling_level: str = "auto"
+    """Ratio per token, or one per sequence; auto: sequence for gspo (token: GSPO-token)."""
     clip_eps: float = 0.2
-    """The ratio to the old policy counts only within 1 +- this. Acts when num_iterations > 1."""
+    """The ratio to the old policy counts only from 1 - this on (gspo 3e-4, gmpo 0.4 in its log)
+    to 1 + clip_eps_high. Acts when num_iterations > 1."""
+    clip_eps_high: float = 0.0
+    """0: as clip_eps (dapo 0.28, "clip higher"; gspo 4e-4, gmpo 0.4, cispo 4)."""
+    delta: float = 0.0
+    """Most that the ratio of a bad token counts (dual clip, two-sided GRPO); 0 off."""
+    entropy_coeff: float = 0.0
+    """Bonus for the mean entropy of the trained tokens."""
+    top_entropy_quantile: float = 1.0
+    """Only this part of the update's tokens, those of highest entropy, has a policy gradient."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit the length limit out of the loss."""
+
+    advantage_estimator: str = "group_norm"
+    """group_norm ((R - mean) / std of the group), dr_grpo (no std), batch (std of the batch), rloo,
+    reinforce and reinforce_baseline (REINFORCE++: all tokens whitened, reward or reward - group
+    mean), gdpo (each reward by itself). gspo, gmpo, cpgd: group_norm with that loss_type."""
+    advantage_eps: float = 1e-4
+    """Added to the standard deviation (cpgd 1e-6)."""
+    advantages_norm: bool = False
+    """Whiten the advantages over all tokens of the update."""
+    advantage_clip: float = 0.0
+    """Advantages count within +- this; 0 off."""
+    reward_running_norm: bool = False
+    """Divide rewards by the standard deviation of all that the run has seen."""
+    reward_running_norm_minus_mean: bool = False
+    """And subtract their mean before that."""
+    reward_clip: float = 0.0
+    """Rewards count within +- this; 0 off."""
+    dynamic_sampling: int = 0
+    """Replace groups whose rewards are all equal by new prompts, in at most so many rounds."""
+
     kl_coeff: float = 0.0
-    """Weight of the KL penalty (k3) against the frozen reference; 0: no reference is kept."""
+    """Weight of the KL penalty against the reference; 0: no reference is kept."""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3 (joschu.net/blog/kl-approx.html)."""
+    kl_placement: str = "loss"
+    """Add the penalty to the loss, per token, or take its sum per completion off the reward."""
+    kl_bias_correction: bool = False
+    """In the loss, multiply the estimate by the ratio, which makes its gradient unbiased."""
+    kl_target: float = 0.0
+    """Adapt kl_coeff so that the KL per token comes here; 0: fixed."""
+    kl_horizon: int = 10000
+    """The controller moves kl_coeff by at most a fifth in so many completions."""
+    ref_sync_updates: int = 0
+    """Move the reference towards the policy after every so many updates; 0 never."""
+    ref_sync_alpha: float = 0.6
+    """Share of the policy in the reference after that."""
+    importance_mode: str = "token_truncate"
+    """Importance weight between sampler and policy (4-bit or stale rollouts), per token or per
+    sequence, limited to floor and cap (truncate) or left out beyond them (mask): token_truncate,
+    token_mask, sequence_truncate, sequence_mask."""
     importance_cap: float = 2.0
-    """Cap on the importance weight between sampler and policy (4-bit or stale rollouts)."""
+    """Largest importance weight."""
+    importance_floor: float = 0.0
+    """Smallest importance weight."""
 
     learning_rate: float = 1e-6
     """Peak learning rate of full fine-tuning."""
@@ -271,8 +325,15 @@ class MLXGRPOConfig:
     cache_limit_gb: float = 0.0
     """Freed memory that MLX keeps for reuse; 0 is MLX's default."""
 
+    explicit = frozenset[str]()  # what was set on purpose
+
+    def __new__(cls, **given: Any) -> MLXGRPOConfig:
+        config = super().__new__(cls)
+        config.__dict__["explicit"] = frozenset(given)
+        return config
+
     def __post_init__(self) -> None:
-        self.explicit: frozenset[str] = frozenset()
+        checks.resolve_objective(self)
         checks.check(self)
 
 
@@ -414,8 +475,31 @@ REWARDS: dict[str, Callable[..., list]] = {
 }
 
 
-def group_advantages(rewards: np.ndarray) -> np.ndarray:
-    """(P, G) rewards -> (P, G) advantages (R - mean) / (std + 1e-4), as in TRL, with ddof = 1.
+@dataclass
+class Scores:
+    """What advantages are made of: (P, G) rewards and completion lengths, (F, P, G) values of each
+    reward function with (F,) weights, a (P, G) KL penalty, what is added to a std."""
+
+    rewards: np.ndarray
+    lengths: np.ndarray
+    values: np.ndarray
+    weights: np.ndarray
+    penalty: np.ndarray | float = 0.0
+    eps: float = 1e-4
+
+    @classmethod
+    def of(cls, groups: list[Group], weights: list[float]) -> Scores:
+        by_function = np.array([list(group.values.values()) for group in groups])  # (P, F, G)
+        return cls(
+            rewards=np.stack([group.rewards for group in groups]),
+            lengths=np.array([[len(r.ids) for r in group.responses] for group in groups]),
+            values=np.moveaxis(by_function, 1, 0),
+            weights=np.array(weights or [1.0] * by_function.shape[1]),
+        )
+
+
+def centred(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(P, G) rewards minus the mean of their group, and the (P, 1) number that were valued.
 
     A reward of NaN (no function applied) counts nowhere and gets 0, and so does a group whose
     rewards span less than 1e-8: it says nothing about which completion was better.
@@ -423,10 +507,92 @@ def group_advantages(rewards: np.ndarray) -> np.ndarray:
     valid = ~np.isnan(rewards)
     count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
     mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
-    centred = np.where(valid, rewards - mean, 0.0)
-    std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    return np.where(valid & has_signal(rewards)[:, None], rewards - mean, 0.0), count
+
+
+def has_signal(rewards: np.ndarray) -> np.ndarray:
+    """(P,) whether the rewards of each group differ."""
+    valid = ~np.isnan(rewards)
     span = np.where(valid, rewards, -np.inf).max(1) - np.where(valid, rewards, np.inf).min(1)
-    return np.where((span > 1e-8)[:, None], centred / (std + 1e-4), 0.0)
+    return span > 1e-8
+
+
+def group_advantages(rewards: np.ndarray, eps: float = 1e-4) -> np.ndarray:
+    """(P, G) rewards -> (P, G) advantages (R - mean) / (std + eps), as in TRL, with ddof = 1."""
+    centre, count = centred(rewards)
+    std = np.sqrt((centre**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    return centre / (std + eps)
+
+
+def batch_advantages(s: Scores) -> np.ndarray:
+    """The group's mean, but the standard deviation of the whole batch (TRL, scale_rewards)."""
+    return centred(s.rewards)[0] / (np.nanstd(s.rewards, ddof=1) + s.eps)
+
+
+def leave_one_out(s: Scores) -> np.ndarray:
+    """RLOO (arXiv:2402.14740): R minus the mean of the others of its group."""
+    centre, count = centred(s.rewards)
+    return centre * count / np.maximum(count - 1, 1)
+
+
+def gdpo_advantages(s: Scores) -> np.ndarray:
+    """GDPO (arXiv:2601.05242): each reward normalised in its group, the sum over the batch."""
+    each = np.stack([group_advantages(values, s.eps) for values in s.values])  # (F, P, G)
+    total = np.tensordot(s.weights, each, axes=1)
+    return (total - total.mean()) / (total.std(ddof=1) + s.eps)
+
+
+def whiten(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(P, G) values with mean 0 and variance 1 over all tokens, of which each sequence has
+    `lengths`; NaN, and values that are all equal, give 0."""
+    valid = ~np.isnan(values)
+    share = np.where(valid, lengths, 0) / max(lengths[valid].sum(), 1)
+    shifted = np.where(valid, values, 0) - (share * np.where(valid, values, 0)).sum()
+    scaled = shifted / np.sqrt((share * shifted**2).sum() + 1e-8)
+    return np.where(valid, scaled, 0.0) * has_signal(values.reshape(1, -1))
+
+
+ADVANTAGES: dict[str, Callable[[Scores], np.ndarray]] = {
+    "group_norm": lambda s: group_advantages(s.rewards, s.eps),
+    "dr_grpo": lambda s: centred(s.rewards)[0],  # arXiv:2503.20783
+    "batch": batch_advantages,
+    "rloo": leave_one_out,
+    "reinforce": lambda s: whiten(s.rewards, s.lengths),  # REINFORCE++, arXiv:2501.03262
+    "reinforce_baseline": lambda s: whiten(centred(s.rewards)[0], s.lengths),
+    "gdpo": gdpo_advantages,
+}
+
+
+def running_moments(seen: list[float], rewards: np.ndarray) -> list[float]:
+    """[count, mean, sum of squared deviations] of all rewards, these added (Chan's update)."""
+    new = rewards[~np.isnan(rewards)]
+    count, shift = seen[0] + new.size, (new.mean() if new.size else 0.0) - seen[1]
+    share = new.size / max(count, 1)
+    squares = seen[2] + ((new - new.mean()) ** 2).sum() if new.size else seen[2]
+    return [count, seen[1] + shift * share, float(squares + shift**2 * seen[0] * share)]
+
+
+def estimate_advantages(s: Scores, moments: list[float], a: MLXGRPOConfig) -> np.ndarray:
+    """(P, G) advantages of the rewards, which are normalised, clipped and penalised before."""
+    rewards = s.rewards
+    if a.reward_running_norm:
+        count, mean, squares = moments
+        std = math.sqrt(squares / max(count - 1, 1)) + 1e-8
+        rewards = (rewards - mean * a.reward_running_norm_minus_mean) / std
+    if a.reward_clip:
+        rewards = np.clip(rewards, -a.reward_clip, a.reward_clip)
+    s = dataclasses.replace(s, rewards=rewards - s.penalty, eps=a.advantage_eps)
+    advantages = ADVANTAGES[a.advantage_estimator](s)
+    if a.advantages_norm:
+        advantages = whiten(advantages, s.lengths)
+    if a.advantage_clip:
+        advantages = np.clip(advantages, -a.advantage_clip, a.advantage_clip)
+    return advantages
+
+
+def adapted(kl_coeff: float, kl: float, target: float, share: float) -> float:
+    """The controller of arXiv:1909.08593: towards the target, by at most a fifth per horizon."""
+    return kl_coeff * (1 + min(max(kl / target - 1, -0.2), 0.2) * share)
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
@@ -626,21 +792,122 @@ def token_logprobs(
     return chosen - normaliser, normaliser - mean
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What an objective is made of: (B, T), advantages (B, 1), and a ratio per sequence (B, 1)."""
+
+    logprobs: mx.array
+    old: mx.array
+    log_ratio: mx.array  # of tokens
+    ratio: mx.array  # of tokens or sequences
+    advantages: mx.array
+    mask: mx.array
+
+
+# An objective gives what a token (or sequence) contributes, and the share of its gradient that
+# clip or gate hold back: 1 where the policy has moved too far in the direction of the advantage.
+Objective = Callable[[Terms, MLXGRPOConfig], tuple[mx.array, mx.array]]
+
+
+def clipped_surrogate(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
+    """PPO eq. 7; `delta` bounds what a bad token costs (dual clip, arXiv:1912.09729)."""
+    low, high = 1 - a.clip_eps, 1 + (a.clip_eps_high or a.clip_eps)
+    bounded = mx.minimum(t.ratio, a.delta) if a.delta else t.ratio
+    objective = mx.minimum(bounded * t.advantages, mx.clip(t.ratio, low, high) * t.advantages)
+    bad = (t.ratio < low) | (bounded < t.ratio)
+    return objective, mx.where(t.advantages > 0, t.ratio > high, bad)
+
+
+def geometric_mean(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
+    """GMPO (arXiv:2507.20673): the geometric mean of token ratios, clipped in their logarithm."""
+    high, good = a.clip_eps_high or a.clip_eps, t.advantages > 0
+    within = mx.clip(t.log_ratio, -a.clip_eps, high)
+    limited = mx.where(good, mx.minimum(t.log_ratio, within), mx.maximum(t.log_ratio, within))
+    objective = mx.exp(token_mean(limited, t.mask)) * t.advantages  # (B, 1)
+    return objective, mx.where(good, t.log_ratio > high, t.log_ratio < -a.clip_eps)
+
+
+def clipped_policy_gradient(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
+    """CPGD (arXiv:2505.12504): log pi, not the ratio, so that no token counts more as it moves."""
+    low, high = 1 - a.clip_eps, 1 + (a.clip_eps_high or a.clip_eps)
+    above = mx.minimum(t.logprobs, t.old + math.log(high))
+    below = mx.maximum(t.logprobs, t.old + math.log(low))
+    objective = mx.where(t.advantages > 0, above, below) * t.advantages
+    return objective, mx.where(t.advantages > 0, t.ratio > high, t.ratio < low)
+
+
+def capped_weight(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
+    """CISPO (arXiv:2506.13585): every token keeps its gradient, its weight is capped."""
+    weight = mx.stop_gradient(mx.minimum(t.ratio, 1 + a.clip_eps_high))
+    return weight * t.advantages * t.logprobs, 1 - weight / t.ratio
+
+
+def soft_gate(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
+    """SAPO (arXiv:2511.20347): a sigmoid around ratio 1, steeper for bad tokens, as the clip."""
+    steepness = mx.where(t.advantages > 0, 1.0, 1.05)
+    gate = mx.sigmoid(steepness * (t.ratio - 1))
+    return gate * 4 / steepness * t.advantages, 1 - 4 * gate * (1 - gate)
+
+
+def policy_gradient(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
+    """REINFORCE, A log pi; from the second update on a rollout on, weighted by the ratio."""
+    objective = mx.stop_gradient(t.ratio) * t.advantages * t.logprobs
+    return objective, mx.zeros_like(t.ratio)
+
+
+LOSSES: dict[str, tuple[Objective, str]] = {  # and how it is averaged over the update
+    "grpo": (clipped_surrogate, "sequence"),  # arXiv:2402.03300
+    "bnpo": (clipped_surrogate, "token"),  # TRL's name
+    "dapo": (clipped_surrogate, "token"),  # arXiv:2503.14476
+    "dr_grpo": (clipped_surrogate, "constant"),  # arXiv:2503.20783
+    "gspo": (clipped_surrogate, "sequence"),  # arXiv:2507.18071, with a ratio per sequence
+    "gmpo": (geometric_mean, "sequence"),
+    "cpgd": (clipped_policy_gradient, "sequence"),
+    "cispo": (capped_weight, "token"),
+    "sapo": (soft_gate, "sequence"),
+    "reinforce": (policy_gradient, "token"),
+}
+KL: dict[str, Callable[[mx.array], mx.array]] = {  # of x = ref_logprobs - logprobs
+    "k1": lambda x: -x,
+    "k2": lambda x: 0.5 * x**2,
+    "k3": lambda x: mx.minimum(mx.exp(x) - x - 1, 10),
+}
+
+
 def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.ndarray:
     """(B,) weight of each token of a sequence, over the whole update of B sequences.
 
-    grpo: mean over sequences of token means (DeepSeekMath eq. 3); dapo: mean over all tokens
-    (arXiv:2503.14476 eq. 8); dr_grpo: a constant, so that length has no influence
-    (arXiv:2503.20783). Since the weights are fixed before the update is split, any split into
-    micro-batches gives the same gradient.
+    sequence: mean over sequences of token means (DeepSeekMath eq. 3); token: mean over all tokens
+    (DAPO eq. 8); constant: length has no influence (Dr. GRPO). Since the weights are fixed before
+    the update is split, any split into micro-batches gives the same gradient.
     """
     sequences = len(lengths)
     weights = {
-        "grpo": 1.0 / (sequences * np.maximum(lengths, 1)),
-        "dapo": np.full(sequences, 1.0 / max(lengths.sum(), 1)),
-        "dr_grpo": np.full(sequences, 1.0 / (sequences * longest)),
+        "sequence": 1.0 / (sequences * np.maximum(lengths, 1)),
+        "token": np.full(sequences, 1.0 / max(lengths.sum(), 1)),
+        "constant": np.full(sequences, 1.0 / (sequences * longest)),
     }
-    return weights[loss_type]
+    return weights[LOSSES[loss_type][1]]
+
+
+def token_mean(values: mx.array, mask: mx.array) -> mx.array:
+    """(B, 1) means over the tokens of each sequence."""
+    total = (values * mask).sum(axis=1, keepdims=True)
+    return total / mx.maximum(mask.sum(axis=1, keepdims=True), 1)
+
+
+def importance_weights(
+    mismatch: mx.array, mask: mx.array, a: MLXGRPOConfig
+) -> tuple[mx.array, mx.array]:
+    """exp(old - sampler) within floor and cap, (B, T) or (B, 1), and where it was beyond them."""
+    level, bound = a.importance_mode.split("_")
+    if level == "sequence":
+        mismatch = mx.clip((mismatch * mask).sum(axis=1, keepdims=True), -20, 20)
+    weights = mx.exp(mismatch)
+    outside = (weights > a.importance_cap) | (weights < a.importance_floor)
+    if bound == "mask":
+        return mx.where(outside, 0.0, weights), outside
+    return mx.clip(weights, a.importance_floor, a.importance_cap), outside
 
 
 # Means over all tokens of the update; the other statistics are over those that had a gradient.
@@ -651,50 +918,69 @@ STATISTICS = (*PER_UPDATE, "importance_weight", "importance_capped", "sampler_mi
 def grpo_loss(
     logprobs: mx.array,
     batch: dict[str, mx.array],
-    *,
-    clip_eps: float,
-    kl_coeff: float,
-    importance_cap: float,
+    a: MLXGRPOConfig,
+    entropies: mx.array | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The clipped surrogate (PPO eq. 7 with group advantages) plus kl_coeff * k3.
+    """The objective `loss_type`, the KL penalty and the entropy bonus.
 
     Args:
-        logprobs: (B, T) of the current policy.
+        logprobs: (B, T) of the current policy, as are the `entropies` that a bonus needs.
         batch: (B, T) mask and sampler_logprobs, (B,) advantages and weights, and optionally
             (B, T) old_logprobs (without it the current policy is its own anchor: the ratio is 1,
-            its gradient that of log pi) and ref_logprobs.
+            its gradient that of log pi), ref_logprobs, selected (tokens with a policy gradient),
+            and the scalars kl_coeff and entropy_weight.
 
     Returns:
         The loss, a sum weighted by `weights`, and sums over tokens for the log.
     """
     mask, advantages = batch["mask"], batch["advantages"][:, None]
     old = batch.get("old_logprobs", mx.stop_gradient(logprobs))
-    ratio = mx.exp(mx.clip(logprobs - old, -20, 20))
-    clipped = mx.clip(ratio, 1 - clip_eps, 1 + clip_eps)
-    surrogate = mx.minimum(ratio * advantages, clipped * advantages)
-    # Rollouts may come from a 4-bit or stale sampler: truncated importance weight per token.
+    log_ratio = mx.clip(logprobs - old, -20, 20)
+    ratio = mx.exp(log_ratio)
+    if a.importance_sampling_level == "sequence":  # GSPO eq. 7
+        ratio = mx.exp(token_mean(log_ratio, mask))  # (B, 1)
+    elif a.loss_type == "gspo":  # GSPO-token, eq. 14: the value of the sequence, a token's gradient
+        of_sequence = mx.stop_gradient(token_mean(log_ratio, mask))
+        ratio = mx.exp(of_sequence + logprobs - mx.stop_gradient(logprobs))
+    terms = Terms(logprobs, old, log_ratio, ratio, advantages, mask)
+    objective, held_back = LOSSES[a.loss_type][0](terms, a)
+    # Rollouts may come from a 4-bit or stale sampler.
     mismatch = mx.clip(old - batch["sampler_logprobs"], -20, 20)
-    importance = mx.minimum(mx.exp(mismatch), importance_cap)
-    per_token = -importance * surrogate
+    importance, outside = importance_weights(mismatch, mask, a)
+    per_token = -importance * objective * batch.get("selected", 1.0)
     sums = {
         "policy_reward": ratio * advantages,
-        "clip_low": (ratio < 1 - clip_eps) & (advantages < 0),
-        "clip_high": (ratio > 1 + clip_eps) & (advantages > 0),
+        "clip_low": held_back * (advantages < 0),
+        "clip_high": held_back * (advantages > 0),
         "importance_weight": importance,
-        "importance_capped": mx.exp(mismatch) > importance_cap,
+        "importance_capped": outside,
         "sampler_mismatch": mx.abs(mismatch),
     }
     if "ref_logprobs" in batch:
-        log_ratio = mx.clip(batch["ref_logprobs"] - logprobs, -20, 20)
-        k3 = mx.minimum(mx.exp(log_ratio) - log_ratio - 1, 10)  # joschu.net/blog/kl-approx.html
-        per_token = per_token + kl_coeff * k3
-        sums["kl"] = k3
+        kl = KL[a.kl_estimator](mx.clip(batch["ref_logprobs"] - logprobs, -20, 20))
+        sums["kl"] = kl
+        corrected = kl * ratio if a.kl_bias_correction else kl
+        per_token = per_token + batch.get("kl_coeff", a.kl_coeff) * corrected
     loss = (per_token * mask * batch["weights"][:, None]).sum()
+    if entropies is not None:
+        trained = entropies * mask * batch.get("selected", 1.0)
+        loss = loss - (trained * batch["entropy_weight"]).sum()
+        sums["policy_entropy"] = entropies
     return loss, {name: mx.stop_gradient((x * mask).sum()) for name, x in sums.items()}
 
 
 class Interrupted(Exception):
     """Ctrl-C arrived: the unfinished update is dropped."""
+
+
+@dataclass
+class Group:
+    """The completions of one prompt: G rows and responses, (G,) rewards, in all and by function."""
+
+    rows: list[dict[str, Any]]
+    responses: list[Completion]
+    rewards: np.ndarray
+    values: dict[str, np.ndarray]
 
 
 class MLXGRPOTrainer:
@@ -725,6 +1011,9 @@ class MLXGRPOTrainer:
         self.step = self.update_step = self.rollout = 0
         self.elapsed = 0.0
         self.bad_updates = 0
+        self.drawn = 0  # prompts that dynamic sampling took from the stream
+        self.reward_moments = [0.0, 0.0, 0.0]
+        self.kl_coeff = args.kl_coeff
         self.interrupted = False
         self.bar = console.no_bar()
         self.saved_at = 0
@@ -804,7 +1093,9 @@ class MLXGRPOTrainer:
         self.ref_model: nn.Module | None = None
         if a.kl_coeff > 0:
             self.ref_model = without_adapters(self.model)
-            if self.loaded.train_type == "full" and a.quantize_for_rollouts:
+            if a.ref_sync_updates:
+                self.ref_model = copy.deepcopy(self.model)
+            elif self.loaded.train_type == "full" and a.quantize_for_rollouts:
                 self.ref_model = quantize_copy(self.ref_model)
             self.ref_model.freeze()
         floats = {n: m for n, m in self.model.named_modules() if hasattr(m, "to_quantized")}
@@ -829,10 +1120,26 @@ class MLXGRPOTrainer:
 
     def prompts_of_update(self, rollout: int) -> tuple[list[int], int]:
         """Rows of the training set for the nth rollout, and how many batches they make."""
-        epoch, position = divmod(rollout, self.rollouts_per_epoch)
         size = self.args.batch_size * self.args.gradient_accumulation_steps
+        if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
+            return self.draw(size, self.drawn, set())[0], self.args.gradient_accumulation_steps
+        epoch, position = divmod(rollout, self.rollouts_per_epoch)
         rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
         return rows, math.ceil(len(rows) / self.args.batch_size)
+
+    def draw(self, count: int, position: int, used: set[int]) -> tuple[list[int], int]:
+        """The next rows of the shuffled stream, which wraps, that are not `used` in this update,
+        and the position after them."""
+        rows: list[int] = []
+        end = position + 2 * len(self.train_dataset)  # nothing is new after that
+        while len(rows) < count and position < end:
+            epoch, place = divmod(position, len(self.train_dataset))
+            row = int(self.order(epoch)[place])
+            position += 1
+            if row not in used:
+                used.add(row)
+                rows.append(row)
+        return rows, position
 
     def refresh_old_policy(self) -> None:
         """Bring the sampling copy up to date; with adapters, only they are copied."""
@@ -927,15 +1234,19 @@ class MLXGRPOTrainer:
     ) -> list[dict[str, mx.array]]:
         """The update cut into padded batches of at most `micro_batch_tokens` tokens.
 
-        Without a KL term, sequences whose advantage is 0 have no gradient and are left out; the
-        weights were fixed before, so they stay in the normaliser.
+        Where only the advantage has a gradient, sequences with advantage 0 are left out; the
+        weights were fixed before, so they stay in the normaliser. NaN: out of that too.
         """
         lengths = np.array([len(response.ids) for response in responses])
+        lengths = np.where(np.isnan(advantages), 0, lengths)
         weights = sequence_weights(lengths, self.args.loss_type, self.sampling.max_tokens)
         totals = [
             len(row["prompt_ids"]) + len(r.ids) for row, r in zip(rows, responses, strict=True)
         ]
-        used = [i for i in np.argsort(totals) if advantages[i] != 0 or self.ref_model is not None]
+        a, kl_in_loss = self.args, self.ref_model is not None and self.args.kl_placement == "loss"
+        always = kl_in_loss or a.entropy_coeff > 0 or a.top_entropy_quantile < 1
+        idle = np.isnan(advantages) | ((advantages == 0) & (not always))
+        used = [i for i in np.argsort(totals) if not idle[i]]
         groups: list[list[int]] = []
         for i in used:  # from the shortest up, so that each batch has little padding
             size = 1 + self.padded(totals[i] - 1)
@@ -947,7 +1258,7 @@ class MLXGRPOTrainer:
             self.pad_batch(
                 [rows[i] for i in group],
                 [responses[i] for i in group],
-                {"advantages": advantages[group], "weights": weights[group]},
+                {"advantages": advantages[group], "weights": weights[group], "row": group},
             )
             for group in groups
         ]
@@ -985,7 +1296,7 @@ class MLXGRPOTrainer:
             sampled[i, window] = response.logprobs
         arrays = {"tokens": tokens, "mask": mask, "sampler_logprobs": sampled}
         for name, values in (per_row or {}).items():
-            arrays[name] = np.pad(values.astype(np.float32), (0, count - len(pairs)))
+            arrays[name] = np.pad(np.asarray(values, np.float32), (0, count - len(pairs)))
         return {name: mx.array(x) for name, x in arrays.items()}
 
     def compute_grpo_loss(
@@ -994,40 +1305,129 @@ class MLXGRPOTrainer:
         """Loss, sums for the log, and the (B, W) log-probs of the policy being trained."""
         a = self.args
         width = batch["mask"].shape[1]
-        logprobs, _ = token_logprobs(self.model, batch["tokens"], width, a.temperature)
-        loss, sums = grpo_loss(
-            logprobs,
-            batch,
-            clip_eps=a.clip_eps,
-            kl_coeff=a.kl_coeff,
-            importance_cap=a.importance_cap,
+        logprobs, entropies = token_logprobs(
+            self.model, batch["tokens"], width, a.temperature, with_entropy=a.entropy_coeff > 0
         )
+        loss, sums = grpo_loss(logprobs, batch, a, entropies)
         return loss, sums, mx.stop_gradient(logprobs)
+
+    def rescored(
+        self, model: nn.Module, batch: dict[str, mx.array], with_entropy: bool = False
+    ) -> tuple[mx.array, mx.array | None]:
+        """(B, W) log-probs (and entropies) of a micro-batch, without a gradient."""
+        width, temperature = batch["mask"].shape[1], self.args.temperature
+        found = token_logprobs(model, batch["tokens"], width, temperature, with_entropy)
+        mx.eval(found)
+        return found
+
+    def kl_of(self, rows: list[dict], responses: list[Completion]) -> np.ndarray:
+        """(B,) KL between policy and reference of each completion, summed over its tokens."""
+        total = np.zeros(len(rows))
+        for batch in self.micro_batches(rows, responses, np.ones(len(rows))):
+            self.pulse("scoring")
+            self.add_reference(batch)
+            x = mx.clip(batch["ref_logprobs"] - self.rescored(self.model, batch)[0], -20, 20)
+            sums: Any = (KL[self.args.kl_estimator](x) * batch["mask"]).sum(axis=1)
+            np.add.at(total, np.array(batch["row"], int), np.array(sums))
+        return total
+
+    def select_tokens(self, batches: list[dict[str, mx.array]]) -> None:
+        """Mark the update's tokens of highest entropy (arXiv:2506.01939); share out the bonus."""
+        a = self.args
+        if a.top_entropy_quantile < 1:
+            entropies = [self.rescored(self.model, batch, True)[1] for batch in batches]
+            pairs = list(zip(entropies, batches, strict=True))
+            every = np.concatenate([np.array(e)[np.array(b["mask"]) > 0] for e, b in pairs])
+            least = np.quantile(every, 1 - a.top_entropy_quantile)
+            for entropy, batch in pairs:
+                batch["selected"] = (entropy >= least).astype(mx.float32)
+        trained = sum((b["mask"] * b.get("selected", 1.0)).sum().item() for b in batches)
+        for batch in batches if a.entropy_coeff else []:
+            batch["entropy_weight"] = mx.array(a.entropy_coeff / trained)
+
+    def roll_out(self, batch: list[int], took: dict[str, float]) -> list[Group]:
+        """A group of completions with their rewards for each row (index) of the training set."""
+        start, size = time.perf_counter(), self.args.num_generations
+        responses = self.generate_responses(batch)
+        sampled = time.perf_counter()
+        rows = [self.train_dataset[i] for i in batch for _ in range(size)]
+        rewards, values = self.compute_rewards(rows, responses)
+        took["seconds_rollout"] += sampled - start
+        took["seconds_rewards"] += time.perf_counter() - sampled
+        took["tokens_sampled"] += sum(len(response.ids) for response in responses)
+        cuts = [slice(n, n + size) for n in range(0, len(rows), size)]
+        return [
+            Group(rows[c], responses[c], rewards[c], {name: x[c] for name, x in values.items()})
+            for c in cuts
+        ]
+
+    def collect(self, batch: list[int]) -> tuple[list[Group], dict[str, float], int]:
+        """Groups for the prompts of an update, what they took, and the position in the stream.
+
+        With dynamic sampling (DAPO), groups without variance give their places to the next prompts
+        of the stream, until none is left or the rounds are used up.
+        """
+        took = {"seconds_rollout": 0.0, "seconds_rewards": 0.0, "tokens_sampled": 0.0}
+        groups, used, position = self.roll_out(batch, took), set(batch), self.drawn
+        if self.args.dynamic_sampling:
+            position, took["resampled_prompts"] = self.draw(len(batch), position, set())[1], 0.0
+        for _ in range(self.args.dynamic_sampling):
+            dull = [i for i, group in enumerate(groups) if not has_signal(group.rewards[None])[0]]
+            rows, position = self.draw(len(dull), position, used)
+            for i, group in zip(dull, self.roll_out(rows, took) if rows else [], strict=False):
+                groups[i] = group
+            took["resampled_prompts"] += len(rows)
+            self.reward_calls.extras = {}  # they are of the rows of one round
+        return groups, took, position
 
     def train_step(self, batch: list[int]) -> list[dict[str, Any]]:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
-        start = time.perf_counter()
-        responses = self.generate_responses(batch)
-        sampled = time.perf_counter()
-        rows = [self.train_dataset[i] for i in batch for _ in range(self.args.num_generations)]
-        rewards, per_function = self.compute_rewards(rows, responses)
-        groups = rewards.reshape(len(batch), -1)  # (P, G)
-        advantages = group_advantages(groups)
+        a, first = self.args, self.update_step
+        groups, metrics, position = self.collect(batch)
+        rows = [row for group in groups for row in group.rows]
+        responses = [response for group in groups for response in group.responses]
         mx.clear_cache()  # the gradient needs other shapes than the rollout left behind
-        scored = time.perf_counter()
-        micro_batches = self.micro_batches(rows, responses, advantages.reshape(-1))
-        metrics = rollout_metrics(responses, groups, advantages, per_function)
-        metrics |= self.reward_calls.metrics
-        left = min(self.args.num_iterations, self.total_updates - self.update_step)
+        start = time.perf_counter()
+        scores = Scores.of(groups, a.reward_weights)
+        moments = running_moments(self.reward_moments, scores.rewards)
+        if self.ref_model is not None and a.kl_placement == "reward":
+            kl = self.kl_of(rows, responses)
+            scores.penalty = self.kl_coeff * kl.reshape(scores.rewards.shape)
+            metrics["kl"] = kl.sum() / scores.lengths.sum()
+        advantages = estimate_advantages(scores, moments, a)  # (P, G)
+        metrics |= rollout_metrics(groups, scores.rewards, advantages) | self.reward_calls.metrics
+        cut = [a.mask_truncated_completions and r.finish_reason == "length" for r in responses]
+        trained = np.where(cut, np.nan, advantages.reshape(-1))
+        micro_batches = self.micro_batches(rows, responses, trained)
+        self.select_tokens(micro_batches)
+        left = min(a.num_iterations, self.total_updates - first)
         records = [self.update(micro_batches, i, metrics["tokens"]) for i in range(left)]
         metrics |= {
-            "tokens_per_second": metrics["tokens"] / (sampled - start),
-            "seconds_rollout": sampled - start,
-            "seconds_rewards": scored - sampled,
-            "seconds_gradient": time.perf_counter() - scored,
+            "tokens_per_second": metrics.pop("tokens_sampled") / metrics["seconds_rollout"],
+            "seconds_gradient": time.perf_counter() - start,
         }
-        self.shown = list(zip(rows, responses, rewards, strict=True))[: self.args.log_completions]
-        return [record | metrics for record in records]
+        records = [record | metrics for record in records]
+        # Nothing can stop this update any more: what the next one builds on changes now.
+        self.drawn, self.reward_moments = position, moments
+        self.move_reference(first, records, len(responses))
+        shown = zip(rows, responses, scores.rewards.reshape(-1), strict=True)
+        self.shown = list(shown)[: a.log_completions]
+        return records
+
+    def move_reference(self, first: int, records: list[dict[str, Any]], completions: int) -> None:
+        """Adapt kl_coeff to the target, and bring the reference nearer where that is due."""
+        a, kl = self.args, records[-1]["kl"]
+        if a.kl_target and kl is not None:
+            records[-1]["kl_coeff"] = self.kl_coeff
+            self.kl_coeff = adapted(self.kl_coeff, kl, a.kl_target, completions / a.kl_horizon)
+        if self.ref_model is not None and due(a.ref_sync_updates, first, self.update_step):
+            mixed = tree_map(
+                lambda p, r: (a.ref_sync_alpha * p + (1 - a.ref_sync_alpha) * r).astype(r.dtype),
+                self.master,
+                self.ref_model.parameters(),
+            )
+            self.ref_model.update(mixed)  # TR-DPO, arXiv:2404.09656
+            mx.eval(mixed)
 
     def update(
         self, micro_batches: list[dict[str, mx.array]], iteration: int, tokens: float
@@ -1041,7 +1441,10 @@ class MLXGRPOTrainer:
         for batch in micro_batches:
             if iteration == 0:
                 self.pulse("gradient")
-                self.add_reference(batch)
+                if self.args.kl_placement == "loss":
+                    self.add_reference(batch)
+            if self.args.kl_target:
+                batch["kl_coeff"] = mx.array(self.kl_coeff)
             (part, stats, logprobs), new = self.loss_and_grad(batch)
             grads = tree_map(lambda g, n: g + n.astype(mx.float32), grads, new)
             mx.eval(grads, part, stats, logprobs)
@@ -1063,10 +1466,7 @@ class MLXGRPOTrainer:
 
     def add_reference(self, batch: dict[str, mx.array]) -> None:
         if self.ref_model is not None:
-            width, temperature = batch["mask"].shape[1], self.args.temperature
-            logprobs, _ = token_logprobs(self.ref_model, batch["tokens"], width, temperature)
-            batch["ref_logprobs"] = mx.stop_gradient(logprobs)
-            mx.eval(batch["ref_logprobs"])
+            batch["ref_logprobs"] = self.rescored(self.ref_model, batch)[0]
 
     def apply_gradients(self, loss: float, grads: Any) -> tuple[float, int]:
         """Clip, step, copy the masters to the model. A non-finite update changes nothing."""

@@ -74,7 +74,7 @@ SETTINGS = [
     ("seed=18446744073709551616", "seed = 18446744073709551616 must be at least 0, below 2 ** 64"),
     ("max_train_samples=-1", "max_train_samples = -1 must be at least 0"),
     ("output_dir=", "output_dir = '' must be text"),
-    ("loss_type=ppo", "loss_type = 'ppo', allowed: grpo, dapo, dr_grpo"),
+    ("loss_type=ppo", "loss_type = 'ppo', allowed: grpo, bnpo, dapo, dr_grpo, gspo, gmpo"),
     ("train_type=qlora", "train_type = 'qlora', allowed: auto, full, lora, dora"),
     # contradictions
     ("reward_funcs=[]", "reward_funcs is empty: nothing would be learned"),
@@ -154,6 +154,71 @@ def test_a_path_of_the_repository_typed_elsewhere_says_where_to_run(monkeypatch,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="paths count from the current folder, so run it in"):
         loading.find_model("models/tiny-math")
+
+
+OBJECTIVES = [
+    (
+        "advantage_estimator=gspo loss_type=dapo",
+        "advantage_estimator = 'gspo' stands for loss_type = 'gspo' with group_norm, but",
+    ),
+    ("loss_type=sapo delta=3", "delta = 3.0 bounds PPO's clipped ratio, which loss_type = sapo"),
+    ("delta=1.1", "delta = 1.1 must be above 1 + clip_eps_high = 1.2"),
+    ("loss_type=dapo delta=1.25", "delta = 1.25 must be above 1 + clip_eps_high = 1.28"),
+    (
+        "loss_type=gmpo importance_sampling_level=sequence",
+        "has no meaning for loss_type = gmpo, which averages token ratios itself",
+    ),
+    (
+        "loss_type=cpgd importance_sampling_level=sequence",
+        "has no meaning for loss_type = cpgd, which has a gradient per token",
+    ),
+    ("loss_type=gspo top_entropy_quantile=0.2", "the gradient of a ratio per sequence goes to all"),
+    ("loss_type=gmpo top_entropy_quantile=0.2", "the gradient of a ratio per sequence goes to all"),
+    ("kl_coeff=0.1 kl_estimator=k1", "kl_estimator = k1 in the loss has a gradient of mean zero"),
+    (
+        "kl_coeff=0.1 kl_placement=reward kl_bias_correction=true",
+        "kl_bias_correction is about a gradient, which a penalty in the reward has not",
+    ),
+    ("importance_floor=3", "importance_floor = 3.0 is above importance_cap = 2.0"),
+    ("reward_running_norm_minus_mean=true", "needs reward_running_norm"),
+    (
+        "reward_running_norm=true advantage_estimator=rloo reward_running_norm_minus_mean=true",
+        "reward_running_norm_minus_mean needs reward_clip",
+    ),
+    (
+        "reward_running_norm=true",
+        "advantage_estimator = group_norm divides by a standard deviation itself",
+    ),
+    (
+        "advantages_norm=true advantage_estimator=reinforce",
+        "advantage_estimator = reinforce does that already",
+    ),
+    ("advantage_estimator=gdpo reward_clip=1", "reward_clip acts on the total reward"),
+    (
+        "advantage_estimator=gdpo kl_coeff=0.1 kl_placement=reward",
+        "kl_placement = reward acts on the total reward",
+    ),
+    ("advantage_estimator=gdpo reward_funcs=int", "gdpo needs at least two reward_funcs"),
+    ("kl_estimator=k2 kl_target=0.1", "kl_estimator, kl_target has no effect with kl_coeff = 0"),
+    ("kl_coeff=0.1 kl_horizon=5", "kl_horizon has no effect with kl_target = 0"),
+    ("kl_coeff=0.1 ref_sync_alpha=0.5", "ref_sync_alpha has no effect with ref_sync_updates = 0"),
+    ("loss_type=cispo clip_eps=0.1", "clip_eps has no effect with a loss_type without a lower"),
+    ("loss_type=sapo clip_eps_high=1", "clip_eps_high has no effect with a loss_type without a"),
+    (
+        "advantage_estimator=rloo advantage_eps=1e-6",
+        "advantage_eps has no effect with an advantage_estimator without a group's standard",
+    ),
+    (
+        "kl_coeff=0.1 ref_sync_updates=4 train_type=full",
+        "rounded away in the 4-bit reference of full fine-tuning; set quantize_for_rollouts",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "complaint"), OBJECTIVES, ids=[o[0] for o in OBJECTIVES])
+def test_an_objective_that_makes_no_sense(refused, overrides, complaint):
+    words = [word for override in overrides.split() for word in ("--set", override)]
+    assert_names(refused(*words, quantize_for_rollouts=True), complaint)
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["run", "dry-run"])

@@ -45,6 +45,10 @@ def length(completion_ids, **_):
 async def waits(completion_ids, **_):
     await asyncio.sleep(0.2)
     return length(completion_ids)
+
+def odd(completions, question, **_):
+    odd = [int(q.rstrip("?").split()[-1]) % 2 for q in question]
+    return [x * y for x, y in zip(vowels(completions), odd)]
 """
 
 
@@ -132,7 +136,7 @@ def last(*names, steps=1):
     def seen(settings):
         trainer = trainer_of(settings)
         records = [trainer.train_step([0, 1]) for _ in range(steps)]
-        return [records[-1][-1][name] for name in names]
+        return [records[-1][-1].get(name) for name in names]
 
     return seen
 
@@ -407,6 +411,117 @@ def clipping(settings):
     return {"share": second["clip_low"] + second["clip_high"], "gradient": largest}
 
 
+def two_sided(settings):
+    """The gradient where every ratio is exp(2) and A < 0."""
+    trainer = trainer_of(settings)
+    rows = [trainer.train_dataset[i] for i in [0] * 4 + [1] * 4]
+    batch = trainer.pad_batch(rows, sampled(trainer))
+    batch |= {"advantages": -mx.ones(8), "weights": mx.ones(8)}
+    old = trainer.compute_grpo_loss(batch)[2] - 2
+    gradient = trainer.loss_and_grad(batch | {"old_logprobs": old, "sampler_logprobs": old})[1]
+    return max(mx.abs(g).max().item() for _, g in tree_flatten(gradient))
+
+
+def estimated(settings):
+    """Rewards, advantages, lengths, KL penalty (each per completion) of one update."""
+    trainer = trainer_of(settings)
+    with mock.patch.object(grpo, "rollout_metrics", wraps=grpo.rollout_metrics) as log:
+        [[[scores, *_], _]] = calls(grpo, "estimate_advantages", lambda: trainer.train_step([0, 1]))
+    advantages = log.call_args.args[2]
+    penalty = np.zeros((2, 4)) + scores.penalty
+    parts = (scores.rewards, advantages, scores.lengths, penalty)
+    return [part.reshape(-1).tolist() for part in parts]
+
+
+def by_hand(formula):
+    """Advantages are what `formula` makes of the (P, G) rewards, lengths and KL penalty."""
+
+    def check(_, b):
+        rewards, advantages, lengths, penalty = (np.array(x).reshape(2, 4) for x in b)
+        return advantages == approx(formula(rewards, lengths, penalty), abs=1e-6)
+
+    return check
+
+
+def centre(rewards):
+    return rewards - rewards.mean(axis=1, keepdims=True)
+
+
+def z_score(rewards, eps=1e-4):
+    return centre(rewards) / (rewards.std(axis=1, ddof=1, keepdims=True) + eps)
+
+
+def gradients_of(settings):
+    """(batch, log-probs) of the last gradient of an update, and the record of that update."""
+    trainer, seen = trainer_of(settings), []
+
+    def spy(batch, inner=trainer.loss_and_grad):
+        result = inner(batch)
+        seen.append((dict(batch), result[0][2]))
+        return result
+
+    trainer.loss_and_grad = spy
+    record = trainer.train_step([0, 1])[-1]
+    return [{name: np.array(x) for name, x in batch.items()} for batch, _ in seen], seen, record
+
+
+def ratios(settings):
+    """What the second update says of policy_reward, and what it is by token and by sequence."""
+    batches, seen, record = gradients_of({**settings, "num_iterations": 2})
+    batch, logprobs = batches[-1], np.array(seen[-1][1])
+    mask, advantages = batch["mask"], batch["advantages"][:, None]
+    moved = (logprobs - batch["old_logprobs"]) * mask
+    mean = moved.sum(1, keepdims=True) / mask.sum(1, keepdims=True)
+    by = [(np.exp(x) * advantages * mask).sum() / mask.sum() for x in (moved, mean)]
+    return [record["policy_reward"], *map(float, by)]
+
+
+def estimates(settings):
+    """The KL in the log, and k1, k2, k3 by hand."""
+    batches, seen, record = gradients_of({**settings, "quantize_for_rollouts": True})
+    batch, mask = batches[0], batches[0]["mask"]
+    x = np.array(seen[0][1]) - batch["ref_logprobs"]
+    by_hand = (x, x**2 / 2, np.minimum(np.exp(-x) - 1 + x, 10))
+    return [record["kl"], *((k * mask).sum() / mask.sum() for k in by_hand)]
+
+
+def penalised(settings):
+    """Sum over tokens of k3 by hand is what the reward of each completion loses, times kl_coeff."""
+    return estimated({**settings, "quantize_for_rollouts": True})
+
+
+def coefficient(settings):
+    """kl_coeff after an update that was far from its target."""
+    trainer = trainer_of({**settings, "quantize_for_rollouts": True, "kl_coeff": 0.1})
+    trainer.train_step([0, 1])
+    return trainer.kl_coeff
+
+
+def moved_reference(settings):
+    """How far the reference went of the way that the policy went in one update."""
+    trainer = trainer_of({**settings, "kl_coeff": 0.1})
+    start = np.array(trainer.model.model.norm.weight)
+    trainer.train_step([0, 1])
+    policy, reference = (
+        np.array(m.model.norm.weight) - start for m in (trainer.model, trainer.ref_model)
+    )
+    return float(np.abs(reference).sum() / np.abs(policy).sum())
+
+
+def selected(settings):
+    """Share of the update's tokens with a policy gradient."""
+    batches, _, _ = gradients_of(settings)
+    masks = [batch["mask"] for batch in batches]
+    kept = [m * b.get("selected", 1.0) for m, b in zip(masks, batches, strict=True)]
+    return sum(k.sum() for k in kept) / sum(m.sum() for m in masks)
+
+
+def finished(settings):
+    """Sequences in the gradient, and completions that ended by themselves."""
+    ended = sum(c.finish_reason == "stop" for c in sampled(trainer_of(settings)))
+    return [sum(size for size, _ in shapes(settings)), ended]
+
+
 def calls(owner, name, act, answer=None):
     """What arrives at a function of another library while `act` runs."""
     with mock.patch.object(owner, name, side_effect=answer or getattr(owner, name)) as spy:
@@ -518,6 +633,8 @@ ONE = {"max_updates": 1}
 STEPPING = {"max_grad_norm": 1e6, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 SHORT = {"eval_max_new_tokens": 1, "max_updates": 4}
 LENGTH = {"reward_funcs": ["rewards.py:length"], "eval_samples": 2, "max_updates": 1}
+
+CENTRED = {"advantage_estimator": "dr_grpo"}
 
 FIELDS = {
     "model_name": Watch("model", "other-model", embedding, saved_embedding),
@@ -652,6 +769,100 @@ FIELDS = {
         {"stop_strings": STOPS},
     ),  # both are means over tokens; grpo's loss is 0 in value
     "clip_eps": Watch(0.2, 0.05, clipping, lambda a, b: a["gradient"] > 1e-3 > b["gradient"] == 0),
+    "importance_sampling_level": Watch(
+        "auto", "sequence", ratios, lambda a, b: b[0] == approx(b[2]) and a[0] == approx(a[1])
+    ),
+    "clip_eps_high": Watch(
+        0.0,
+        0.5,
+        clipping,
+        lambda a, b: b["gradient"] > 1e-3 > a["gradient"] == 0,
+        {"clip_eps": 0.05},
+    ),
+    "delta": Watch(0.0, 3.0, two_sided, lambda a, b: a > 1e-3 > b == 0),
+    "entropy_coeff": Watch(
+        0.0,
+        0.5,
+        last("loss", "policy_entropy"),
+        lambda a, b: a[1] is None and a[0] - b[0] == approx(0.5 * b[1], rel=1e-4) and b[1] > 1,
+    ),
+    "top_entropy_quantile": Watch(1.0, 0.25, selected, approx(0.25, abs=0.02)),
+    "mask_truncated_completions": Watch(
+        False,
+        True,
+        finished,
+        lambda a, b: b[0] == b[1] < a[0] == 8,
+        {"stop_strings": STOPS, "kl_coeff": 0.1},
+    ),  # with a KL penalty every sequence would have a gradient
+    "advantage_estimator": Watch(
+        "group_norm", "rloo", estimated, by_hand(lambda r, *_: centre(r) * 4 / 3)
+    ),
+    "advantage_eps": Watch(1e-4, 1.0, estimated, by_hand(lambda r, *_: z_score(r, 1.0))),
+    "advantages_norm": Watch(
+        False, True, estimated, by_hand(lambda r, *_: z_score(r) / z_score(r).std())
+    ),  # all of them have the same length
+    "advantage_clip": Watch(
+        0.0, 0.5, estimated, by_hand(lambda r, *_: np.clip(z_score(r), -0.5, 0.5))
+    ),
+    "reward_running_norm": Watch(
+        False, True, estimated, by_hand(lambda r, *_: centre(r) / r.std(ddof=1)), CENTRED
+    ),
+    "reward_running_norm_minus_mean": Watch(
+        False,
+        True,
+        estimated,
+        by_hand(lambda r, *_: centre(np.clip((r - r.mean()) / r.std(ddof=1), -1, 1))),
+        {**CENTRED, "reward_running_norm": True, "reward_clip": 1.0},
+    ),
+    "reward_clip": Watch(
+        0.0, 0.2, estimated, by_hand(lambda r, *_: centre(np.clip(r, -0.2, 0.2))), CENTRED
+    ),
+    "dynamic_sampling": Watch(
+        0,
+        9,
+        last("resampled_prompts", "groups_without_signal"),
+        lambda a, b: a == [None, 0.5] and b[0] >= 1 and b[1] == 0,
+        {"reward_funcs": ["rewards.py:odd"]},
+    ),  # every second question is worth nothing, whatever the answer
+    "kl_estimator": Watch(
+        "k3",
+        "k2",
+        estimates,
+        lambda a, b: b[0] == approx(b[2], rel=1e-4) and a[0] == approx(a[3], rel=1e-4),
+        {"kl_coeff": 0.1},
+    ),
+    "kl_placement": Watch(
+        "loss",
+        "reward",
+        penalised,
+        lambda a, b: by_hand(lambda r, _, p: z_score(r - p))(a, b) and min(b[3]) > 0.01,
+        {"kl_coeff": 0.1},
+    ),
+    "kl_bias_correction": Watch(
+        False,
+        True,
+        last("kl", "grad_norm"),
+        lambda a, b: a[0] == b[0] > 0.01,
+        {"kl_coeff": 1.0, "quantize_for_rollouts": True},
+    ),  # with the ratio at 1 the value is the same, the gradient is not
+    "kl_target": Watch(0.0, 1e-3, coefficient, approx(0.1 * (1 + 0.2 * 8 / 10000), rel=1e-6)),
+    "kl_horizon": Watch(
+        10000, 16, coefficient, approx(0.1 * (1 + 0.2 * 8 / 16)), {"kl_target": 1e-3}
+    ),
+    "ref_sync_updates": Watch(0, 1, moved_reference, approx(0.6, rel=1e-3)),
+    "ref_sync_alpha": Watch(
+        0.6, 0.25, moved_reference, approx(0.25, rel=1e-3), {"ref_sync_updates": 1}
+    ),
+    "importance_mode": Watch(
+        "token_truncate",
+        "token_mask",
+        last("importance_weight", "importance_capped"),
+        [0.0, 1.0],
+        {"quantize_for_rollouts": True, "importance_cap": 1e-6},
+    ),
+    "importance_floor": Watch(
+        0.0, 2.0, last("importance_weight"), approx([2.0]), {"quantize_for_rollouts": True}
+    ),
     "kl_coeff": Watch(
         0.0,
         0.5,

@@ -160,8 +160,7 @@ def test_on_policy_gradient_is_advantage_times_score(grpo):
         "weights": mx.array([1 / 6, 1 / 4]),
         "sampler_logprobs": logprobs,
     }
-    options = {"clip_eps": 0.2, "kl_coeff": 0.0, "importance_cap": 2.0}
-    grad = mx.grad(lambda x: grpo.grpo_loss(x, batch, **options)[0])(logprobs)
+    grad = mx.grad(lambda x: grpo.grpo_loss(x, batch, grpo.MLXGRPOConfig())[0])(logprobs)
     expected = mx.array([[-2 / 6] * 3, [1 / 4, 1 / 4, 0.0]])
     assert mx.allclose(grad, expected, atol=1e-6)
     assert nn.Module is not None

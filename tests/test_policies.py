@@ -347,7 +347,10 @@ def test_kl_coeff_changes_the_gradient_once_the_policy_has_moved(model_dir, data
 
 # The loss by hand.
 
-OPTIONS = {"clip_eps": 0.2, "kl_coeff": 0.0, "importance_cap": 2.0}
+
+@pytest.fixture(scope="module")
+def options(grpo):
+    return grpo.MLXGRPOConfig()
 
 
 def one_token(ratio, advantage, **extra):
@@ -374,11 +377,11 @@ def one_token(ratio, advantage, **extra):
         (0.5, 1.0, -0.5, True, None),
     ],
 )
-def test_the_clipped_surrogate(grpo, ratio, advantage, loss, moves, clipped):
+def test_the_clipped_surrogate(grpo, options, ratio, advantage, loss, moves, clipped):
     batch, logprobs = one_token(ratio, advantage)
-    found, sums = grpo.grpo_loss(logprobs, batch, **OPTIONS)
+    found, sums = grpo.grpo_loss(logprobs, batch, options)
     assert found.item() == pytest.approx(loss, rel=1e-6)
-    gradient = mx.grad(lambda x: grpo.grpo_loss(x, batch, **OPTIONS)[0])(logprobs).item()
+    gradient = mx.grad(lambda x: grpo.grpo_loss(x, batch, options)[0])(logprobs).item()
     assert gradient == pytest.approx(-advantage * ratio if moves else 0.0, rel=1e-6)
     assert [name for name in ("clip_low", "clip_high") if sums[name].item()] == [
         name for name in [clipped] if name
@@ -389,14 +392,14 @@ def test_the_clipped_surrogate(grpo, ratio, advantage, loss, moves, clipped):
 @pytest.mark.parametrize(
     ("weight", "capped"), [(0.1, False), (1.0, False), (1.9, False), (7.0, True)]
 )
-def test_the_importance_weight_is_capped_and_has_no_gradient(grpo, weight, capped):
+def test_the_importance_weight_is_capped_and_has_no_gradient(grpo, options, weight, capped):
     sampler = mx.array([[-1.0 - math.log(weight)]])
     batch, logprobs = one_token(1.0, 2.0, sampler_logprobs=sampler)
     used = min(weight, 2.0)
     for anchored in (batch, {k: v for k, v in batch.items() if k != "old_logprobs"}):
-        loss, sums = grpo.grpo_loss(logprobs, anchored, **OPTIONS)
+        loss, sums = grpo.grpo_loss(logprobs, anchored, options)
         assert loss.item() == pytest.approx(-2 * used, rel=1e-5)
-        gradient = mx.grad(lambda x, b=anchored: grpo.grpo_loss(x, b, **OPTIONS)[0])(logprobs)
+        gradient = mx.grad(lambda x, b=anchored: grpo.grpo_loss(x, b, options)[0])(logprobs)
         assert gradient.item() == pytest.approx(-2 * used, rel=1e-5)
         assert sums["importance_weight"].item() == pytest.approx(used, rel=1e-5)
         assert sums["importance_capped"].item() == capped
@@ -407,7 +410,7 @@ def test_k3_is_not_negative_is_guarded_and_has_no_importance_weight(grpo, gap):
     """k3 = exp(ref - log pi) - (ref - log pi) - 1, the log-ratio within +-20 and k3 at most 10."""
     ref, sampler = mx.array([[-1.0 + gap]]), mx.array([[-2.0]])
     batch, logprobs = one_token(1.0, 0.0, ref_logprobs=ref, sampler_logprobs=sampler)
-    loss, sums = grpo.grpo_loss(logprobs, batch, **{**OPTIONS, "kl_coeff": 0.5})
+    loss, sums = grpo.grpo_loss(logprobs, batch, grpo.MLXGRPOConfig(kl_coeff=0.5))
     within = max(-20.0, min(20.0, gap))
     k3 = min(math.exp(within) - within - 1, 10.0)
     assert sums["kl"].item() == pytest.approx(k3, rel=1e-5, abs=1e-6)
@@ -415,13 +418,11 @@ def test_k3_is_not_negative_is_guarded_and_has_no_importance_weight(grpo, gap):
     assert loss.item() == pytest.approx(0.5 * k3, rel=1e-5, abs=1e-6)
 
 
-def test_masked_tokens_count_nowhere(grpo):
+def test_masked_tokens_count_nowhere(grpo, options):
     batch, logprobs = one_token(1.3, 1.0)
     wide = {k: mx.concatenate([v, v], axis=1) if v.ndim == 2 else v for k, v in batch.items()}
     wide["mask"] = mx.array([[1.0, 0.0]])
     twice = mx.concatenate([logprobs, logprobs + 5], axis=1)
-    alone, together = (
-        grpo.grpo_loss(x, b, **OPTIONS) for x, b in ((logprobs, batch), (twice, wide))
-    )
+    alone, together = (grpo.grpo_loss(x, b, options) for x, b in ((logprobs, batch), (twice, wide)))
     assert together[0].item() == alone[0].item()
     assert tree_map(mx.array.item, together[1]) == tree_map(mx.array.item, alone[1])

@@ -202,7 +202,10 @@ def write_stop_strings(folder: Path, stop_strings: list[str], eos_ids: Iterable[
 
 # What a resumed run needs of the trainer beside weights and optimizer, and the settings that may
 # change in between because no later update depends on them.
-COUNTERS = ("step", "update_step", "rollout", "last_sync", "bad_updates", "elapsed")
+COUNTERS = (
+    *("step", "update_step", "rollout", "last_sync", "bad_updates", "elapsed"),
+    *("drawn", "reward_moments", "kl_coeff"),
+)
 MAY_CHANGE = {
     *("resume", "overwrite", "max_hours", "logging_steps", "log_jsonl", "log_completions"),
     *("report_to", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "run_name"),
@@ -245,6 +248,10 @@ def state_arrays(trainer: Any) -> dict[str, Any]:
         for name, value in flat(trainer.model_old.parameters()).items():
             if trainer.loaded.train_type == "full" or name in weights:
                 arrays[f"old.{name}"] = value
+    if trainer.args.ref_sync_updates:  # a reference that moves
+        for name, value in flat(trainer.ref_model.parameters()).items():
+            if name in weights:
+                arrays[f"reference.{name}"] = value
     return arrays
 
 
@@ -268,13 +275,15 @@ def load(folder: Path, trainer: Any) -> None:
     for name, value in counters.items():
         setattr(trainer, name, value)
     trainer.saved_at = trainer.update_step
-    parts: dict[str, dict] = {"optimizer": {}, "master": {}, "old": {}}
+    parts: dict[str, dict] = {"optimizer": {}, "master": {}, "old": {}, "reference": {}}
     for name, value in arrays.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
     masters = flat(trainer.master_of(trainer.model)) | parts["master"]
     trainer.master = tree_unflatten(list(masters.items()))
     trainer.optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
+    if parts["reference"]:
+        trainer.ref_model.load_weights(list(parts["reference"].items()), strict=False)
     if parts["old"]:
         trainer.model_old = trainer.copy_policy()
         trainer.model_old.load_weights(list(parts["old"].items()), strict=False)

@@ -3,6 +3,7 @@
 All of it is checked before anything is loaded; a complaint names key, value and what is allowed.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,11 +16,12 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "above 0 and finite": (
         lambda v: 0 < v < math.inf,
         "learning_rate lora_learning_rate lora_scale temperature max_grad_norm importance_cap "
-        "reward_timeout",
+        "reward_timeout advantage_eps",
     ),
     "at least 0 and finite": (
         lambda v: 0 <= v < math.inf,
-        "kl_coeff weight_decay max_hours wired_limit_gb cache_limit_gb",
+        "kl_coeff weight_decay max_hours wired_limit_gb cache_limit_gb clip_eps_high delta "
+        "entropy_coeff advantage_clip reward_clip kl_target importance_floor",
     ),
     "at least 2 (a group needs another completion to compare with)": (
         lambda v: v >= 2,
@@ -29,17 +31,20 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v >= 1,
         "lora_rank batch_size gradient_accumulation_steps num_epochs num_iterations "
         "sync_every_updates max_new_tokens max_prompt_length max_completion_length "
-        "eval_max_new_tokens logging_steps",
+        "eval_max_new_tokens logging_steps kl_horizon",
     ),
     "at least 0": (
         lambda v: v >= 0,
         "max_train_samples max_updates top_k eval_steps eval_samples eval_every_updates "
         "eval_subset_size log_completions save_steps save_total_limit rollout_batch_size "
-        "micro_batch_tokens",
+        "micro_batch_tokens dynamic_sampling ref_sync_updates",
     ),
     "at least 0, below 2 ** 64": (lambda v: 0 <= v < 2**64, "seed"),
     "-1 (all) or at least 1": (lambda v: v == -1 or v >= 1, "lora_layers"),
-    "above 0, at most 1": (lambda v: 0 < v <= 1, "top_p"),
+    "above 0, at most 1": (
+        lambda v: 0 < v <= 1,
+        "top_p top_entropy_quantile ref_sync_alpha",
+    ),
     "between 0 and 1": (lambda v: 0 <= v <= 1, "min_p warmup_ratio"),
     "at least 0, below 1": (lambda v: 0 <= v < 1, "lora_dropout adam_beta1 adam_beta2"),
     "above 0, below 1": (lambda v: 0 < v < 1, "clip_eps"),
@@ -47,10 +52,55 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "train_type": ("auto", "full", "lora", "dora"),
-    "loss_type": ("grpo", "dapo", "dr_grpo"),
     "curriculum": ("none", "weights", "easy_to_hard"),
+    "loss_type": (
+        *("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gmpo", "cpgd", "cispo", "sapo"),
+        "reinforce",
+    ),
+    "importance_sampling_level": ("auto", "token", "sequence"),
+    "advantage_estimator": (
+        *("group_norm", "dr_grpo", "batch", "rloo", "reinforce", "reinforce_baseline", "gdpo"),
+        *("gspo", "gmpo", "cpgd"),  # an alias is gone when this is read
+    ),
+    "kl_estimator": ("k1", "k2", "k3"),
+    "kl_placement": ("loss", "reward"),
+    "importance_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "lr_scheduler_type": ("cosine", "linear", "constant"),
 }
+
+
+# What each objective's paper sets where the user does not, and estimators that are names of losses.
+PAPERS: dict[str, dict[str, Any]] = {
+    "dapo": {"clip_eps_high": 0.28},
+    "gspo": {"clip_eps": 3e-4, "clip_eps_high": 4e-4},
+    "gmpo": {"clip_eps": 0.4, "clip_eps_high": 0.4},
+    "cispo": {"clip_eps_high": 4.0},
+    "cpgd": {"advantage_eps": 1e-6},
+}
+ALIASES = ("gspo", "gmpo", "cpgd")
+CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo")  # losses with PPO's clipped ratio
+WHITENED = ("reinforce", "reinforce_baseline", "gdpo")  # estimators that end with a normalisation
+
+
+def resolve_objective(c: Any) -> None:
+    """Replace an alias by loss and estimator, and open settings by those of the loss's paper.
+
+    Raises:
+        UserError: an alias beside another loss_type.
+    """
+    if c.advantage_estimator in ALIASES:
+        alias = c.advantage_estimator
+        if "loss_type" in c.explicit and c.loss_type != alias:
+            raise UserError(
+                f"advantage_estimator = {alias!r} stands for loss_type = {alias!r} with "
+                f"group_norm, but loss_type = {c.loss_type!r}: leave one of them out"
+            )
+        c.loss_type, c.advantage_estimator = alias, "group_norm"
+    for name, value in PAPERS.get(c.loss_type, {}).items():
+        if name not in c.explicit:
+            setattr(c, name, value)
+    if c.importance_sampling_level == "auto" and c.loss_type == "gspo":
+        c.importance_sampling_level = "sequence"
 
 
 def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
@@ -102,6 +152,7 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         "dataset_mix: a weight in every table or in none (then each question comes once an epoch)",
         len(weighted) not in (0, len(c.dataset_mix)),
     )
+    yield from objective_contradictions(c)
     for text in c.stop_strings:
         yield "stop_strings holds an empty string", not text
         yield f"stop string {text!r} is part of reasoning_prefix", text in c.reasoning_prefix
@@ -124,6 +175,107 @@ def check_mix(mix: list[dict[str, Any]]) -> None:
             raise UserError(f"dataset_mix: a table without dataset: {part}")
         if names.count(part["dataset"]) > 1:
             raise UserError(f"dataset_mix: {part['dataset']!r} occurs twice")
+
+
+def objective_contradictions(c: Any) -> Iterator[tuple[str, bool]]:
+    """The same for the objective."""
+    high = c.clip_eps_high or c.clip_eps
+    at_sequence = c.importance_sampling_level == "sequence"
+    yield (
+        f"delta = {c.delta} bounds PPO's clipped ratio, which loss_type = {c.loss_type} has not",
+        bool(c.delta) and c.loss_type not in CLIPPED,
+    )
+    yield (
+        f"delta = {c.delta} must be above 1 + clip_eps_high = {1 + high}, or it would act on good "
+        "tokens instead of the clip",
+        0 < c.delta <= 1 + high,
+    )
+    yield (
+        f"importance_sampling_level = sequence has no meaning for loss_type = {c.loss_type}, which "
+        + ("averages token ratios itself" if c.loss_type == "gmpo" else "has a gradient per token"),
+        at_sequence and c.loss_type in ("gmpo", "cpgd", "reinforce"),
+    )
+    yield (
+        "top_entropy_quantile selects tokens, but the gradient of a ratio per sequence goes to all "
+        "of them: set importance_sampling_level = token, or another loss_type than gmpo",
+        c.top_entropy_quantile < 1 and (at_sequence or c.loss_type == "gmpo"),
+    )
+    yield (
+        "kl_estimator = k1 in the loss has a gradient of mean zero: set kl_bias_correction = true, "
+        "kl_placement = reward, or k2 or k3",
+        c.kl_estimator == "k1"
+        and c.kl_placement == "loss"
+        and not c.kl_bias_correction
+        and c.kl_coeff > 0,
+    )
+    yield (
+        "kl_bias_correction is about a gradient, which a penalty in the reward has not",
+        c.kl_bias_correction and c.kl_placement == "reward",
+    )
+    yield (
+        f"importance_floor = {c.importance_floor} is above importance_cap = {c.importance_cap}",
+        c.importance_floor > c.importance_cap,
+    )
+    yield (
+        "reward_running_norm_minus_mean needs reward_running_norm",
+        c.reward_running_norm_minus_mean and not c.reward_running_norm,
+    )
+    yield (
+        "reward_running_norm_minus_mean needs reward_clip: without it, the baseline of every "
+        "advantage_estimator takes the mean out again",
+        c.reward_running_norm_minus_mean and not c.reward_clip,
+    )
+    yield (
+        f"reward_running_norm: advantage_estimator = {c.advantage_estimator} divides by a standard "
+        "deviation itself; it needs dr_grpo or rloo, reward_clip, or kl_placement = reward",
+        c.reward_running_norm
+        and c.advantage_estimator not in ("dr_grpo", "rloo")
+        and not c.reward_clip
+        and not (c.kl_coeff and c.kl_placement == "reward"),
+    )
+    yield (
+        f"advantages_norm: advantage_estimator = {c.advantage_estimator} does that already",
+        c.advantages_norm and c.advantage_estimator in WHITENED,
+    )
+    shaping = [n for n in ("reward_clip", "reward_running_norm") if getattr(c, n)]
+    shaping += ["kl_placement = reward"] * (c.kl_coeff > 0 and c.kl_placement == "reward")
+    yield (
+        f"{', '.join(shaping)} acts on the total reward; advantage_estimator = gdpo takes each "
+        "reward function by itself",
+        bool(shaping) and c.advantage_estimator == "gdpo",
+    )
+    yield (
+        "advantage_estimator = gdpo needs at least two reward_funcs",
+        c.advantage_estimator == "gdpo" and len(c.reward_funcs) < 2,
+    )
+
+
+# (settings, when they have no effect, why) for what was set on purpose.
+DEAD: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "kl_estimator kl_placement kl_bias_correction kl_target kl_horizon ref_sync_updates "
+        "ref_sync_alpha",
+        lambda c: c.kl_coeff == 0,
+        "kl_coeff = 0",
+    ),
+    ("kl_horizon", lambda c: c.kl_target == 0, "kl_target = 0"),
+    ("ref_sync_alpha", lambda c: c.ref_sync_updates == 0, "ref_sync_updates = 0"),
+    (
+        "clip_eps",
+        lambda c: c.loss_type in ("cispo", "sapo", "reinforce"),
+        "a loss_type without a lower clip",
+    ),
+    (
+        "clip_eps_high",
+        lambda c: c.loss_type in ("sapo", "reinforce"),
+        "a loss_type without a clip",
+    ),
+    (
+        "advantage_eps",
+        lambda c: c.advantage_estimator not in ("group_norm", "batch", "gdpo"),
+        "an advantage_estimator without a group's standard deviation",
+    ),
+)
 
 
 def check(c: Any) -> None:
@@ -157,3 +309,13 @@ def refuse_dead_settings(c: Any, train_type: str) -> None:
     dead = sorted(name for name in c.explicit if name.startswith("lora_"))
     if train_type == "full" and dead:
         raise UserError(f"{', '.join(dead)} has no effect with train_type = full: leave it out")
+    for names, without_effect, why in DEAD:
+        defaults = {f.name: f.default for f in dataclasses.fields(c)}
+        dead = [n for n in names.split() if n in c.explicit and getattr(c, n) != defaults[n]]
+        if dead and without_effect(c):
+            raise UserError(f"{', '.join(dead)} has no effect with {why}: leave it out")
+    if train_type == "full" and c.ref_sync_updates and c.quantize_for_rollouts:
+        raise UserError(
+            "ref_sync_updates: small steps would be rounded away in the 4-bit reference of full "
+            "fine-tuning; set quantize_for_rollouts = false"
+        )

@@ -90,12 +90,10 @@ def finite(value: Any) -> Any:
 
 
 def rollout_metrics(
-    responses: list[Any],
-    rewards: np.ndarray,
-    advantages: np.ndarray,
-    per_function: dict[str, np.ndarray],
+    groups: list[Any], rewards: np.ndarray, advantages: np.ndarray
 ) -> dict[str, Any]:
-    """What the log says of one rollout; `rewards` and `advantages` are (P, G)."""
+    """What the log says of one rollout of P groups; `rewards` and `advantages` are (P, G)."""
+    responses = [response for group in groups for response in group.responses]
     lengths = np.array([len(response.ids) for response in responses])
     logprobs = [logprob for response in responses for logprob in response.logprobs]
     valued = rewards[~np.isnan(rewards).any(axis=1)]
@@ -109,7 +107,9 @@ def rollout_metrics(
         "entropy": -mean(np.array(logprobs)),  # of the sampler, estimated from what it sampled
         "tokens": lengths.sum(),
     }
-    metrics |= {f"reward/{name}": mean(values) for name, values in per_function.items()}
+    for name in groups[0].values:
+        values = np.concatenate([group.values[name] for group in groups])
+        metrics[f"reward/{name}"] = mean(values)
     return {name: float(value) for name, value in metrics.items()}
 
 
