@@ -88,6 +88,10 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+WORK = ("tool", "setting", "shape", "dtype", "bits", "train_type", "prompts", "group")
+WORK += ("prompt_tokens", "tokens", "updates")
+
+
 def environment(tool: str) -> Path:
     """The interpreter of a peer's environment, made by uv when it is not there yet."""
     if tool not in ENVIRONMENTS:
@@ -103,14 +107,14 @@ def environment(tool: str) -> Path:
     return python
 
 
-def model_folder(shape: str, dtype: str) -> Path:
+def model_folder(shape: str, dtype: str, bits: int) -> Path:
     """Random weights of the shape, written once; tiny-math is the bundled model."""
     if shape == "tiny-math":
         return ROOT / "models/tiny-math"
-    folder = CACHE / "models" / f"{shape}-{dtype}"
+    folder = CACHE / "models" / f"{shape}-{f'{bits}-bit' if bits else dtype}"
     if not (folder / "chat_template.jinja").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_model(folder, shape, dtype, 0)
+        write_model(folder, shape, dtype, bits)
     return folder
 
 
@@ -140,9 +144,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     tool = arguments.tool
     python = Path(arguments.python) if arguments.python else environment(tool)
     options = SETTINGS[tool][arguments.setting] | dict(map(parsed, arguments.option))
-    model = model_folder(arguments.shape, arguments.dtype)
-    names = ("tool", "setting", "shape", "dtype", "train_type", "prompts", "group", "tokens")
-    work = {name: getattr(arguments, name) for name in (*names, "prompt_tokens", "updates")}
+    model = model_folder(arguments.shape, arguments.dtype, arguments.bits)
+    work = {name: getattr(arguments, name) for name in WORK}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cell = {**work, "options": options, "model": str(model), "folder": name}
@@ -159,7 +162,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         **work,
         "options": options,
-        **weights_of(model, arguments.dtype),
+        **weights_of(model, arguments.bits),
         **summary(result),
         "command": command_line(),
     }
@@ -185,13 +188,19 @@ def command_line() -> str:
     return " ".join(words)
 
 
-def weights_of(model: Path, dtype: str) -> dict[str, int]:
-    """Parameters and bytes that a decode step has to read."""
+def weights_of(model: Path, bits: int) -> dict[str, int]:
+    """Parameters (of the unquantized shape) and bytes that a decode step has to read."""
     with (model / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    parameters = sum(product(shape) for shape in shapes)
-    return {"parameters": parameters, "weight_bytes": parameters * (4 if dtype == "float32" else 2)}
+    header.pop("__metadata__", None)
+    parameters = total = 0
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        total += last - first
+        packed = 32 // bits if entry["dtype"] == "U32" else 1
+        if not (bits and name.endswith((".scales", ".biases"))):
+            parameters += product(entry["shape"]) * packed
+    return {"parameters": parameters, "weight_bytes": total}
 
 
 def product(shape: list[int]) -> int:
@@ -233,13 +242,13 @@ def read_records() -> list[dict[str, Any]]:
 
 def newest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last record of each cell of a run."""
-    keys = ("run", "device", "tool", "setting", "shape", "dtype", "train_type", "prompts", "group")
-    return [*{tuple(r[k] for k in (*keys, "tokens", "blas")): r for r in records}.values()]
+    keys = ("run", "device", "blas", *(key for key in WORK if key != "updates"))
+    return [*{(*(r[k] for k in keys), str(r["options"])): r for r in records}.values()]
 
 
 def groups_of(records: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
     """Records of the same work in the same run on the same machine, with the run's limits."""
-    keys = ("run", "device", "shape", "train_type", "prompts", "group", "prompt_tokens", "tokens")
+    keys = ("run", "device", *(key for key in WORK if key not in ("tool", "setting", "updates")))
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
         if record["tool"] != "limits":
@@ -279,8 +288,10 @@ def row_of(record: dict[str, Any], ours: dict[str, Any] | None) -> str:
         ratios.append(mine and other and (mine / other if inverse else other / mine))
     blas = " (bundled BLAS)" if record["blas"] is None and "torch" not in record["versions"] else ""
     blas = blas if record["dtype"] == "float32" else ""
+    given = SETTINGS[record["tool"]][record["setting"]]
+    more = [f"{k}={v}" for k, v in record["options"].items() if k not in given or given[k] != v]
     cells = [
-        f"{record['tool']}, {record['setting']}{blas}",
+        ", ".join([record["tool"], record["setting"], *more]) + blas,
         number(record["tokens_per_second"], ",.0f"),
         number(ratios[0]),
         *(number(record[stage], ".3g") for stage in STAGES),
@@ -295,13 +306,13 @@ def row_of(record: dict[str, Any], ours: dict[str, Any] | None) -> str:
 def tables(records: list[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for key, group in groups_of(records).items():
-        run, device, shape, train_type, prompts, size, prompt_tokens, tokens = key
+        run, device, shape, dtype, bits, train_type, prompts, size, prompt_tokens, tokens = key
         ours = [r for r in group if r["tool"] == "ours" and r["setting"].startswith("best")]
         best = min(ours, key=lambda r: r["seconds"], default=None)
         lines += [
             "",
-            f"**{device}, {shape} ({group[0]['dtype']}), {train_type}: {prompts} prompts of "
-            f"{prompt_tokens} tokens x {size} completions of {tokens}** (run {run})",
+            f"**{device}, {shape} ({f'{bits}-bit' if bits else dtype}), {train_type}: {prompts} "
+            f"prompts of {prompt_tokens} tokens x {size} completions of {tokens}** (run {run})",
             "",
             "| tool, setting | rollout tok/s | ours / it | rollout s | scoring s | gradient s "
             "| optimizer s | update s | it / ours | peak GB | updates |",
@@ -348,6 +359,7 @@ def main() -> None:
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="change the setting")
     add("--shape", choices=("tiny-math", *SHAPES), default="tiny")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    add("--bits", type=int, default=0, help="quantize the base (0: not; MLX tools only)")
     add("--train-type", choices=("full", "lora"), default="full")
     add("--prompts", type=int, default=4, help="prompts of one update")
     add("--group", type=int, default=16, help="completions of each prompt")

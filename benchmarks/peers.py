@@ -135,17 +135,27 @@ def run_ours(cell: dict[str, Any]) -> dict[str, Any]:
     trainer.generate_responses = generate
     trainer.compute_rewards = clock.timed("scoring", trainer.compute_rewards)
     trainer.apply_gradients = clock.timed("optimizer", trainer.apply_gradients)
+    held, pulse = [0], trainer.pulse
+
+    def watched_pulse(phase: str) -> None:  # between blocks of decode steps and micro-batches
+        held.append(mx.get_active_memory() + mx.get_cache_memory())
+        pulse(phase)
+
+    trainer.pulse = watched_pulse
     for step in range(cell["updates"] + 1):
         if step == 1:
             mx.reset_peak_memory()
+            held.clear()
         clock.begin()
         record = trainer.train_step(trainer.prompts_of_update(step)[0])[-1]
         clock.end()
+        held.append(mx.get_active_memory() + mx.get_cache_memory())
         assert not record["skipped"]
     # The check that the figures are of right results: sampler and trainer agree.
     return mlx_result(
         clock,
         sampler_mismatch=record["sampler_mismatch"],
+        held_bytes=max(held),  # active and cached, the most that was seen
         revision=provenance(ROOT)["git_revision"],
     )
 

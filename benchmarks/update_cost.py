@@ -32,6 +32,8 @@ SHAPES = {
     "0.5b": {**QWEN, "hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864}
     | {"num_attention_heads": 14},
     "1.5b": QWEN,
+    "3b": {**QWEN, "hidden_size": 2048, "num_hidden_layers": 36, "intermediate_size": 11008}
+    | {"num_attention_heads": 16},
 }
 
 

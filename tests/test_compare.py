@@ -16,6 +16,7 @@ CELL = {
     "option": [],
     "shape": "tiny",
     "dtype": "float32",
+    "bits": 0,
     "train_type": "full",
     "prompts": 2,
     "group": 3,
@@ -64,7 +65,15 @@ def test_a_stage_within_another_is_charged_once():
 
 def record_of(tool, setting="best", **values):
     work = {"run": "r", "device": "d", "shape": "s", "dtype": "bfloat16", "train_type": "full"}
-    work |= {"prompts": 4, "group": 16, "prompt_tokens": 150, "tokens": 256, "blas": None}
+    work |= {
+        "bits": 0,
+        "options": {},
+        "prompts": 4,
+        "group": 16,
+        "prompt_tokens": 150,
+        "tokens": 256,
+        "blas": None,
+    }
     stages = dict.fromkeys((*peers.STAGES, "seconds", "tokens_per_second"))
     more = {"peak_bytes": 10**9, "raw": [{}], "versions": {"torch": "1"}, "command": "c"}
     return {"tool": tool, "setting": setting, **work, **stages, **more, **values}
