@@ -65,8 +65,12 @@ BLAS = runtime.preload_blas()  # before MLX: its CPU wheel bundles a BLAS that i
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_unflatten
+
+if TYPE_CHECKING or not __package__:  # these import MLX
+    from utils import optimizers
+else:
+    from .utils import optimizers
 
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
 # `--help` and a mistyped setting answer at once.
@@ -279,6 +283,11 @@ class MLXGRPOConfig:
     """AdamW: decoupled weight decay."""
     max_grad_norm: float = 0.1
     """Gradients are scaled down to this global norm."""
+    master_weights: bool = True
+    """Keep the bits that bfloat16 weights lack of float32 ones (2 bytes each); false: round the
+    weights at random instead (0 bytes)."""
+    moment_bits: int = 32
+    """AdamW's moments in 32 bits, or in 8 with a scale per 256."""
 
     eval_steps: int = 50
     """Evaluate on the test split every so many batches; 0 only before and after training."""
@@ -1066,18 +1075,21 @@ class MLXGRPOTrainer:
         self.total_updates = a.num_epochs * self.rollouts_per_epoch * a.num_iterations
         if a.max_updates:
             self.total_updates = min(self.total_updates, a.max_updates)
-        betas = [a.adam_beta1, a.adam_beta2]
-        self.optimizer = optim.AdamW(
-            self.peak_lr, betas=betas, weight_decay=a.weight_decay, bias_correction=True
+        self.optimizer = optimizers.AdamW(
+            self.model,
+            (a.adam_beta1, a.adam_beta2),
+            weight_decay=a.weight_decay,
+            master_weights=a.master_weights,
+            moment_bits=a.moment_bits,
+            seed=a.seed,
+            compiled=a.use_compile,
         )
-        self.master = self.master_of(self.model)
-        self.optimizer.init(self.master)
         self.loss_and_grad = self.make_loss_and_grad()
 
-    @staticmethod
-    def master_of(model: nn.Module) -> Any:
-        """Float32 copies of the trainable weights (themselves where they are float32)."""
-        return tree_map(lambda p: p.astype(mx.float32), model.trainable_parameters())
+    @property
+    def master(self) -> Any:
+        """The trainable weights in float32, as the optimizer moves them."""
+        return self.optimizer.masters(self.model)
 
     def make_loss_and_grad(self) -> Callable:
         function = nn.value_and_grad(self.model, self.compute_grpo_loss)
@@ -1435,7 +1447,7 @@ class MLXGRPOTrainer:
         """One optimizer update from the summed gradients of all micro-batches."""
         # One dropout mask for all iterations, or it would move the ratio.
         mx.random.seed(int(row_key(self.args.seed, 2, self.rollout)[0]))
-        loss, grads = 0.0, tree_map(mx.zeros_like, self.master)
+        loss, grads = 0.0, None
         sums = dict.fromkeys(STATISTICS, 0.0)
         self.model.train()  # dropout, and no kernels that have no gradient
         for batch in micro_batches:
@@ -1446,7 +1458,7 @@ class MLXGRPOTrainer:
             if self.args.kl_target:
                 batch["kl_coeff"] = mx.array(self.kl_coeff)
             (part, stats, logprobs), new = self.loss_and_grad(batch)
-            grads = tree_map(lambda g, n: g + n.astype(mx.float32), grads, new)
+            grads, new = optimizers.accumulate(grads, new), None  # so that each goes as it is added
             mx.eval(grads, part, stats, logprobs)
             if iteration == 0 and self.args.num_iterations > 1:
                 batch["old_logprobs"] = logprobs  # the anchor of the ratio from now on
@@ -1454,6 +1466,7 @@ class MLXGRPOTrainer:
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         self.model.eval()
+        grads = grads or tree_map(mx.zeros_like, self.model.trainable_parameters())
         norm, skipped = self.apply_gradients(loss, grads)
         trained = sum(float(batch["mask"].sum()) for batch in micro_batches)
         means = {
@@ -1469,20 +1482,17 @@ class MLXGRPOTrainer:
             batch["ref_logprobs"] = self.rescored(self.ref_model, batch)[0]
 
     def apply_gradients(self, loss: float, grads: Any) -> tuple[float, int]:
-        """Clip, step, copy the masters to the model. A non-finite update changes nothing."""
-        clipped, norm = optim.clip_grad_norm(grads, self.args.max_grad_norm)
+        """Clip by the global norm and step. A non-finite update changes nothing."""
+        norm = optimizers.global_norm(grads)
         self.update_step += 1
-        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bad_updates += 1
-            say(f"update {self.update_step}: loss {loss}, gradient norm {norm.item()}: left out")
-            return norm.item(), 1
+            say(f"update {self.update_step}: loss {loss}, gradient norm {norm}: left out")
+            return norm, 1
         self.bad_updates = 0
-        self.optimizer.learning_rate = self.lr_schedule(self.update_step)
-        self.master = self.optimizer.apply_gradients(clipped, self.master)
-        weights = self.model.trainable_parameters()
-        self.model.update(tree_map(lambda m, w: m.astype(w.dtype), self.master, weights))
-        mx.eval(self.master, self.optimizer.state, self.model.parameters())
-        return norm.item(), 0
+        clip = min(1.0, self.args.max_grad_norm / (norm + 1e-6))
+        self.optimizer.update(self.model, grads, self.lr_schedule(self.update_step), clip)
+        return norm, 0
 
     def evaluate_em(self, dataset: list[dict], samples: int = 0, **how: Any) -> float:
         """Mean exact match (or `eval_metric`) over a fixed subset of `samples` rows (0: all)."""

@@ -297,8 +297,16 @@ def rates(settings):
     zeros, seen = tree_map(mx.zeros_like, trainer.master), []
     while trainer.update_step < trainer.total_updates:
         trainer.apply_gradients(0.0, zeros)
-        seen.append(trainer.optimizer.learning_rate.item())
+        seen.append(trainer.optimizer.learning_rate)
     return seen
+
+
+def optimizer_state(settings):
+    """The kinds of arrays that the optimizer keeps, and their size."""
+    trainer = trainer_of(settings)
+    state = {k: x for k, x in trainer.optimizer.arrays().items() if k != "steps"}
+    kinds = {name.rpartition(".")[2] for name in state}
+    return {"kinds": kinds, "bytes": sum(x.nbytes for x in state.values())}
 
 
 GRADIENTS = (0.3, -0.1)
@@ -886,6 +894,19 @@ FIELDS = {
     "adam_beta2": Watch(0.999, 0.9, stepped, adamw(beta2=0.9), STEPPING),
     "weight_decay": Watch(0.0, 0.1, stepped, adamw(decay=0.1), STEPPING),
     "max_grad_norm": Watch(1e6, 50.0, stepped, adamw(norm=50.0), STEPPING),
+    "master_weights": Watch(
+        True,
+        False,
+        optimizer_state,
+        lambda a, b: "low" in a["kinds"] and b["kinds"] == {"m", "v"},
+        {"dtype": "bfloat16"},
+    ),
+    "moment_bits": Watch(
+        32,
+        8,
+        optimizer_state,
+        lambda a, b: b["kinds"] - a["kinds"] == {"m_scale", "v_scale"},
+    ),
     "eval_steps": Watch(
         0,
         4,
@@ -1003,7 +1024,7 @@ PLANNED = [
     *("num_generations", "batch_size", "gradient_accumulation_steps", "num_epochs"),
     *("max_updates", "num_iterations", "sync_every_updates", "quantize_for_rollouts"),
     *("max_new_tokens", "max_completion_length", "kl_coeff", "gradient_checkpointing"),
-    *("rollout_batch_size", "micro_batch_tokens", "dtype"),
+    *("rollout_batch_size", "micro_batch_tokens", "dtype", "master_weights", "moment_bits"),
 ]
 
 

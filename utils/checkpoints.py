@@ -236,14 +236,9 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def state_arrays(trainer: Any) -> dict[str, Any]:
-    """Moments, the masters of half-precision weights, and a sampling policy that is stale."""
-    import mlx.core as mx
-
-    arrays = {f"optimizer.{name}": x for name, x in flat(trainer.optimizer.state).items()}
+    """The optimizer's state, and a sampling policy that is stale."""
+    arrays = {f"optimizer.{name}": x for name, x in trainer.optimizer.arrays().items()}
     weights = flat(trainer.model.trainable_parameters())
-    for name, value in flat(trainer.master).items():
-        if weights[name].dtype != mx.float32:
-            arrays[f"master.{name}"] = value
     if trainer.model_old is not None and trainer.args.sync_every_updates > 1:
         for name, value in flat(trainer.model_old.parameters()).items():
             if trainer.loaded.train_type == "full" or name in weights:
@@ -261,8 +256,6 @@ def load(folder: Path, trainer: Any) -> None:
     Raises:
         UserError: a setting that would change the rest of the run differs.
     """
-    from mlx.utils import tree_unflatten
-
     try:
         counters, arrays = read_state(folder)
     except (OSError, ValueError, RuntimeError) as error:
@@ -275,13 +268,11 @@ def load(folder: Path, trainer: Any) -> None:
     for name, value in counters.items():
         setattr(trainer, name, value)
     trainer.saved_at = trainer.update_step
-    parts: dict[str, dict] = {"optimizer": {}, "master": {}, "old": {}, "reference": {}}
+    parts: dict[str, dict] = {"optimizer": {}, "old": {}, "reference": {}}
     for name, value in arrays.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
-    masters = flat(trainer.master_of(trainer.model)) | parts["master"]
-    trainer.master = tree_unflatten(list(masters.items()))
-    trainer.optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
+    trainer.optimizer.load(parts["optimizer"])
     if parts["reference"]:
         trainer.ref_model.load_weights(list(parts["reference"].items()), strict=False)
     if parts["old"]:

@@ -51,6 +51,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "moment_bits": (32, 8),
     "train_type": ("auto", "full", "lora", "dora"),
     "curriculum": ("none", "weights", "easy_to_hard"),
     "loss_type": (
@@ -129,6 +130,10 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         "lora_dropout with gradient_checkpointing: a layer computed again would draw another mask, "
         "and its gradient would be wrong; leave one of them out",
         c.lora_dropout > 0 and c.gradient_checkpointing,
+    )
+    yield (
+        f"master_weights = false is for bfloat16 weights, so not with dtype = {c.dtype}",
+        not c.master_weights and c.dtype in ("float32", "float16"),
     )
     yield (
         f"eval_metric = {c.eval_metric!r} is neither em nor one of reward_funcs",
@@ -290,7 +295,8 @@ def check(c: Any) -> None:
                 raise UserError(f"{name} = {getattr(c, name)!r} must be {rule}")
     for name, allowed in CHOICES.items():
         if getattr(c, name) not in allowed:
-            raise UserError(f"{name} = {getattr(c, name)!r}, allowed: {', '.join(allowed)}")
+            choices = ", ".join(map(str, allowed))
+            raise UserError(f"{name} = {getattr(c, name)!r}, allowed: {choices}")
     check_mix(c.dataset_mix)
     for complaint, wrong in contradictions(c):
         if wrong:
@@ -306,6 +312,11 @@ def refuse_dead_settings(c: Any, train_type: str) -> None:
         )
     if "curriculum_column" in c.explicit and c.curriculum == "none":
         raise UserError("curriculum_column has no effect with curriculum = none: leave it out")
+    if train_type in ("lora", "dora") and "master_weights" in c.explicit:
+        raise UserError(
+            f"master_weights has no effect with train_type = {train_type}, whose adapters are "
+            "float32: leave it out"
+        )
     dead = sorted(name for name in c.explicit if name.startswith("lora_"))
     if train_type == "full" and dead:
         raise UserError(f"{', '.join(dead)} has no effect with train_type = full: leave it out")

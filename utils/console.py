@@ -90,7 +90,7 @@ def introduce(trainer: Any, blas: str | None) -> None:
     from mlx.utils import tree_flatten
 
     a, kind = trainer.args, trainer.loaded.train_type
-    weights: Any = tree_flatten(trainer.master)
+    weights: Any = tree_flatten(trainer.model.trainable_parameters())
     count = sum(value.size for _, value in weights)
     device = "CPU" if mx.default_device() == mx.cpu else mx.device_info()["device_name"]
     say(f"model     {a.model_name}: {kind}, {count:,} parameters train, on {device}")

@@ -306,6 +306,10 @@ class Settings:
     """Bytes of a weight and an activation in training: 2, or 4 for float32."""
     budget_bytes: int
     """What the run may use: `runtime.device_memory_bytes()`."""
+    master_bytes: int = 2
+    """Beside each half-precision weight in full fine-tuning (utils/optimizers.py): 2, 4 or 0."""
+    moment_bytes: float = 8.0
+    """Of both moments of a trained weight: 8, or about 2 when they are 8-bit."""
     lora_rank: int = 8
     lora_layers: int = -1
     """Blocks with adapters, counted from the last; -1 or 0 = all."""
@@ -398,7 +402,7 @@ class Plan:
 
 _TABLE = {
     "weights": "weights",
-    "master_weights": "float32 master weights",
+    "master_weights": "what weights lack of float32",
     "moments": "optimizer moments",
     "rollout_copy": "rollout copy",
     "reference_copy": "reference copy",
@@ -448,17 +452,18 @@ def _constant_parts(shape: ModelShape, settings: Settings) -> dict[str, Any]:
     if trainable is None:
         trainable = shape.parameters if full else _adapter_parameters(shape, settings)
     adapters = 0 if full else 4 * trainable
-    master = 4 * trainable if full and width < 4 else 0
+    master = settings.master_bytes * trainable if full and width < 4 else 0
+    moments = round(settings.moment_bytes * trainable)
     rollout, reference = _copies(shape, settings, weights, adapters)
     return {
         "weights": weights + adapters,
         "master_weights": master,
-        "moments": 8 * trainable,
+        "moments": moments,
         "gradients": 2 * trainable * (width if full else 4),
         "rollout_copy": rollout,
         "reference_copy": reference,
         "trainable_parameters": trainable,
-        "checkpoint_bytes": (weights if full else adapters) + master + 8 * trainable,
+        "checkpoint_bytes": (weights if full else adapters) + master + moments,
         "final_bytes": weights if full else round(shape.parameters * width),  # fused, unpacked
     }
 

@@ -41,12 +41,21 @@ def plan_memory(
             sync_every_updates=config.sync_every_updates,
             gradient_checkpointing=config.gradient_checkpointing,
             train_dtype_bytes={"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, auto),
+            master_bytes=master_bytes(config, shape),
+            moment_bytes=8 if config.moment_bits == 32 else 2.03,
             budget_bytes=runtime.device_memory_bytes(),
             rollout_batch_size=config.rollout_batch_size,
             micro_batch_tokens=config.micro_batch_tokens,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def master_bytes(config: Any, shape: memory.ModelShape) -> int:
+    """What the optimizer keeps beside a half-precision weight (utils/optimizers.py)."""
+    own = max(shape.bytes_by_dtype, key=lambda name: shape.bytes_by_dtype[name], default="")
+    half = config.dtype == "float16" or (config.dtype == "auto" and own == "F16")
+    return (4 if half else 2) if config.master_weights else 0
 
 
 def dry_run(config: Any) -> int:
