@@ -161,15 +161,18 @@ class MLXGRPOConfig:
         default_factory=lambda: ["correctness", "xmlcount", "soft_format", "int"]
     )
     """Built-in names (correctness, int, strict_format, soft_format, xmlcount, math, cosine, length,
-    soft_overlong, repetition), or module:function, or file.py:function with TRL's interface.
-    Reward files are code: they run with your rights."""
+    soft_overlong, repetition, remote_rm, judge), or module:function, or file.py:function with TRL's
+    interface. Reward files are code: they run with your rights."""
     reward_weights: list[float] = field(default_factory=list)
     """One factor per reward function; empty: all 1."""
     reward_kwargs: dict[str, Any] = field(default_factory=dict)
     """Parameters of reward functions, by their names in reward_funcs, such as
     {soft_overlong = {cache = 100}}; docs/rewards.md has those of the built-in ones."""
     reward_timeout: float = 180.0
-    """Seconds that an async reward function may take."""
+    """Seconds that an async reward function, or one request to a server, may take."""
+    remote_rm_url: list[str] = field(default_factory=list)
+    """Reward servers that the reward remote_rm asks (OpenRLHF's protocol). $NAME in a URL is an
+    environment variable."""
 
     num_generations: int = 64
     """Completions sampled per prompt: the group."""
@@ -1233,13 +1236,21 @@ class MLXGRPOTrainer:
     ) -> dict[str, np.ndarray]:
         """(B,) values per function, called with TRL's keywords."""
         names = {name for row in rows for name in row} - {"prompt_ids", "prompt"}
-        columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
+        columns: dict[str, list] = {n: [row.get(n) for row in rows] for n in sorted(names)}
         columns["prompts"] = [row["prompt"] for row in rows]
         columns["completions"] = [[{"role": "assistant", "content": r.text}] for r in responses]
         columns["completion_ids"] = [response.ids for response in responses]
+        columns["prompt_texts"] = self.prompt_texts(rows)
         epoch = self.rollout / self.rollouts_per_epoch
         state = TrainerState(self.update_step, self.total_updates, epoch, self.args.num_epochs)
         return self.reward_calls(functions, columns, state, partial(self.pulse, "rewards"))
+
+    def prompt_texts(self, rows: list[dict[str, Any]]) -> list[str]:
+        """Prompts as the model reads them, up to the reasoning prefix; each is decoded once."""
+        distinct = {id(row): row["prompt_ids"] for row in rows}
+        end = -len(self.prefix_ids) or None
+        texts = {key: self.tokenizer.decode(ids[:end]) for key, ids in distinct.items()}
+        return [texts[id(row)] for row in rows]
 
     def micro_batches(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
@@ -1650,7 +1661,7 @@ def start(config: MLXGRPOConfig, command: str) -> int:
     kept = trainer.update_step if resume_from else -1
     checkpoints.truncate_log(output_dir / "training_log.jsonl", kept)
     checkpoints.claim(output_dir, overwrite=config.overwrite and not resume_from)
-    described = dataclasses.asdict(config)
+    described = settings.recorded(config)
     checkpoints.write_json(output_dir / "config.resolved.json", described)
     provenance = {
         **runtime.provenance(ROOT),

@@ -29,6 +29,8 @@ from conftest import load_script, make_model
 from helpers import make_config, make_trainer, read_log
 from mlx.utils import tree_flatten, tree_map
 
+from utils import remote_rewards
+
 grpo = load_script()
 approx = pytest.approx
 
@@ -589,6 +591,17 @@ def rollout_sizes(settings):
     return [len(arguments[2]) for arguments, _ in given]
 
 
+def asked_servers(settings):
+    """The URLs that are sent completions, by a server that is not there."""
+
+    async def answer(_, body):
+        rewards = {"rewards": [*range(len(body["query"]))]}
+        return types.SimpleNamespace(status_code=200, text="", json=lambda: rewards), ""
+
+    step = functools.partial(trainer_of(settings).train_step, [0])
+    return sorted(given[0] for given, _ in calls(remote_rewards.Endpoint, "ask", step, answer))
+
+
 def tracked_name(settings):
     wandb = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec("wandb", None, origin="here"))
     with mock.patch.dict(sys.modules, wandb=wandb):
@@ -742,6 +755,13 @@ FIELDS = {
         lambda s: console({**s, "max_updates": 1})[0],
         1,
         {"reward_funcs": ["rewards.py:waits"]},
+    ),
+    "remote_rm_url": Watch(
+        ["http://a.test/"],
+        ["http://b.test/rm", "http://c.test/"],
+        asked_servers,
+        ["http://b.test/rm", "http://c.test/"],
+        {"reward_funcs": ["remote_rm"]},
     ),
     "num_generations": Watch(4, 3, lambda s: sum(size for size, _ in shapes(s)), 6),
     "batch_size": Watch(1, 2, prompts_and_batches, [4, 2, 6]),

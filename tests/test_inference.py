@@ -297,7 +297,8 @@ def test_reward_files_of_a_run_are_not_taken_over(grpo, lora_run, capsys):
     config, _ = inference.trainer_settings(None, [], [str(lora_run / "final")])
     assert config.reward_funcs == ["correctness"]
     assert "helpers:digest is code" in capsys.readouterr().err
-    kept = {"reward_funcs": ["a.py:f", "int", "correctness"], "reward_weights": [1.0, 2.0, 3.0]}
+    kept = {"reward_funcs": ["a.py:f", "int", "correctness", "judge", "remote_rm"]}
+    kept["reward_weights"] = [1.0, 2.0, 3.0, 4.0, 5.0]
     kept["reward_kwargs"] = {"a.py:f": {"x": 1}, "int": {}}
     expected = {"reward_funcs": ["int", "correctness"], "reward_weights": [2.0, 3.0]}
     expected["reward_kwargs"] = {"int": {}}

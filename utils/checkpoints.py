@@ -1,7 +1,6 @@
 """Checkpoint folders on disk: written aside and renamed, so that a kill never leaves half a one."""
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import settings
 from .console import say
 from .errors import RunError, UserError
 
@@ -212,6 +212,7 @@ MAY_CHANGE = {
     *("eval_every_updates", "eval_subset_size", "eval_max_new_tokens", "output_dir"),
     *("closing_note", "rollout_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
     *("wired_limit_gb", "cache_limit_gb", "use_compile"),
+    *("remote_rm_url", "reward_timeout"),
 }
 
 
@@ -224,7 +225,7 @@ def save(path: Path, trainer: Any) -> None:
             write_adapters(folder, trainer.model, trainer.loaded.adapter_config)
         counters = {name: getattr(trainer, name) for name in COUNTERS}
         counters |= {"history": trainer.log.history, "pending": trainer.log.pending}
-        counters["config"] = dataclasses.asdict(trainer.args)
+        counters["config"] = settings.recorded(trainer.args)
         write_state(folder, counters, state_arrays(trainer))
 
 
@@ -260,7 +261,7 @@ def load(folder: Path, trainer: Any) -> None:
         counters, arrays = read_state(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"resume: checkpoint {folder} cannot be read: {error}") from None
-    refuse_changes(counters.pop("config"), dataclasses.asdict(trainer.args))
+    refuse_changes(counters.pop("config"), settings.recorded(trainer.args))
     trainer.log.history, trainer.log.pending = counters.pop("history"), counters.pop("pending")
     kind = "model" if trainer.loaded.train_type == "full" else "adapters"
     for file in sorted(folder.glob(f"{kind}*.safetensors")):

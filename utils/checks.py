@@ -123,6 +123,10 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
             not isinstance(given, dict),
         )
     yield (
+        "remote_rm_url has no effect unless reward_funcs has remote_rm",
+        bool(c.remote_rm_url) and "remote_rm" not in c.reward_funcs,
+    )
+    yield (
         "adapter_path needs train_type lora or dora",
         bool(c.adapter_path) and (c.train_type == "full"),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import runtime
+from . import runtime, settings
 
 
 def say(text: str) -> None:
@@ -29,7 +29,8 @@ def command_line(script: str, config: str | None, overrides: Sequence[str]) -> s
     """What to type for the same run again; runs are continued and replaced by adding to it."""
     words = ["uv", "run"] if "UV" in os.environ else ["python"]  # `uv run` sets it
     words += [os.path.relpath(script), *(["--config", config] if config else [])]
-    return shlex.join([*words, *(word for text in overrides for word in ("--set", text))])
+    shown = map(settings.shown_override, overrides)
+    return shlex.join([*words, *(word for text in shown for word in ("--set", text))])
 
 
 def progress_bar(trainer: Any) -> tqdm:

@@ -52,6 +52,8 @@ OF_A_RUN = (
     "reward_kwargs",
 )
 
+ELSEWHERE = ("remote_rm", "judge")  # rewards that send completions to a server
+
 
 def number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
     """An argparse type: a number for which `holds`."""
@@ -245,13 +247,14 @@ def settings_of_run(model: str) -> tuple[dict[str, Any], Path | None]:
 
 
 def without_code(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out reward functions in files: a folder that was downloaded must not run code."""
+    """Leave out rewards in files and by others: a folder that was downloaded must not run code,
+    and must not send what it is asked elsewhere."""
     names = values.get("reward_funcs", [])
-    own = [name for name in names if ":" in name]
+    kept = [name for name in names if ":" not in name and name not in ELSEWHERE]
+    own = [name for name in names if name not in kept]
     if not own:
         return values
-    note(f"left out: {', '.join(own)} is code; --set reward_funcs=[...] runs it")
-    kept = [name for name in names if ":" not in name]
+    note(f"left out: {', '.join(own)} is code or asks others; --set reward_funcs=[...] runs it")
     given = values.get("reward_kwargs", {})
     values["reward_kwargs"] = {name: given[name] for name in kept if name in given}
     weights = values.pop("reward_weights", None) or [1.0] * len(names)

@@ -1,11 +1,10 @@
 """The memory plan of a run on this machine, and `--dry-run`."""
 
-import dataclasses
 import json
 import math
 from typing import Any
 
-from . import datafiles, loading, memory, runtime
+from . import datafiles, loading, memory, runtime, settings
 from .console import say
 from .errors import UserError
 
@@ -64,7 +63,7 @@ def dry_run(config: Any) -> int:
     train_type = loading.resolve_train_type(config, shape.quantized_bits is not None)
     completion = min(config.max_new_tokens, config.max_completion_length)
     plan = plan_memory(config, shape, train_type, config.max_prompt_length, completion)
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in settings.recorded(config).items():
         say(f"{name} = {json.dumps(value, ensure_ascii=False)}")
     say(
         f"\ntrain_type resolves to {train_type}. An upper bound: prompts count as "

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import UserError
+from .remote_rewards import Judge, RemoteReward
 
 WORDS = re.compile(r"[^\W\d_]{2,}(\s+[^\W\d_]+)*")
 
@@ -54,6 +55,8 @@ def table(
         "length": length_reward_func,
         "soft_overlong": soft_overlong_reward_func,
         "repetition": repetition_reward_func,
+        "remote_rm": RemoteReward,
+        "judge": Judge,
     }
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from .errors import UserError
 from .reward_calls import described, waits
 
-# Parameters of built-in rewards that a setting fills, unless reward_kwargs does.
+# Parameters of built-in rewards that settings fill: the first unless reward_kwargs does.
 FROM_SETTINGS = {"max_len": "max_new_tokens"}
+ONLY_SETTINGS = {"urls": "remote_rm_url", "timeout": "reward_timeout"}
 Rewards = dict[str, Callable[..., Any]]
 
 
@@ -29,7 +30,7 @@ def load_rewards(config: Any, builtin: Rewards) -> Rewards:
         for spec in config.reward_funcs
     }
     if "reward_timeout" in config.explicit and not any(map(waits, rewards.values())):
-        raise UserError("reward_timeout has no effect: none of reward_funcs is async")
+        raise UserError("reward_timeout has no effect: none of reward_funcs waits for others")
     return rewards
 
 
@@ -39,11 +40,13 @@ def with_parameters(
     """The function with parameters bound; a class is made an instance, once."""
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    names = {parameter.name for parameter in parameters}
     given = config.reward_kwargs.get(spec, {})
     for name, value in given.items():
         check_parameter(spec, name, value, defaults)
     if is_builtin:  # its defaults too, or a column of that name would be taken for the parameter
-        named = {n: getattr(config, s) for n, s in FROM_SETTINGS.items() if n in defaults}
+        settings = FROM_SETTINGS | ONLY_SETTINGS
+        named = {n: getattr(config, s) for n, s in settings.items() if n in names}
         given = {**defaults, **named, **given}
     try:
         if inspect.isclass(function):
@@ -52,8 +55,8 @@ def with_parameters(
         bound = functools.partial(function, **given) if given else function
         if is_builtin:
             bound(completions=[], completion_ids=[], answer=[])  # refuses impossible values
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"reward {spec}: {error}") from None
     except Exception as error:  # also of someone else's class
         reason = str(error) if is_builtin else described(error)
         raise UserError(f"reward {spec}: {reason}") from error

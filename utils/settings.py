@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import tomllib
 import typing
 from collections.abc import Iterable
@@ -130,6 +131,35 @@ def check_type(key: str, value: Any, kind: Any) -> Any:
 
 def _wrong_type(key: str, value: Any, kind: Any) -> UserError:
     return UserError(f"{key} = {value!r} must be {KINDS[typing.get_origin(kind) or kind]}")
+
+
+# A URL with what may be secret in it: user and password, the query.
+URL = re.compile(r"(\w+://)([^/?#\s@\"']*@)?([^?#\s\"']*)(\?[^#\s\"']*)?")
+WITH_URLS = ("remote_rm_url", "reward_kwargs")
+
+
+def without_secrets(value: Any) -> Any:
+    """A value as it may be shown and written: URLs lose password and query."""
+    if isinstance(value, str):
+        return URL.sub(
+            lambda m: f"{m[1]}{'***@' if m[2] else ''}{m[3]}{'?***' if m[4] else ''}", value
+        )
+    if isinstance(value, list):
+        return [without_secrets(part) for part in value]
+    if isinstance(value, dict):
+        return {key: without_secrets(part) for key, part in value.items()}
+    return value
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """The settings as they are shown and written."""
+    values = dataclasses.asdict(config)
+    return values | {name: without_secrets(values[name]) for name in WITH_URLS if name in values}
+
+
+def shown_override(text: str) -> str:
+    """A `--set key=value` as it may be shown."""
+    return without_secrets(text) if text.partition("=")[0].strip() in WITH_URLS else text
 
 
 def field_docs(cls: type) -> dict[str, str]:
