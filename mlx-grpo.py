@@ -49,6 +49,7 @@ if TYPE_CHECKING or not __package__:
     from utils.loading import LoadedModel, load_model
     from utils.reward_calls import RewardCalls, TrainerState
     from utils.runlog import RunLog, rollout_metrics
+    from utils.text import redact
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
     from .utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
@@ -59,9 +60,11 @@ else:  # installed: this file is mlx_grpo/__init__.py
     from .utils.loading import LoadedModel, load_model
     from .utils.reward_calls import RewardCalls, TrainerState
     from .utils.runlog import RunLog, rollout_metrics
+    from .utils.text import redact
     from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 
-BLAS = runtime.preload_blas()  # before MLX: its CPU wheel bundles a BLAS that is 15-50x slower
+# Before MLX is imported: its CPU wheel bundles a BLAS that is 15 to 50 times slower.
+BLAS = runtime.preload_blas(as_command=__name__ == "__main__")
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -1038,7 +1041,7 @@ class MLXGRPOTrainer:
         """Add `prompt_ids` to each row; prompts over max_prompt_length are left out and counted."""
         rows = [{**r, "prompt_ids": encode_prompt(self.tokenizer, self.args, r)} for r in rows]
         limit = self.args.max_prompt_length
-        datafiles.check_prompts(self.args, rows, what, self.loaded.config.get("vocab_size"))
+        datafiles.check_prompts(self.args, rows, what, self.loaded.vocabulary)
         kept = [row for row in rows if 0 < len(row["prompt_ids"]) <= limit]
         if len(kept) < len(rows):
             say(f"data      {len(rows) - len(kept)} {what} prompts over {limit} tokens left out")
@@ -1687,8 +1690,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return planning.dry_run(config) if arguments.dry_run else start(config, command)
     except (UserError, RunError) as error:
         if arguments.debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

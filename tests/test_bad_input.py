@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT, make_model
 from helpers import read_log, tree, typed_in_a_shell, write_toml
 
-from utils import loading
+from utils import loading, templates
 from utils.errors import UserError
 
 SCRIPT = ROOT / "mlx-grpo.py"
@@ -60,6 +61,13 @@ SETTINGS = [
     ("use_compile=yes", "use_compile = 'yes' must be true or false"),
     ("reward_weights=1,x", "reward_weights = 'x' must be a number"),
     ("chat_template_kwargs=x", "chat_template_kwargs = 'x' must be a table such as {key = value}"),
+    ("seed=" + "9" * 5000, "seed = '99999999"),
+    ("seed=0x" + "f" * 5000, "seed = a number of thousands of digits holds something else than"),
+    ("run_name=" + "x" * 5000 + "\0", "xxx... holds something else than text without NUL"),
+    ("chat_template_kwargs={day = 2020-01-01}", "holds something else than text without NUL"),
+    ("max_new_tokens=2147483648", "max_new_tokens = 2147483648 must be below 2 ** 31"),
+    ("seed=1\nrun_name=2", "seed = '1\\nrun_name=2' must be a whole number"),
+    ("a" * 5000 + "=1", "unknown key 'aaa"),
     # out of range
     ("num_generations=1", "num_generations = 1 must be at least 2"),
     ("temperature=0", "temperature = 0.0 must be above 0"),
@@ -92,7 +100,9 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("override", "complaint"), SETTINGS, ids=[case[0] for case in SETTINGS])
+@pytest.mark.parametrize(
+    ("override", "complaint"), SETTINGS, ids=[case[0][:40] for case in SETTINGS]
+)
 def test_a_bad_override(refused, override, complaint):
     assert_names(refused("--set", override), complaint)
 
@@ -104,6 +114,10 @@ TOML = [
     ("stop_strings = '</a>'", "stop_strings = '</a>' must be a list"),
     ("seed = = 1", "bad.toml cannot be read as TOML: Invalid value (at line 1, column 8)"),
     ("seed = 1\nseed = 2", "bad.toml cannot be read as TOML"),
+    ("seed = " + "9" * 5000, "bad.toml cannot be read as TOML: Exceeds the limit (4300 digits)"),
+    ("stop_strings = " + "[" * 9000, "bad.toml cannot be read as TOML: nested too deeply"),
+    ("learning_rate = 0x" + "f" * 5000, "learning_rate = a number of thousands of digits holds"),
+    ('output_dir = "a\\u0000b"', "output_dir = 'a\\x00b' holds something else than text without"),
     ("run_name = '\xff'", "bad.toml cannot be read as TOML: 'utf-8' codec"),
     ("seed = 1\n[mlx_grpo]\nseed = 2", "mixes [mlx_grpo] with other top-level keys: seed"),
     ("[train]\nseed = 2", "unknown key 'train' in bad.toml"),
@@ -113,7 +127,7 @@ TOML = [
 ]
 
 
-@pytest.mark.parametrize(("text", "complaint"), TOML, ids=[case[0] for case in TOML])
+@pytest.mark.parametrize(("text", "complaint"), TOML, ids=[case[0][:40] for case in TOML])
 def test_a_bad_toml_file(grpo, tmp_path, monkeypatch, capsys, text, complaint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.toml").write_text(text, encoding="latin-1")
@@ -253,6 +267,24 @@ def change_json(folder, name="config.json", **changes):
     (folder / name).write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
 
 
+def move_tensor(folder, start, **changes):
+    """Change the safetensors header: the embedding begins `start` bytes after it."""
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    entry = header["model.embed_tokens.weight"]
+    if start is not None:
+        begin, end = entry["data_offsets"]
+        if begin == start:  # it is there already: let its neighbour overlap it
+            entry = next(e for n, e in header.items() if e is not entry and n != "__metadata__")
+            begin, end = entry["data_offsets"]
+        entry["data_offsets"] = [start, start + end - begin]
+    entry |= changes
+    text = json.dumps(header).encode()
+    weights.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
 BROKEN_MODELS = {
     "config.json is no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
@@ -271,6 +303,54 @@ BROKEN_MODELS = {
         lambda folder: change_json(folder, "tokenizer_config.json", chat_template=None),
         'has no chat template: set chat_template to a Jinja file, or chat_template = "plain"',
     ),
+    "a type that is no model": (
+        lambda folder: change_json(folder, model_type="cache"),
+        "model model cannot be loaded",
+    ),
+    "absurd layers": (
+        lambda folder: change_json(folder, num_hidden_layers=10**9),
+        "config.json: over 10,000 layers or experts are not believable",
+    ),
+    "absurd vocabulary": (
+        lambda folder: change_json(folder, vocab_size=10**12),
+        "config.json: vocab_size must be a positive integer, got 1000000000000",
+    ),
+    "negative layers": (
+        lambda folder: change_json(folder, num_hidden_layers=-2),
+        "config.json: num_hidden_layers must be a positive integer, got -2",
+    ),
+    "nested too deeply": (
+        lambda folder: (folder / "config.json").write_text('{"a":' * 100_000),
+        "config.json: not JSON (nested too deeply)",
+    ),
+    "tensors that overlap": (
+        lambda folder: move_tensor(folder, 0),
+        "tensors overlap, so the file is damaged",
+    ),
+    "a tensor beyond the file": (
+        lambda folder: move_tensor(folder, 10**9),
+        "bytes of weights are missing",
+    ),
+    "a shape without its bytes": (
+        lambda folder: move_tensor(folder, None, shape=[384, 64, 1000]),
+        "bad header entry for tensor 'model.embed_tokens.weight'",
+    ),
+    "a damaged tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}'),
+        "model model cannot be loaded",
+    ),
+    "template without end": (
+        lambda folder: change_json(
+            folder,
+            "tokenizer_config.json",
+            chat_template="{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
+        ),
+        "chat template (model) took over 0.2 seconds for one prompt",
+    ),
+    "template that divides by zero": (
+        lambda folder: change_json(folder, "tokenizer_config.json", chat_template="{{ 1 / 0 }}"),
+        "chat template (model) refuses the prompt: division by zero",
+    ),
     "template that fails": (
         lambda folder: change_json(folder, "tokenizer_config.json", chat_template="{{ a.b.c }}"),
         "refuses the prompt: 'a' is undefined",
@@ -279,7 +359,8 @@ BROKEN_MODELS = {
 
 
 @pytest.mark.parametrize("what", BROKEN_MODELS)
-def test_a_broken_model(refused, own_model, what):
+def test_a_broken_model(refused, own_model, what, monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
     damage, complaint = BROKEN_MODELS[what]
     damage(own_model)
     assert_names(refused(model_name="model"), "model", complaint)
@@ -381,6 +462,20 @@ DATA = {
     "empty.parquet": (b"", "empty.parquet is not a parquet file"),
     "cut.parquet": (b"PAR1 cut", "cut.parquet is not a parquet file"),
     "notes.txt": (b"hello", "notes.txt: expected one of .jsonl, .json, .csv, .parquet"),
+    "digits.jsonl": (
+        b'{"question": "a", "answer": ' + b"1" * 5000 + b"}\n",
+        "digits.jsonl, line 1, column 1: not JSON: a number of thousands of digits",
+    ),
+    "digits.json": (b"[" + b"1" * 5000 + b"]", "digits.json: not JSON: a number of thousands"),
+    "half.jsonl": (
+        b'{"question": "a\\ud800", "answer": "1"}\n',
+        "row 1: half a surrogate pair in column 'question'",
+    ),
+    "list.json": (
+        b'[{"question": ["a", "b"], "answer": "1"}]',
+        "row 1: list instead of a text in column 'question'",
+    ),
+    "nan.jsonl": (b'{"question": "why", "answer": NaN}\n', "row 1: nothing in column 'answer'"),
     "blank.jsonl": (
         b'{"question": "a", "answer": "1"}\n{"question": "why", "answer": " "}\n',
         "row 2: nothing in column 'answer': {'question': 'why'",

@@ -488,6 +488,15 @@ def test_source_that_does_not_fit_is_converted_without_comparison(source, tmp_pa
     assert "not compared with the source" in out
 
 
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(source, monkeypatch):
+    monkeypatch.chdir(source.parent.parent)
+    name = f"{source.parent.name}/mistyped"
+    code, _, err = convert("--hf-path", name, "--output-dir", "out")
+    assert code == 2
+    assert f"--hf-path = '{name}': there is no such folder; {source.parent.name} has " in err
+    assert source.name in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

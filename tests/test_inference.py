@@ -156,7 +156,7 @@ def test_stop_strings_of_generation_config_end_every_kind_of_reply(ask, tmp_path
     assert (result["completion"], result["finish_reason"]) == (expected, "stop")
     assert ask("--model", model, QUESTION, "--stop", "zzz")[1] == free
     chat = ask("--model", model, "--chat", stdin=f"{QUESTION}\n")[1]
-    assert f"> {expected}\n> " in chat
+    assert chat == f"{expected}\n"
 
 
 @pytest.mark.parametrize("stops", [[""], [1], {"a": 1}])
@@ -314,24 +314,24 @@ def test_differing_runs_are_pointed_out(lora_run, tmp_path, capsys):
     assert "differ in system_prompt" in capsys.readouterr().err
 
 
-def replies(out):
-    return [part.rstrip("\n") for part in out.split("> ")[1:]]
+def replies(err):
+    return [part.rstrip("\n") for part in err.split("> ")[1:]]
 
 
 def test_chat_remembers_and_the_cache_changes_nothing(ask):
     questions = [QUESTION, "And with 3 more?", "Why?"]
     words = ("--model", TINY, "--chat", "--max-tokens", 25, "--system", "Count.")
     code, out, _ = ask(*words, stdin="\n".join([questions[0], "", *questions[1:]]) + "\n")
-    given = [reply for reply in replies(out) if reply]
     assert code == 0
     fresh = generator_of(*words)
     messages = fresh.conversation(questions[0])
-    for number, reply in enumerate(given):
+    for number in range(3):
         text = "".join(fresh.stream(fresh.encode(messages), []))
-        assert reply == text
+        assert out.startswith(f"{text}\n")
+        out = out.removeprefix(f"{text}\n")
         following = {"role": "user", "content": questions[(number + 1) % 3]}
         messages = [*messages, {"role": "assistant", "content": text}, following]
-    assert len(given) == 3
+    assert not out, "replies alone; prompts and notes go to standard error"
 
 
 def test_chat_reads_only_what_is_new(monkeypatch):
@@ -373,7 +373,7 @@ def test_an_interrupted_reply_leaves_no_half_cache(monkeypatch, capsys):
     chat.reply(QUESTION)
     monkeypatch.setattr(generator, "stream", interrupted)
     chat.reply("And with 3 more?")
-    assert capsys.readouterr().out.endswith(" (stopped)\n")
+    assert capsys.readouterr().err.endswith(" (stopped)\n")
     monkeypatch.setattr(generator, "stream", stream)
     chat.reply("Why?")
     assert len(chat.messages) == 6
@@ -395,8 +395,8 @@ def test_no_piece_of_a_stream_is_half_a_character(monkeypatch, model_dir):
 
 def test_chat_commands(ask):
     lines = [QUESTION, "/history", "clear", "/history", "/system Be brief.", "/system", "/what"]
-    code, out, _ = ask("--model", TINY, "--chat", stdin="\n".join([*lines, "/quit", QUESTION]))
-    answers = replies(out)
+    code, _, err = ask("--model", TINY, "--chat", stdin="\n".join([*lines, "/quit", QUESTION]))
+    answers = replies(err)
     assert code == 0
     assert answers[1].startswith(f"[user] {QUESTION}\n[assistant] ")
     assert answers[2:6] == [
@@ -522,16 +522,11 @@ def test_ctrl_c_in_a_chat_stops_the_reply_only(endless):
     process = start("--model", endless, "--chat", "--max-tokens", 10**6)
     process.stdin.write(b"Hello\n")
     process.stdin.flush()
-    seen = b""
-    while seen.count(b"\n") < 1 or len(seen) < 60:
-        seen += process.stdout.read(1)
+    assert process.stdout.read(20)
     process.send_signal(signal.SIGINT)
-    while b"(stopped)" not in seen:
-        seen += process.stdout.read(1)
-    out, err = process.communicate(b"/history\n/quit\n", timeout=20)
+    _, err = process.communicate(b"/history\n/quit\n", timeout=20)
     assert process.returncode == 0
-    assert b"[user] Hello" in out
-    assert err == b""
+    assert b" (stopped)\n> [user] Hello" in err
 
 
 @pytest.mark.parametrize("mode", ["--stream", "--batch"])

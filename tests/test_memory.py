@@ -204,6 +204,7 @@ def test_damage_names_the_file_and_the_problem(folder, what, message):
 def test_hub_model_uses_the_cached_copy_or_its_headers(folder, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: str(folder / "config.json"))
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *a, **k: None)
     monkeypatch.setattr(hub, "get_safetensors_metadata", lambda *a, **k: pytest.fail("asked"))
     whole = memory.read_shape(folder)
     assert memory.read_hub_shape("owner/name") == whole
@@ -222,7 +223,9 @@ def test_hub_model_uses_the_cached_copy_or_its_headers(folder, monkeypatch):
     def offline(*args, **kwargs):
         raise hub.errors.LocalEntryNotFoundError("check your connection")
 
-    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    # The download would try six times within 25 s; what answers at once is asked before it.
+    monkeypatch.setattr(hub, "get_hf_file_metadata", offline)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: pytest.fail("downloaded"))
     with pytest.raises(ValueError, match="owner/name: cannot be read from the hub"):
         memory.read_hub_shape("owner/name")
 

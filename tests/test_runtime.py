@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 from utils import runtime
+from utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,15 +99,27 @@ def test_advice_says_what_to_install_and_what_it_brings(slow_cpu_build, monkeypa
 
 def test_environment_switches_off_or_forces(slow_cpu_build, monkeypatch):
     monkeypatch.setenv("MLX_GRPO_BLAS", "mkl")
-    with pytest.raises(ValueError, match="MLX_GRPO_BLAS=mkl"):
+    with pytest.raises(UserError, match="MLX_GRPO_BLAS=mkl"):
         runtime.preload_blas()
     monkeypatch.setenv("MLX_GRPO_BLAS", "fast")
-    with pytest.raises(ValueError, match="auto, mkl, openblas, none"):
+    with pytest.raises(UserError, match="auto, mkl, openblas, none"):
         runtime.preload_blas()
     monkeypatch.setenv("MLX_GRPO_BLAS", "none")
     monkeypatch.setattr(runtime, "_load_openblas", lambda: pytest.fail("loaded"))
     assert runtime.preload_blas() is None
     assert runtime.blas_advice(None) is None
+
+
+@pytest.mark.parametrize("script", ["mlx-grpo.py", "utils/pretrain.py", "utils/inference.py"])
+def test_a_wrong_choice_of_blas_is_one_line_on_the_command_line(script):
+    words = ["--model", "models/tiny-math", "hi"] if script == "utils/inference.py" else ["--help"]
+    environment = {**os.environ, "MLX_GRPO_BLAS": "fast"}
+    done = subprocess.run(
+        [sys.executable, script, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: MLX_GRPO_BLAS='fast' is not one of auto, mkl, openblas, none\n"
 
 
 def test_a_blas_that_is_loaded_already_is_left_alone(slow_cpu_build, monkeypatch):

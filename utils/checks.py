@@ -10,6 +10,7 @@ from typing import Any
 
 from .datafiles import MIX_KEYS
 from .errors import UserError
+from .text import shown
 
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "text": (lambda v: v.strip() != "", "model_name output_dir dataset train_split test_split"),
@@ -293,14 +294,17 @@ def check(c: Any) -> None:
     Raises:
         UserError: the first complaint.
     """
+    for name, value in vars(c).items():
+        if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
+            raise UserError(f"{name} = {shown(value)} must be below 2 ** 31")
     for rule, (holds, names) in LIMITS.items():
         for name in names.split():
             if not holds(getattr(c, name)):
-                raise UserError(f"{name} = {getattr(c, name)!r} must be {rule}")
+                raise UserError(f"{name} = {shown(getattr(c, name))} must be {rule}")
     for name, allowed in CHOICES.items():
         if getattr(c, name) not in allowed:
             choices = ", ".join(map(str, allowed))
-            raise UserError(f"{name} = {getattr(c, name)!r}, allowed: {choices}")
+            raise UserError(f"{name} = {shown(getattr(c, name))}, allowed: {choices}")
     check_mix(c.dataset_mix)
     for complaint, wrong in contradictions(c):
         if wrong:

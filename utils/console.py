@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import runtime, settings
+from .text import redact
 
 
 def say(text: str) -> None:
@@ -19,7 +20,7 @@ def say(text: str) -> None:
     """
     encoding = sys.stdout.encoding or "utf-8"
     try:
-        tqdm.write(text.encode(encoding, "replace").decode(encoding))
+        tqdm.write(redact(text).encode(encoding, "replace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

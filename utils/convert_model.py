@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from utils import memory, runtime  # noqa: E402
+from utils import datafiles, memory, runtime  # noqa: E402
 from utils.errors import RunError, UserError  # noqa: E402
 from utils.hf_config import translate_config  # noqa: E402
 from utils.model_check import compare, describe, read_fixed_text, read_source  # noqa: E402
@@ -185,6 +185,7 @@ def check_source(args: argparse.Namespace) -> None:
         raise UserError(f"--hf-path {name} is no model folder: it has no config.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise UserError(f"--hf-path {name}: no such folder, and no hub name (OWNER/NAME)")
+    datafiles.refuse_mistyped_path("--hf-path", name)
 
 
 def check_output(args: argparse.Namespace) -> None:

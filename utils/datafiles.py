@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError, UserError
+from .text import is_unicode, shown
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -65,13 +66,21 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         column = getattr(error, "colno", 1)
-        reason = getattr(error, "msg", "nested too deeply")
-        raise UserError(f"{path}, line {number}, column {column}: not JSON: {reason}") from None
+        raise UserError(
+            f"{path}, line {number}, column {column}: not JSON: {_reason(error)}"
+        ) from None
     if not isinstance(row, dict):
         raise UserError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
     return row
+
+
+def _reason(error: Exception) -> str:
+    """What json has against a text; without a line for digits beyond Python's limit."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return getattr(error, "msg", "a number of thousands of digits")
 
 
 def _json(path: Path) -> list[dict[str, Any]]:
@@ -80,14 +89,17 @@ def _json(path: Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}, {where}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not JSON: nested too deeply") from None
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {_reason(error)}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a list of objects")
     return rows
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses answers of over 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         rows = []
@@ -166,13 +178,11 @@ def read_dataset(config: Any, split: str) -> list[dict[str, Any]]:
                 f"{', '.join(rows[0])}: set question_column and answer_column"
             )
         for number, row in enumerate(rows, start=1):
-            text = "" if row.get(column) is None else str(row[column])
-            if column == config.answer_column:
-                text = text.rpartition("####")[2]  # in GSM8K the answer is what follows
-            if not text.strip():
+            complaint = wrong_cell(row.get(column), column == config.answer_column)
+            if complaint:
                 raise UserError(
-                    f"data set {config.dataset} ({name}), row {number}: nothing in column "
-                    f"{column!r}: {str(row)[:200]}"
+                    f"data set {config.dataset} ({name}), row {number}: {complaint} in column "
+                    f"{column!r}: {shown(row)}"
                 )
     return rows
 
@@ -186,13 +196,30 @@ def check_curriculum(config: Any, name: str, rows: list[dict[str, Any]]) -> None
             raise UserError(f"{where}: no column {column!r} for curriculum = {config.curriculum}")
         try:
             row[column] = float(row[column])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             row[column] = math.nan if row[column] is None else row[column]
         if not (isinstance(row[column], float) and least <= row[column] < math.inf):
             kind = "at least 0" if least == 0 else "finite"
-            raise UserError(f"{where}: {column} = {row[column]!r} must be a number, {kind}")
+            raise UserError(f"{where}: {column} = {shown(row[column])} must be a number, {kind}")
     if not any(row[column] for row in rows) and config.curriculum == "weights":
         raise UserError(f"data set {config.dataset} ({name}): every {column} is 0")
+
+
+def wrong_cell(value: Any, is_answer: bool) -> str:
+    """What is wrong with a question or an answer; empty when nothing is.
+
+    Numbers, dates and truth values count as what they print; a list or a table would train on
+    Python's way of writing it.
+    """
+    if isinstance(value, list | tuple | dict | bytes):
+        return f"{type(value).__name__} instead of a text"
+    missing = value is None or value != value  # NaN is how pandas writes None
+    text = "" if missing else str(value)
+    if not is_unicode(text):
+        return "half a surrogate pair"
+    if is_answer:
+        text = text.rpartition("####")[2]  # in GSM8K the answer is what follows
+    return "" if text.strip() else "nothing"
 
 
 def local_path(dataset: str) -> Path | None:
@@ -202,7 +229,20 @@ def local_path(dataset: str) -> Path | None:
         return path
     if path.suffix in SUFFIXES or dataset.startswith(("/", ".", "~")):
         raise UserError(f"dataset {dataset} does not exist")
+    refuse_mistyped_path("dataset", dataset)
     return None
+
+
+def refuse_mistyped_path(key: str, name: str) -> None:
+    """Raise UserError for a hub name whose owner is a folder here: a path with a typing error."""
+    parent = Path(name).parent
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or not parent.is_dir():
+        return
+    folders = sorted(path.name for path in parent.iterdir() if path.is_dir())
+    raise UserError(
+        f"{key} = {name!r}: there is no such folder; {parent} has "
+        f"{', '.join(folders) or 'no folder'}"
+    )
 
 
 def find_rows(config: Any, split: str, name: str) -> list[dict[str, Any]]:
@@ -242,8 +282,11 @@ def read_hub_dataset(config: Any, split: str) -> list[dict[str, Any]]:
 
 def check_prompts(config: Any, rows: list[dict[str, Any]], what: str, vocabulary: Any) -> None:
     """Refuse token ids that the model lacks, and data in which no prompt is short enough."""
-    worst = max((i for row in rows for i in row["prompt_ids"]), default=0)
-    if vocabulary and worst >= vocabulary:  # MLX does not check: this would read foreign memory
+    ids = {i for row in rows for i in row["prompt_ids"]}
+    if not all(isinstance(i, int) for i in ids):
+        raise UserError("chat_template_kwargs: the chat template gives no token ids with them")
+    worst = max(ids, default=0) if min(ids, default=0) >= 0 else min(ids)
+    if not 0 <= worst < vocabulary:  # MLX does not check: this would read foreign memory
         raise UserError(
             f"the tokenizer of {config.model_name} gives token id {worst}, its model knows only "
             f"{vocabulary}: they do not belong together"

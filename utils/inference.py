@@ -26,6 +26,7 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 
 from .errors import RunError, UserError
 from .script import load_script
+from .text import is_unicode, redact
 
 COMMAND = "uv run python utils/inference.py"
 EXAMPLES = f"""examples:
@@ -146,7 +147,7 @@ def check_output(path: Path) -> None:
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(redact(text), file=sys.stderr)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -340,7 +341,7 @@ class Generator:
         self.config.model_name = args.model
         if args.grpo_prompt and args.stop:
             self.config.stop_strings = args.stop
-        self.vocabulary = loaded.config.get("vocab_size")
+        self.vocabulary = loaded.vocabulary
         self.stop = self.grpo.StopRule(self.tokenizer, self.config.stop_strings)
         mx.random.seed(args.seed)
 
@@ -352,7 +353,7 @@ class Generator:
             ids = self.grpo.encode_prompt(self.tokenizer, self.config, {"prompt": messages})
         except ValueError as error:  # nanochat's tokenizer, for turns that it can't render
             raise UserError(str(error)) from None
-        unlimited = dataclasses.replace(self.config, max_prompt_length=sys.maxsize)
+        unlimited = dataclasses.replace(self.config, max_prompt_length=2**31 - 1)
         datafiles.check_prompts(unlimited, [{"prompt_ids": ids}], "given", self.vocabulary)
         return ids
 
@@ -451,17 +452,20 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def read_line(prompt: str) -> str:
+    """A line from the terminal, with its editing, or from a pipe; the prompt is no output."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
+
+
 def read_standard_input() -> str:
     """What was piped in. Raises UserError when it is no text."""
     try:
         return sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text") from None
-
-
-def is_unicode(text: str) -> bool:
-    """False when it carries bytes that were no UTF-8, which no tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def answer_one(args: argparse.Namespace) -> int:
@@ -496,8 +500,7 @@ class Chat:
     HELP = """/clear         forget the conversation
 /history       show it
 /system TEXT   another system prompt (clears); without TEXT: show it
-/quit          end, as Ctrl-D does; Ctrl-C stops a reply
-"""
+/quit          end, as Ctrl-D does; Ctrl-C stops a reply"""
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
@@ -514,12 +517,12 @@ class Chat:
                 importlib.import_module("readline")  # arrow keys and history of lines
             except ImportError:
                 note("no readline: lines can't be edited with arrow keys")
-        write("/help lists the commands, /quit ends\n")
+        note("/help lists the commands, /quit ends")
         while True:
             try:
-                line = input("> ").strip()
+                line = read_line("> ").strip()
             except EOFError:
-                write("\n")
+                note("")
                 return 0
             except UnicodeDecodeError:
                 line = "\udc80"
@@ -538,17 +541,17 @@ class Chat:
         config = self.generator.config
         if name == "clear":
             self.clear()
-            write("(forgotten)\n")
+            note("(forgotten)")
         elif name == "history":
-            write("".join(f"[{m['role']}] {m['content']}\n" for m in self.messages) or "(empty)\n")
+            note("\n".join(f"[{m['role']}] {m['content']}" for m in self.messages) or "(empty)")
         elif name == "system" and text.strip():
             config.system_prompt = text.strip()
             self.clear()
-            write("(new system prompt, conversation forgotten)\n")
+            note("(new system prompt, conversation forgotten)")
         elif name == "system":
-            write(f"{config.system_prompt.strip() or '(none)'}\n")
+            note(config.system_prompt.strip() or "(none)")
         else:
-            write(self.HELP if name == "help" else f"unknown command /{name}\n{self.HELP}")
+            note(self.HELP if name == "help" else f"unknown command /{name}\n{self.HELP}")
 
     def reply(self, line: str) -> None:
         """Ask, show the reply as it comes, remember both; Ctrl-C keeps what came."""
@@ -570,7 +573,7 @@ class Chat:
             self.cached = (ids + tokens)[: self.cache[0].offset] if self.trimmable() else []
         except KeyboardInterrupt:  # mid-step: layers of the cache may differ in length
             self.cached = []
-            write(" (stopped)")
+            note(" (stopped)")
         write("\n")
         if self.generator.args.grpo_prompt:
             write(f"{generator.extracted(text)}\n")

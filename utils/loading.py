@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import checks, hf_config, memory
+from . import checks, datafiles, hf_config, memory
 from .errors import RunError, UserError
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
 
@@ -46,13 +46,7 @@ def find_model(name: str) -> Path | None:
     command = next((c for known, c in HOW_TO_MAKE.items() if normal.startswith(known)), None)
     if command:
         raise UserError(f"model folder {name} is not there. Make it with:\n  {command}")
-    if name.count("/") == 1 and path.parent.is_dir() and not name.startswith(("/", ".", "~")):
-        there = (
-            ", ".join(sorted(p.name for p in path.parent.iterdir() if p.is_dir())) or "no folder"
-        )
-        raise UserError(
-            f"model_name = {name!r}: there is no such folder; {path.parent} has {there}"
-        )
+    datafiles.refuse_mistyped_path("model_name", name)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise UserError(f"model_name = {name!r} is neither a folder nor a hub name (owner/model)")
     return None
@@ -143,8 +137,8 @@ def add_adapters(config: Any, loaded: Any) -> None:
         loaded.adapter_config, loaded.train_type = read_adapter_config(config)
         try:
             load_adapters(model, config.adapter_path)
-        except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-            raise UserError(f"adapter_path {config.adapter_path}: {error}") from error
+        except Exception as error:  # mlx-lm on untrusted files: it raises anything
+            raise UserError(f"adapter_path {config.adapter_path}: {reason(error)}") from error
         return
     parameters = {
         "rank": config.lora_rank,
@@ -177,9 +171,9 @@ def read_adapter_config(config: Any) -> tuple[dict[str, Any], str]:
     path = Path(config.adapter_path) / "adapter_config.json"
     try:
         adapter_config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"adapter_path: {path} cannot be read: {reason}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"adapter_path: {path} cannot be read: {cause}") from None
     if not isinstance(adapter_config, dict):
         raise UserError(f"adapter_path: {path} holds no JSON object")
     kind = adapter_config.get("fine_tune_type", "lora")
@@ -201,6 +195,22 @@ class LoadedModel:
     train_type: str
     adapter_config: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table: MLX reads foreign memory for an id from there on."""
+        import mlx.nn as nn
+
+        tables = nn.Embedding | nn.QuantizedEmbedding
+        rows = [m.weight.shape[0] for _, m in self.model.named_modules() if isinstance(m, tables)]
+        return min([max(rows, default=2**31), self.config.get("vocab_size") or 2**31])
+
+
+def reason(error: Exception) -> str:
+    """The message of someone else's error; its kind where that alone says what happened."""
+    kinds = LookupError | AssertionError | RecursionError | ArithmeticError | MemoryError
+    text = str(error).strip() or "no reason given"
+    return f"{type(error).__name__}: {text}" if isinstance(error, kinds) else text
+
 
 def load_model(config: Any) -> LoadedModel:
     """Load model and tokenizer, cast to `dtype`, and make the trainable part trainable.
@@ -214,9 +224,9 @@ def load_model(config: Any) -> LoadedModel:
     local = find_model(config.model_name)
     try:
         model, tokenizer, model_config, folder = read_model(config, local)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # on bad files
+    except Exception as error:  # other libraries on untrusted files: they raise anything
         kind, where = (UserError, local) if local else (RunError, f"{config.model_name} (hub)")
-        raise kind(f"model {where} cannot be loaded: {error}") from error
+        raise kind(f"model {where} cannot be loaded: {reason(error)}") from error
     dtype = config.dtype
     if dtype == "auto" and mx.default_device() == mx.cpu:
         dtype = "float32"  # other types are slower on the CPU, not faster

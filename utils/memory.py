@@ -32,9 +32,11 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from .text import shown
 
 GB = 10**9
 HEADROOM = 0.9  # of the budget: the rest is the allocator's cache, the process and the estimate
@@ -45,7 +47,15 @@ MAX_MICRO_BATCH_TOKENS = 16_384  # beyond it a GPU gains nothing, and Metal's wa
 MAX_LOGITS = 2**31 - 1
 KV_CACHE_STEP = 256  # mlx_lm.models.cache.KVCache.step
 ROLLOUT_LOGIT_COPIES = 4  # raw, tempered, Gumbel noise, log-probs; float32
+MAX_PARTS = 10_000  # layers or experts; the largest models have some hundreds
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+# Of the safetensors format; the last ones are packed in whole bytes.
+DTYPE_BITS = {
+    **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32},
+    **{"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8},
+    **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
 DTYPE_NAMES = {4: "F32", 2: "BF16"}
 
 
@@ -80,14 +90,22 @@ class ModelShape:
 def _size(config: dict[str, Any], source: str, *names: str, default: int | None = None) -> int:
     """The first of `names` (families differ) that the configuration sets."""
     value = next((config[name] for name in names if config.get(name) is not None), default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{source}: {names[0]} must be a positive integer, got {value!r}")
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ValueError(f"{source}: {names[0]} must be a positive integer, got {shown(value)}")
+    return value
+
+
+def _table(config: dict[str, Any], source: str, *names: str) -> dict[str, Any]:
+    """The first of `names` that the configuration sets, an object; empty when none is."""
+    value: Any = next((config[name] for name in names if config.get(name)), {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: {names[0]} must be an object, got {shown(value)}")
     return value
 
 
 def _dimensions(config: dict[str, Any], source: str) -> dict[str, int]:
     """The fields of ModelShape that the configuration gives, with the usual fallbacks."""
-    config = {**config, **(config.get("text_config") or {})}
+    config = {**config, **_table(config, source, "text_config")}
 
     def size(*names: str, default: int | None = None) -> int:
         return _size(config, source, *names, default=default)
@@ -110,7 +128,9 @@ def _dimensions(config: dict[str, Any], source: str) -> dict[str, int]:
 def _parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{source}: not JSON (nested too deeply)") from error
+    except ValueError as error:
         raise ValueError(f"{source}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{source}: a JSON object was expected, not {type(value).__name__}")
@@ -123,15 +143,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return _parse_json(path.read_bytes(), str(path))
 
 
-def _tensor(name: str, entry: Any, source: str) -> Tensor:
+def _tensor(name: str, entry: Any, source: str) -> tuple[int, int, Tensor]:
+    """(start, end, tensor) of a header entry whose shape and offsets agree."""
     try:
         start, end = entry["data_offsets"]
-        tensor = Tensor(str(entry["dtype"]), tuple(map(int, entry["shape"])), int(end - start))
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        sizes = all(type(n) is int and 0 <= n < 2**31 for n in shape)
+        agree = end - start == -(-math.prod(shape) * DTYPE_BITS[dtype] // 8)
+        good = sizes and type(start) is type(end) is int and 0 <= start <= end and agree
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: bad header entry for tensor {name!r}") from error
-    if tensor.nbytes < 0 or min(tensor.shape, default=0) < 0:
-        raise ValueError(f"{source}: bad header entry for tensor {name!r}")
-    return tensor
+        raise ValueError(f"{source}: bad header entry for tensor {shown(name)}") from error
+    if not good:
+        raise ValueError(f"{source}: bad header entry for tensor {shown(name)}")
+    return start, end, Tensor(dtype, shape, end - start)
 
 
 def _read_header(path: Path) -> dict[str, Tensor]:
@@ -144,11 +168,14 @@ def _read_header(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: truncated, or not a safetensors file (no complete header)")
         header = _parse_json(file.read(length), str(path))
     header.pop("__metadata__", None)
-    tensors = {name: _tensor(name, entry, str(path)) for name, entry in header.items()}
-    missing = 8 + length + sum(tensor.nbytes for tensor in tensors.values()) - size
+    entries = {name: _tensor(name, entry, str(path)) for name, entry in header.items()}
+    places = sorted((start, end) for start, end, _ in entries.values())
+    if any(a[1] > b[0] for a, b in pairwise(places)):
+        raise ValueError(f"{path}: tensors overlap, so the file is damaged")
+    missing = 8 + length + max((end for _, end in places), default=0) - size
     if missing > 0:
         raise ValueError(f"{path}: truncated, {missing:,} bytes of weights are missing")
-    return tensors
+    return {name: tensor for name, (_, _, tensor) in entries.items()}
 
 
 def _shards(model_dir: Path) -> list[Path]:
@@ -167,21 +194,24 @@ def _shards(model_dir: Path) -> list[Path]:
     return shards
 
 
-def _packed_bits(config: dict[str, Any], path: str) -> int:
+def _packed_bits(config: dict[str, Any], path: str, source: str) -> int:
     """Bits per weight of the quantized layer at `path`; layers may differ from the default."""
-    quantization = config.get("quantization") or config.get("quantization_config") or {}
+    quantization = _table(config, source, "quantization", "quantization_config")
     own = quantization.get(path)
     bits = own.get("bits") if isinstance(own, dict) else None
-    return int(bits or quantization.get("bits") or 4)
+    bits = bits or quantization.get("bits") or 4
+    if type(bits) is not int or not 1 <= bits <= 32:
+        raise ValueError(f"{source}: quantization of {shown(bits)} bits is impossible")
+    return bits
 
 
-def _count_parameters(config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+def _count_parameters(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> int:
     total = 0
     for name, tensor in tensors.items():
         path, _, kind = name.rpartition(".")
         packed = f"{path}.scales" in tensors
         if packed and kind == "weight":
-            total += math.prod(tensor.shape) * 32 // _packed_bits(config, path)
+            total += math.prod(tensor.shape) * 32 // _packed_bits(config, path, source)
         elif not (packed and kind in ("scales", "biases")):
             total += math.prod(tensor.shape)
     return total
@@ -196,13 +226,16 @@ def _shape(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> M
     for tensor in tensors.values():
         by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.nbytes
     quantized = any(name.endswith(".scales") for name in tensors)
+    sizes = _dimensions(config, source)
+    if max(sizes["layers"], sizes["experts"]) > MAX_PARTS:  # each takes time and memory to build
+        raise ValueError(f"{source}: over {MAX_PARTS:,} layers or experts are not believable")
     return ModelShape(
-        parameters=_count_parameters(config, tensors),
+        parameters=_count_parameters(config, tensors, source),
         bytes_on_disk=sum(by_dtype.values()),
         bytes_by_dtype=by_dtype,
-        quantized_bits=_packed_bits(config, "") if quantized else None,
+        quantized_bits=_packed_bits(config, "", source) if quantized else None,
         tied=tied,
-        **_dimensions(config, source),
+        **sizes,
     )
 
 
@@ -227,10 +260,19 @@ def read_hub_shape(name: str, revision: str | None = None) -> ModelShape:
 
     Raises ValueError when the name is unknown, has no safetensors, or the hub is out of reach.
     """
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        get_safetensors_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
     from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError
 
     try:
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            # One question without the download's five retries: offline, the answer comes at once.
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
         config_file = Path(hf_hub_download(name, "config.json", revision=revision))
         if any(config_file.parent.glob("model*.safetensors")):
             return read_shape(config_file.parent)

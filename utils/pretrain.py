@@ -34,7 +34,7 @@ if str(ROOT) not in sys.path:
 
 from utils.runtime import preload_blas  # noqa: E402
 
-preload_blas()  # MLX binds its BLAS when it is imported
+preload_blas(as_command=__name__ == "__main__")  # MLX binds its BLAS when it is imported
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import RunError, UserError
-from .settings import without_secrets
+from .text import without_secrets
 
 RETRIED = (408, 429, *range(500, 600))  # statuses that another attempt may change
 LONGEST_PAUSE = 30.0

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .errors import RunError, UserError
+from .text import shown
 
 Values = list[float]
 
@@ -199,9 +200,9 @@ def too_long(name: str, timeout: float, columns: dict[str, list]) -> RunError:
 def given(columns: dict[str, list]) -> str:
     """What a function was called with, shortened."""
     texts = [completion[0]["content"] for completion in columns["completions"]]
-    shown = [f"\n  {shortened(text, 200)}" for text in texts[:2]]
+    examples = [f"\n  {shortened(text, 200)}" for text in texts[:2]]
     more = f"\n  and {len(texts) - 2} more" if len(texts) > 2 else ""
-    return f" for {len(texts)} completion{'s' * (len(texts) != 1)}:{''.join(shown)}{more}"
+    return f" for {len(texts)} completion{'s' * (len(texts) != 1)}:{''.join(examples)}{more}"
 
 
 def shortened(text: str, length: int) -> str:
@@ -229,20 +230,25 @@ def checked(name: str, values: Any, columns: dict[str, list]) -> Values:
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise RunError(
-            f"reward {name} returned {repr(values)[:200]}, not a list of one number a "
+            f"reward {name} returned {shown(values)}, not a list of one number a "
             f"completion,{given(columns)}"
         )
     if len(values) != len(texts):
         raise RunError(f"reward {name} returned {len(values)} values{given(columns)}")
     for value, text in zip(values, texts, strict=True):
-        if value is not None and not (is_real(value) and math.isfinite(value)):
+        if value is not None and not math.isfinite(as_float(value)):
             raise RunError(
-                f"reward {name} returned {repr(value)[:200]}, not a finite number or "
+                f"reward {name} returned {shown(value)}, not a finite number or "
                 f"None, for the completion:\n{text[:2000]}"
             )
-    return [math.nan if value is None else float(value) for value in values]
+    return [math.nan if value is None else as_float(value) for value in values]
 
 
-def is_real(value: Any) -> bool:
-    """A number of Python, numpy or an array library (an array without dimensions)."""
-    return isinstance(value, numbers.Real | np.bool_) or getattr(value, "ndim", 1) == 0
+def as_float(value: Any) -> float:
+    """A number of Python, numpy or an array library (an array without dimensions); else NaN."""
+    if not isinstance(value, numbers.Real | np.bool_) and getattr(value, "ndim", 1) != 0:
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):  # no single number, or beyond any float
+        return math.nan

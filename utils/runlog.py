@@ -9,6 +9,7 @@ import numpy as np
 
 from . import tracking
 from .console import say
+from .text import redacted
 
 
 class RunLog:
@@ -24,7 +25,7 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """One JSON object a line (NaN and infinity, which JSON lacks, as null); the trackers."""
-        record = {name: finite(value) for name, value in record.items()}
+        record = redacted({name: finite(value) for name, value in record.items()})
         if self.args.log_jsonl:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:

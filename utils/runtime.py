@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 BLAS_CHOICES = ("auto", "mkl", "openblas", "none")
 GB = 10**9
 
@@ -77,7 +79,7 @@ def _global_blas() -> str | None:
     return "openblas" if hasattr(scope, "openblas_get_config") else "preloaded"
 
 
-def preload_blas() -> str | None:
+def preload_blas(*, as_command: bool = False) -> str | None:
     """Load a fast BLAS for MLX's Linux CPU build. Call it BEFORE the first `import mlx.core`.
 
     That build links the reference BLAS, 15 to 50 times slower than MKL or OpenBLAS; symbols in the
@@ -85,11 +87,22 @@ def preload_blas() -> str | None:
 
     Returns: "mkl", "openblas", "preloaded" (an unknown one by LD_PRELOAD), or None: nothing to do
     (macOS, CUDA), nothing found, switched off, or MLX is imported already, which is too late.
-    Raises ValueError when MLX_GRPO_BLAS is unknown, or names a library that cannot be loaded.
+    Raises UserError when MLX_GRPO_BLAS is unknown, or names a library that cannot be loaded; a
+    command, which has caught nothing yet while it imports, says so and exits.
     """
+    try:
+        return _preload_blas()
+    except UserError as error:
+        if not as_command:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _preload_blas() -> str | None:
     wanted = os.environ.get("MLX_GRPO_BLAS") or "auto"
     if wanted not in BLAS_CHOICES:
-        raise ValueError(f"MLX_GRPO_BLAS={wanted!r} is not one of {', '.join(BLAS_CHOICES)}")
+        raise UserError(f"MLX_GRPO_BLAS={wanted!r} is not one of {', '.join(BLAS_CHOICES)}")
     if not _linux_cpu_build():
         return None
     if (present := _global_blas()) is not None:
@@ -100,7 +113,7 @@ def preload_blas() -> str | None:
         if wanted in ("auto", name) and load():
             return name
     if wanted != "auto":
-        raise ValueError(f"MLX_GRPO_BLAS={wanted}, but this library is not installed or broken")
+        raise UserError(f"MLX_GRPO_BLAS={wanted}, but this library is not installed or broken")
     return None
 
 
@@ -135,8 +148,6 @@ def set_memory_limits(wired_limit_gb: float, cache_limit_gb: float) -> None:
         try:
             mx.set_wired_limit(int(wired_limit_gb * GB))
         except (ValueError, RuntimeError) as error:
-            from .errors import UserError  # here: convert_model.py imports this file on its own
-
             raise UserError(f"wired_limit_gb = {wired_limit_gb}: {error}") from None
     elif recommended is not None:
         mx.set_wired_limit(int(recommended))

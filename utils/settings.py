@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import re
 import tomllib
 import typing
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
+from .text import is_unicode, redact, redacted, shown, without_secrets
 
 T = TypeVar("T")
 TABLE = "mlx_grpo"
@@ -40,17 +40,18 @@ def read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         presets = ", ".join(str(p) for p in sorted(path.parent.glob("*.toml"))) or "none"
         raise UserError(f"config file {path} does not exist (beside it: {presets})") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"config file {path} cannot be read as TOML: nested too deeply") from None
+    except (OSError, ValueError) as error:  # a number of over 4,300 digits is a bare ValueError
         raise UserError(f"config file {path} cannot be read as TOML: {error}") from None
     table = data.pop(TABLE, None)
     if table is None:
         return data
     if not isinstance(table, dict):
-        raise UserError(f"config file {path}: {TABLE} = {table!r} must be a table, [{TABLE}]")
+        raise UserError(f"config file {path}: {TABLE} = {shown(table)} must be a table, [{TABLE}]")
     if data:
-        raise UserError(
-            f"config file {path} mixes [{TABLE}] with other top-level keys: {', '.join(data)}"
-        )
+        others = shown(", ".join(data))[1:-1]
+        raise UserError(f"config file {path} mixes [{TABLE}] with other top-level keys: {others}")
     return table
 
 
@@ -72,7 +73,7 @@ def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise UserError(f"--set {override!r}: write --set key=value")
+            raise UserError(f"--set {shown(override)}: write --set key=value")
         key = _known(key.strip(), types, "--set")
         values[key] = parse_text(key, text.strip(), types[key])
     result = cls(**values)
@@ -85,28 +86,30 @@ def _known(key: str, types: dict[str, Any], where: str) -> str:
         return key
     near = difflib.get_close_matches(key, types, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists the keys"
-    raise UserError(f"unknown key {key!r} in {where}{hint}")
+    raise UserError(f"unknown key {shown(key)} in {where}{hint}")
 
 
 def parse_text(key: str, text: str, kind: Any) -> Any:
     """The value of one `--set`: a TOML literal, or bare text where a string or list is wanted."""
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = _literal(text)
     if kind is str:
-        return value if isinstance(value, str) else text
+        return check_type(key, value if isinstance(value, str) else text, kind)
     if isinstance(value, str) and kind in (int, float, bool):
-        # The value carried its own quotes: num_generations="32".
-        try:
-            value = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            raise _wrong_type(key, value, kind) from None
+        value = _literal(value)  # the value carried its own quotes: num_generations="32"
     if typing.get_origin(kind) is list and not isinstance(value, list):
         parts = text.strip("[]").split(",") if value == text else [str(value)]
         item = typing.get_args(kind)[0]
         return [parse_text(key, part.strip(), item) for part in parts if part.strip()]
     return check_type(key, value, kind)
+
+
+def _literal(text: str) -> Any:
+    """The value that `text` writes in TOML; `text` itself when that is not one TOML value."""
+    try:
+        values = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # not TOML, digits beyond Python's limit, too deep
+        return text
+    return values["value"] if len(values) == 1 else text  # a line break can smuggle in keys
 
 
 def check_type(key: str, value: Any, kind: Any) -> Any:
@@ -122,6 +125,8 @@ def check_type(key: str, value: Any, kind: Any) -> Any:
         return [check_type(key, part, item) for part in value]
     if typing.get_origin(kind) is dict:
         kind = dict
+    if not is_plain(value):
+        raise UserError(f"{key} = {shown(value)} holds something else than {PLAIN}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
@@ -129,37 +134,38 @@ def check_type(key: str, value: Any, kind: Any) -> Any:
     return value
 
 
-def _wrong_type(key: str, value: Any, kind: Any) -> UserError:
-    return UserError(f"{key} = {value!r} must be {KINDS[typing.get_origin(kind) or kind]}")
-
-
-# A URL with what may be secret in it: user and password, the query.
-URL = re.compile(r"(\w+://)([^/?#\s@\"']*@)?([^?#\s\"']*)(\?[^#\s\"']*)?")
 WITH_URLS = ("remote_rm_url", "reward_kwargs")
+PLAIN = "text without NUL, numbers of up to 20 digits, true, false, lists and tables of these"
 
 
-def without_secrets(value: Any) -> Any:
-    """A value as it may be shown and written: URLs lose password and query."""
-    if isinstance(value, str):
-        return URL.sub(
-            lambda m: f"{m[1]}{'***@' if m[2] else ''}{m[3]}{'?***' if m[4] else ''}", value
-        )
-    if isinstance(value, list):
-        return [without_secrets(part) for part in value]
+def is_plain(value: Any) -> bool:
+    """Whether JSON, file names and MLX can all take it (TOML also has dates, 0xfff... and NUL)."""
     if isinstance(value, dict):
-        return {key: without_secrets(part) for key, part in value.items()}
-    return value
+        return all(is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return all(is_plain(part) for part in value)
+    if isinstance(value, str):
+        return "\0" not in value and is_unicode(value)
+    if isinstance(value, int):
+        return value.bit_length() <= 65
+    return isinstance(value, float)
+
+
+def _wrong_type(key: str, value: Any, kind: Any) -> UserError:
+    return UserError(f"{key} = {shown(value)} must be {KINDS[typing.get_origin(kind) or kind]}")
 
 
 def recorded(config: Any) -> dict[str, Any]:
-    """The settings as they are shown and written."""
+    """The settings as they are shown and written: without secrets."""
     values = dataclasses.asdict(config)
-    return values | {name: without_secrets(values[name]) for name in WITH_URLS if name in values}
+    urls = {name: without_secrets(values[name]) for name in WITH_URLS if name in values}
+    return redacted(values | urls)
 
 
 def shown_override(text: str) -> str:
     """A `--set key=value` as it may be shown."""
-    return without_secrets(text) if text.partition("=")[0].strip() in WITH_URLS else text
+    key = text.partition("=")[0].strip()
+    return redact(without_secrets(text) if key in WITH_URLS else text)
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -1,10 +1,16 @@
 """Chat messages to token ids, through whichever template there is."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+SECONDS = 10.0  # for one prompt, which takes a template milliseconds
 
 
 def chat_ids(tokenizer: Any, config: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -13,8 +19,6 @@ def chat_ids(tokenizer: Any, config: Any, messages: list[dict[str, str]]) -> lis
     Raises:
         UserError: the tokenizer has no chat template, or its template refuses the messages.
     """
-    import jinja2
-
     options = dict(config.chat_template_kwargs)
     if config.chat_template == "plain":
         text = "\n\n".join(message["content"].strip() for message in messages) + "\n\n"
@@ -26,16 +30,42 @@ def chat_ids(tokenizer: Any, config: Any, messages: list[dict[str, str]]) -> lis
             f"the tokenizer of {config.model_name} has no chat template: set chat_template to a "
             'Jinja file, or chat_template = "plain"'
         )
+    which = f"chat template ({config.chat_template or config.model_name})"
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
-    except (jinja2.TemplateError, TypeError) as error:
+        with time_limit(SECONDS, which):
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # a template is code, although in a sandbox: it can raise anything
         hint = '; system_prompt = "" leaves the system message out' if config.system_prompt else ""
-        raise UserError(
-            f"chat template ({config.chat_template or config.model_name}) refuses the prompt: "
-            f"{error}{hint}"
-        ) from None
+        raise UserError(f"{which} refuses the prompt: {error}{hint}") from error
 
 
 @cache
 def read(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template = {path!r} cannot be read: {error}") from None
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise UserError when the block takes longer (in the main thread, where signals arrive).
+
+    The sandbox of a template bounds a loop, not loops within loops: it can run for hours.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise UserError(f"{what} took over {seconds:g} seconds for one prompt: it may never end")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, before)
