@@ -43,7 +43,7 @@ import numpy as np
 if TYPE_CHECKING or not __package__:
     from utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
     from utils import memory, planning, reward_functions, rewarding, runtime, settings
-    from utils import templates, tracking
+    from utils import stopping, templates, tracking
     from utils.console import say
     from utils.errors import RunError, UserError
     from utils.loading import LoadedModel, load_model
@@ -54,7 +54,7 @@ if TYPE_CHECKING or not __package__:
 else:  # installed: this file is mlx_grpo/__init__.py
     from .utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
     from .utils import memory, planning, reward_functions, rewarding, runtime, settings
-    from .utils import templates, tracking
+    from .utils import stopping, templates, tracking
     from .utils.console import say
     from .utils.errors import RunError, UserError
     from .utils.loading import LoadedModel, load_model
@@ -984,10 +984,6 @@ def grpo_loss(
     return loss, {name: mx.stop_gradient((x * mask).sum()) for name, x in sums.items()}
 
 
-class Interrupted(Exception):
-    """Ctrl-C arrived: the unfinished update is dropped."""
-
-
 @dataclass
 class Group:
     """The completions of one prompt: G rows and responses, (G,) rewards, in all and by function."""
@@ -1032,6 +1028,9 @@ class MLXGRPOTrainer:
         self.interrupted = False
         self.bar = console.no_bar()
         self.saved_at = 0
+        self.position: dict[str, Any] = {}
+        self.unreported: tuple[tuple[int, int], list[dict]] | None = None
+        self.data_sha256 = datafiles.fingerprint(self.train_dataset)
         self.log = RunLog(args)
         self.plan = self.make_plan()
         self.set_up_optimizer()
@@ -1201,10 +1200,10 @@ class MLXGRPOTrainer:
         return completions
 
     def pulse(self, phase: str) -> None:
-        """Between blocks of work: show that it goes on, and stop if Ctrl-C arrived."""
+        """Between blocks of work: show that it goes on, and stop if a signal asked for it."""
         self.bar.set_description_str(phase)
         if self.interrupted:
-            raise Interrupted
+            raise stopping.Interrupted
 
     def generate_responses(self, batch: list[int]) -> list[Completion]:
         """`num_generations` completions for each row (index) of the training set, in order."""
@@ -1553,29 +1552,31 @@ class MLXGRPOTrainer:
 
     def train(self) -> int:
         """Evaluate, update until the schedule ends, evaluate, save. Returns the exit code."""
-        start = time.perf_counter() - self.elapsed
-        hours = self.args.max_hours or math.inf  # of this process: a resumed run gets as many
-        end = time.perf_counter() + hours * 3600
-        with console.stoppable(self), console.progress_bar(self) as self.bar:
-            try:
-                if self.update_step == 0:
-                    self.evaluate("test")
-                while self.update_step < self.total_updates and time.perf_counter() < end:
-                    before = self.step, self.update_step
-                    batch, batches = self.prompts_of_update(self.rollout)
-                    records = self.train_step(batch)
-                    self.step, self.rollout = self.step + batches, self.rollout + 1
-                    self.elapsed = time.perf_counter() - start
-                    self.after_update(before, records)
-                    if self.bad_updates >= 5:
-                        raise RunError(
-                            "five updates in a row were not finite: lower the learning rate, or "
-                            "try dtype = float32"
-                        )
-                checkpoints.finish(self)
-            except (Interrupted, RunError) as stop:
-                return checkpoints.stopped(self, stop)
-        return 0
+        with stopping.Guard(self) as run, console.progress_bar(self) as self.bar:
+            if self.unreported:
+                self.after_update(*self.unreported)  # an evaluation was cut short
+            elif self.update_step == 0:
+                self.evaluate("test")
+            while not run.is_over():
+                before = self.step, self.update_step
+                batch, batches = self.prompts_of_update(self.rollout)
+                records = self.train_step(batch)
+                self.step, self.rollout = self.step + batches, self.rollout + 1
+                self.elapsed = run.seconds()
+                self.mark((before, records))
+                self.after_update(before, records)
+                if self.bad_updates >= 5:
+                    raise RunError(
+                        "five updates in a row were not finite: lower the learning rate, or "
+                        "try dtype = float32"
+                    )
+            stopping.finish(self, run.reason)
+        return run.exit_code
+
+    def mark(self, unreported: tuple[tuple[int, int], list[dict]] | None = None) -> None:
+        """Note the position between two updates: a run that is stopped goes on from here."""
+        self.unreported = unreported
+        self.position = checkpoints.position(self)
 
     def after_update(self, before: tuple[int, int], records: list[dict]) -> None:
         """Log, evaluate and save whatever falls due between the counters `before` and now."""
@@ -1593,12 +1594,14 @@ class MLXGRPOTrainer:
         last = self.update_step >= self.total_updates  # after it, the run ends with an evaluation
         if due(a.eval_steps, step, self.step) and not last:
             self.evaluate("test")
-        if due(a.save_steps, step, self.step):
+        self.mark()
+        if due(a.save_steps, step, self.step) and self.saved_at < self.update_step:
             self.save_checkpoint(self.output_dir / f"checkpoint-{self.step}")
             checkpoints.prune(self.output_dir, a.save_total_limit)
 
     def save_checkpoint(self, path: Path) -> None:
         """A complete model folder (or adapters in mlx-lm's format) with the trainer's state."""
+        self.mark()
         checkpoints.save(Path(path), self)
         self.saved_at = self.update_step
 
@@ -1635,6 +1638,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", default=chosen, help=also)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     add("--dry-run", action="store_true", help="print settings and memory plan, write nothing")
+    again = "go on from the newest whole checkpoint of output_dir, or from this one"
+    add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=again)
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -1654,47 +1659,42 @@ def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
 def start(config: MLXGRPOConfig, command: str) -> int:
     """Train from the settings to `final/`. Returns the exit code."""
     output_dir = Path(config.output_dir)
-    checkpoints.check_output(output_dir, command, config)
-    resume_from = checkpoints.to_resume(output_dir, config.resume) if config.resume else None
-    trainer = build_trainer(config, command)
-    console.introduce(trainer, BLAS)
-    if resume_from:
-        checkpoints.load(resume_from, trainer)
-        say(f"resume    {resume_from} at update {trainer.update_step}")
-    kept = trainer.update_step if resume_from else -1
-    checkpoints.truncate_log(output_dir / "training_log.jsonl", kept)
-    checkpoints.claim(output_dir, overwrite=config.overwrite and not resume_from)
-    described = settings.recorded(config)
-    checkpoints.write_json(output_dir / "config.resolved.json", described)
-    provenance = {
-        **runtime.provenance(ROOT),
-        "seed": config.seed,
-        "data_sha256": datafiles.fingerprint(trainer.train_dataset),
-    }
-    checkpoints.write_json(output_dir / "provenance.json", provenance)
-    trainer.log.tracker = tracking.make_tracker(
-        config.report_to, output_dir, config.run_name, described
-    )
-    try:
-        return trainer.train()
-    finally:
-        trainer.log.tracker.close()
+    with checkpoints.RunLock(output_dir) as lock:
+        checkpoints.check_output(output_dir, command, config)
+        if config.resume == "auto" and checkpoints.is_finished(output_dir, config):
+            say(f"finished  the run in {output_dir} was complete: see {output_dir / 'final'}")
+            return 0
+        resume_from = checkpoints.to_resume(output_dir, config.resume) if config.resume else None
+        trainer = build_trainer(config, command)
+        console.introduce(trainer, BLAS)
+        if resume_from:
+            checkpoints.load(resume_from, trainer)
+        checkpoints.open_run(trainer, lock, resume_from, ROOT)
+        trainer.log.tracker = tracking.make_tracker(
+            config.report_to, output_dir, config.run_name, settings.recorded(config)
+        )
+        try:
+            return trainer.train()
+        finally:
+            trainer.log.tracker.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, 1 (failed run), 2 (bad input) or 130 (Ctrl-C)."""
+    """The command line. Returns 0, 1 (failed run), 2 (bad input), 130 (Ctrl-C), 143 (SIGTERM)."""
     arguments = parse_arguments(argv)
+    overrides = [*arguments.set, *([f"resume={arguments.resume}"] if arguments.resume else [])]
     command = console.command_line(__file__, arguments.config, arguments.set)
     try:
-        config = read_config(arguments.config, arguments.set)
-        return planning.dry_run(config) if arguments.dry_run else start(config, command)
+        with stopping.signals_raise():
+            config = read_config(arguments.config, overrides)
+            return planning.dry_run(config) if arguments.dry_run else start(config, command)
     except (UserError, RunError) as error:
         if arguments.debug:
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return stopping.left_at_once(stop)
 
 
 if __name__ == "__main__":

@@ -605,6 +605,7 @@ def test_a_folder_with_another_run_and_both_ways_out(typed, tmp_path):
     words = ["--set", "run_name=two words, $HOME and 'quotes'"]
     assert typed(*words, **run)[0] == 0
     (tmp_path / "out" / "notes.txt").write_text("mine")
+    shutil.rmtree(tmp_path / "out" / "final")  # as if it had been killed just before its end
 
     code, out, err, changed = typed(*words, **run)
     message = the_message(code, out, err)
@@ -624,13 +625,17 @@ def test_a_folder_with_another_run_and_both_ways_out(typed, tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine", "only the run is replaced"
 
 
-def test_a_finished_run_without_checkpoints_can_only_be_replaced(typed, refused):
-    run = {"max_updates": 1, "save_steps": 0}
+@pytest.mark.parametrize("save_steps", [0, 2])
+def test_a_finished_run_can_only_be_replaced(typed, refused, save_steps):
+    """To continue it is no error, so that a loop of restarts comes to an end, and does nothing."""
+    run = {"max_updates": 1, "save_steps": save_steps}
     assert typed(**run)[0] == 0
     assert [command.split()[-1] for command in ready_commands(refused(**run))] == ["overwrite=true"]
-    assert_names(
-        refused(**run, resume="auto"), "is finished (see", "has no checkpoint to go on from"
-    )
+    code, out, err, changed = typed("--resume", **run)
+    assert (code, err, changed) == (0, "", set())
+    assert out == "finished  the run in out was complete: see out/final\n"
+    message = refused("--resume", **run | {"max_updates": 2})
+    assert_names(message, "max_updates (was 1, is 2)", "another output_dir")
 
 
 def test_a_model_that_overwriting_would_delete(typed, refused, tmp_path):
@@ -652,11 +657,13 @@ def test_a_wired_limit_that_metal_refuses(refused, monkeypatch):
 def test_resuming_with_another_setting_or_a_damaged_checkpoint(typed, refused, tmp_path):
     run = {"max_updates": 2, "save_steps": 2, "learning_rate": 1e-3}
     assert typed(**run)[0] == 0
+    shutil.rmtree(tmp_path / "out" / "final")
     message = refused(**run | {"learning_rate": 2e-3}, resume="auto")
     assert_names(message, "learning_rate (was 0.001, is 0.002)", "set them back", "output_dir")
     assert "seed" not in message, "only what differs is named"
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.safetensors").write_bytes(b"cut")
-    assert_names(refused(**run, resume="auto"), "checkpoint out/checkpoint-4 cannot be read")
+    message = refused(**run, resume="out/checkpoint-4")
+    assert_names(message, "out/checkpoint-4 is damaged: trainer_state.safetensors has 3 bytes")
 
 
 REWARDS = """

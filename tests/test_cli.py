@@ -359,7 +359,7 @@ def test_nothing_but_plain_lines_when_nobody_watches(model_dir, data_dir, tmp_pa
     assert not {"\r", "\x1b", "\b"} & {*done.stdout}
     words = [line.split()[0] for line in done.stdout.splitlines() if line[0] != " "]
     assert [w for w in words if w != "speed"] == [
-        *("model", "data", "plan", "eval", "eval", "result", "saved")
+        *("model", "data", "plan", "eval", "eval", "result", "saved", "finished")
     ]
 
 
@@ -440,7 +440,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(model_dir, data_dir, tmp_p
     model, tokenizer = load(str(checkpoint))
     assert generate(model, tokenizer, "How many?", max_tokens=2)
 
-    (again,) = [line.strip() for line in out.splitlines() if "--set resume=auto" in line]
+    (again,) = [line.strip() for line in out.splitlines() if line.endswith("--resume")]
     done = typed_in_a_shell(again, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"resume    out/{checkpoint.name} at update {update}" in done.stdout
@@ -454,4 +454,5 @@ def test_an_interrupted_start_leaves_nothing(typed, grpo, monkeypatch):
 
     monkeypatch.setattr(grpo, "load_model", interrupted)
     code, out, err, changed = typed()
-    assert (code, out, err, changed) == (130, "", "", set())
+    assert (code, err, changed) == (130, "", set())
+    assert out == "reason    Ctrl-C: left at once\n"

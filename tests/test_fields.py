@@ -186,9 +186,10 @@ def tempered_by_hand(temperature):
 
 
 def timed(settings):
-    """Updates of a run, and when it goes on, on a clock that moves 100 seconds at every look."""
-    clock = types.SimpleNamespace(perf_counter=itertools.count(step=100).__next__)
-    with mock.patch.object(grpo, "time", clock):
+    """Updates of a run, and when it goes on, on a clock that moves 300 seconds at every look."""
+    looks = itertools.count(step=300).__next__
+    clock = types.SimpleNamespace(perf_counter=looks, time=looks)
+    with mock.patch.object(grpo.stopping, "time", clock):
         return [logged("update")({**settings, "resume": "auto"})[-1][0] for _ in range(2)]
 
 

@@ -1,40 +1,54 @@
-"""Checkpoint folders on disk: written aside and renamed, so that a kill never leaves half a one."""
+"""Checkpoint folders: written aside, flushed, renamed, with a manifest to tell damage by."""
 
+import contextlib
 import copy
+import fcntl
+import hashlib
 import json
-import math
 import os
+import random
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import settings
-from .console import say
-from .errors import RunError, UserError
+import numpy as np
 
+from . import runtime, settings
+from .console import say
+from .errors import DiskError, RunError, UserError, disk_errors_named
+from .lock import RunLock
+
+CONFIG, PROVENANCE, LOG = "config.resolved.json", "provenance.json", "training_log.jsonl"
 RUN_FILES = (
-    *("config.resolved.json", "provenance.json", "training_log.jsonl"),
+    *(CONFIG, PROVENANCE, LOG, "traceback.txt"),
     *("metrics.csv", "metrics_eval.csv", "tensorboard"),  # what trackers write
 )
-STATE, ARRAYS = "trainer_state.json", "trainer_state.safetensors"
+STATE, ARRAYS, MANIFEST = "trainer_state.json", "trainer_state.safetensors", "manifest.json"
+ENDED = "run.json"  # in final/: how far the run had come
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well."""
+    """A temporary folder beside `path` that takes its place when the block ends well.
+
+    Raises:
+        DiskError: it cannot be written; what stood at `path` still does.
+    """
     temporary = path.with_name(f".{path.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        take_place(temporary, path)
-        _flush(path.parent)
-    finally:
+    with disk_errors_named(path):
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                _flush(file)
+            take_place(temporary, path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def take_place(new: Path, path: Path) -> None:
@@ -49,48 +63,161 @@ def take_place(new: Path, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
+    """Onto the disk itself: on macOS, fsync leaves the data in the drive's cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            with contextlib.suppress(OSError):  # network file systems do not know it
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest: size and SHA-256 of every file, as `sha256sum` prints it."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
+        sums = pool.map(sha256, files)
+        entries = {
+            file.name: {"bytes": file.stat().st_size, "sha256": checksum}
+            for file, checksum in zip(files, sums, strict=True)
+        }
+    write_json(folder / MANIFEST, {"files": entries})
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest; None when it is whole."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        sizes = {name: int(entry["bytes"]) for name, entry in entries.items()}
+        sums = {name: str(entry["sha256"]) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    return next(differences(folder, sizes, sums), None)
+
+
+def differences(folder: Path, sizes: dict[str, int], sums: dict[str, str]) -> Iterator[str]:
+    """How the files differ from a manifest, what is quick to find first."""
+    for name in {STATE, ARRAYS} - sizes.keys():
+        yield f"{MANIFEST} does not name {name}"
+    for name, size in sizes.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{name} has {path.stat().st_size} bytes instead of {size}"
+    paths = [folder / name for name in sums]
+    with ThreadPoolExecutor() as pool:
+        try:
+            for name, checksum in zip(sums, pool.map(sha256, paths), strict=True):
+                if checksum != sums[name]:
+                    yield f"{name} has changed since it was written"
+        except OSError as error:
+            yield f"it cannot be read: {error.strerror or error}"
+
+
 def found(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    folders = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()]
-    return sorted((p for p in folders if (p / STATE).is_file()), key=lambda p: int(p.name[11:]))
+    """The checkpoints of a run, oldest first, whole or not."""
+    folders = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdecimal()]
+    return sorted((p for p in folders if p.is_dir()), key=lambda p: int(p.name[11:]))
 
 
-def prune(output_dir: Path, limit: int) -> None:
-    """Delete the oldest checkpoints beyond `limit` (0 keeps all)."""
-    for folder in found(output_dir)[:-limit] if limit else []:
-        shutil.rmtree(folder)
+def prune(output_dir: Path, limit: int, max_gb: float = 0.0) -> None:
+    """Delete the oldest checkpoints beyond `limit` or `max_gb` (0 keeps all), never the newest.
+
+    To be called when the newest stands. A kill halfway leaves a folder that nobody takes for one.
+    """
+    folders = found(output_dir)
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    while len(folders) > 1 and (
+        (limit and len(folders) > limit) or (max_gb and sum(sizes) > max_gb * 1e9)
+    ):
+        oldest = folders.pop(0)
+        sizes.pop(0)
+        shutil.rmtree(oldest.rename(oldest.with_name(f".{oldest.name}.old")))
 
 
 def to_resume(output_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` names: "auto" is the newest (None if there is none yet).
+    """The checkpoint that `resume` names: "auto" is the newest whole one (None: there is none yet).
 
     Raises:
-        UserError: a named folder is not a checkpoint.
+        UserError: a named folder is not a checkpoint, or damaged; none of several is whole.
     """
-    if resume == "auto":
-        newest = next(iter(reversed(found(output_dir))), None)
-        if newest is None and (output_dir / "final").exists():
+    if resume != "auto":
+        if not (Path(resume) / STATE).is_file():
+            raise UserError(f"resume = {resume!r} is not a checkpoint folder (no {STATE} in it)")
+        if complaint := damage(Path(resume)):
             raise UserError(
-                f"resume: the run in {output_dir} is finished (see {output_dir / 'final'}) and has "
-                "no checkpoint to go on from; overwrite=true without resume starts it over"
+                f"resume: checkpoint {resume} is damaged: {complaint}; resume = auto takes the "
+                "newest that is whole"
             )
-        return newest
-    if not (Path(resume) / STATE).is_file():
-        raise UserError(f"resume = {resume!r} is not a checkpoint folder (no {STATE} in it)")
-    return Path(resume)
+        return Path(resume)
+    folders = found(output_dir)
+    for folder in reversed(folders):
+        complaint = damage(folder)
+        if complaint is None:
+            return folder
+        say(f"warning   checkpoint {folder} is left out, {complaint}")
+    if folders:
+        raise UserError(
+            f"resume: no checkpoint in {output_dir} is whole; overwrite=true without resume starts "
+            "the run over"
+        )
+    return None
+
+
+def is_finished(output_dir: Path, config: Any) -> bool:
+    """Whether the run there has come to the end of its schedule.
+
+    Raises:
+        UserError: it has, with settings that lead elsewhere.
+    """
+    if not reached_its_end(output_dir):
+        return False
+    refuse_changes(json.loads((output_dir / CONFIG).read_text(encoding="utf-8")), config)
+    return True
+
+
+def reached_its_end(output_dir: Path) -> bool:
+    try:
+        ended = json.loads((output_dir / "final" / ENDED).read_text(encoding="utf-8"))
+        return bool(ended["updates"] == ended["of"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def remains_of_run(output_dir: Path) -> list[Path]:
     """What an earlier run left in the folder."""
-    names = [output_dir / name for name in (*RUN_FILES, "final")]
+    names = [output_dir / name for name in (*RUN_FILES, "final", "best")]
     return [path for path in [*names, *output_dir.glob("checkpoint-[0-9]*")] if path.exists()]
+
+
+def clear_leftovers(output_dir: Path, resume_from: Path | None) -> None:
+    """Delete what a kill left half written or half deleted; set aside what is not gone on from.
+
+    A checkpoint after the one that is resumed is damaged, or was gone back from on purpose: it
+    must be neither resumed later nor counted as one of those to keep.
+    """
+    for pattern in (".*.incomplete", ".*.old", ".*.old-*"):
+        for folder in output_dir.glob(pattern):
+            shutil.rmtree(folder)
+    if resume_from is None:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        (output_dir / "final" / ENDED).unlink()
+    for folder in found(output_dir) if resume_from.parent.samefile(output_dir) else []:
+        if int(folder.name[11:]) > int(resume_from.name[11:]):
+            aside = folder.with_name(f"{folder.name}.abandoned")
+            shutil.rmtree(aside, ignore_errors=True)
+            say(f"resume    {folder.rename(aside)} is set aside")
 
 
 def check_output(output_dir: Path, command: str, config: Any) -> None:
@@ -106,22 +233,24 @@ def check_output(output_dir: Path, command: str, config: Any) -> None:
             raise UserError(f"overwrite would delete {name} = {source}: choose another output_dir")
     if old and not (config.overwrite or config.resume):
         ways = f"Replace it:\n  {command} --set overwrite=true"
-        if found(output_dir):
-            ways = f"Continue it:\n  {command} --set resume=auto\nor r{ways[1:]}"
+        if found(output_dir) and not reached_its_end(output_dir):
+            ways = f"Continue it:\n  {command} --resume\nor r{ways[1:]}"
         raise UserError(f"output_dir {output_dir} already holds a run ({old[0].name}). {ways}")
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"output_dir {output_dir} is not writable ({existing})")
 
 
-def claim(output_dir: Path, *, overwrite: bool) -> None:
-    """Make the folder, and with `overwrite` delete what an earlier run left in it.
+def claim(output_dir: Path, *, overwrite: bool, lock: RunLock | None = None) -> None:
+    """Make and lock the folder, and with `overwrite` delete what an earlier run left in it.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: the file system refuses, or another run holds the folder.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            lock.claim()
         old = remains_of_run(output_dir) if overwrite else []
         for path in old:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -133,7 +262,11 @@ def claim(output_dir: Path, *, overwrite: bool) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """In one piece: a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_state(folder: Path, counters: dict[str, Any], arrays: dict[str, Any]) -> None:
@@ -151,22 +284,13 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return counters, dict(mx.load(str(folder / ARRAYS)))  # type: ignore[arg-type]
 
 
-def truncate_log(path: Path, update: int) -> None:
-    """Drop the records after `update`: the resumed run writes them again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _update_of(line) <= update]
-    temporary = path.with_suffix(".incomplete")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _update_of(line: str) -> float:
-    try:
-        return json.loads(line)["update"]
-    except json.JSONDecodeError:  # a kill cut the last line short
-        return math.inf
+def rewind_log(path: Path, size: int) -> None:
+    """Cut the log to what it was when the checkpoint was made: the run writes the rest again."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size < size:
+            say(f"warning   {path} lacks records from before the checkpoint")
+        else:
+            os.truncate(path, size)
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, config: dict, source: Path) -> None:
@@ -203,7 +327,7 @@ def write_stop_strings(folder: Path, stop_strings: list[str], eos_ids: Iterable[
 # What a resumed run needs of the trainer beside weights and optimizer, and the settings that may
 # change in between because no later update depends on them.
 COUNTERS = (
-    *("step", "update_step", "rollout", "last_sync", "bad_updates", "elapsed"),
+    *("step", "update_step", "rollout", "last_sync", "bad_updates", "elapsed", "unreported"),
     *("drawn", "reward_moments", "kl_coeff"),
 )
 MAY_CHANGE = {
@@ -216,17 +340,82 @@ MAY_CHANGE = {
 }
 
 
+def position(trainer: Any) -> dict[str, Any]:
+    """Where the run is between two updates, as JSON: all of its state that is not an array."""
+    log = trainer.log
+    return {
+        **{name: getattr(trainer, name) for name in COUNTERS},
+        **{"history": list(log.history), "pending": list(log.pending)},
+        "log_bytes": log.path.stat().st_size if log.path.exists() else 0,
+        "random": random_states(),
+    }
+
+
+def random_states() -> dict[str, Any]:
+    """Of Python, NumPy and MLX: sampling has its own keys, but reward functions may draw."""
+    import mlx.core as mx
+
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "mlx": np.array(mx.random.state[0]).tolist(),  # type: ignore[index]
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    import mlx.core as mx
+
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    high, low = states["mlx"]
+    mx.random.seed(high << 32 | low)
+
+
 def save(path: Path, trainer: Any) -> None:
-    """Write the trainer as a checkpoint folder: model or adapters, and its state."""
+    """Write the trainer as a checkpoint folder: model or adapters, and its state.
+
+    Raises:
+        RunError: the disk refuses, or the weights are broken; older checkpoints are untouched.
+    """
+    refuse_broken(trainer)
+    arrays = state_arrays(trainer)
+    weights = flat(trainer.model.parameters() if trainer.loaded.train_type == "full" else {})
+    refuse_full_disk(path, sum(x.nbytes for x in (*arrays.values(), *weights.values())))
     with written_aside(path) as folder:
         if trainer.loaded.train_type == "full":
             write_trained_model(folder, trainer, trainer.model, trainer.loaded.config)
         else:
             write_adapters(folder, trainer.model, trainer.loaded.adapter_config)
-        counters = {name: getattr(trainer, name) for name in COUNTERS}
-        counters |= {"history": trainer.log.history, "pending": trainer.log.pending}
-        counters["config"] = settings.recorded(trainer.args)
-        write_state(folder, counters, state_arrays(trainer))
+        made_with = {"config": settings.recorded(trainer.args)}
+        made_with["data_sha256"] = trainer.data_sha256
+        write_state(folder, trainer.position | made_with, arrays)
+        seal(folder)
+        if trainer.log.path.exists():
+            _flush(trainer.log.path)  # the log must not be behind a checkpoint that counts on it
+
+
+def refuse_broken(trainer: Any) -> None:
+    """A checkpoint of weights that are not numbers would push out one that can be gone on from."""
+    import mlx.core as mx
+
+    arrays = flat(trainer.model.trainable_parameters()) | trainer.optimizer.arrays()
+    broken = [n for n, x in arrays.items() if not mx.isfinite(x).all().item()]
+    if broken:
+        raise RunError(f"the weights are no longer finite numbers ({broken[0]}): not saved")
+
+
+def refuse_full_disk(path: Path, needed: int) -> None:
+    """Before a byte is written: a full disk would hit everything else that writes, too."""
+    with disk_errors_named(path):
+        free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+    if free < needed:
+        raise DiskError(
+            f"{path} cannot be written: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of the "
+            "disk are free"
+        )
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -261,14 +450,21 @@ def load(folder: Path, trainer: Any) -> None:
         counters, arrays = read_state(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"resume: checkpoint {folder} cannot be read: {error}") from None
-    refuse_changes(counters.pop("config"), settings.recorded(trainer.args))
-    trainer.log.history, trainer.log.pending = counters.pop("history"), counters.pop("pending")
+    refuse_changes(counters.pop("config"), trainer.args)
+    if counters.pop("data_sha256") != trainer.data_sha256:
+        raise UserError(
+            f"resume: {trainer.args.dataset} has changed since {folder} was written: put the old "
+            "training data back, or start anew in another output_dir"
+        )
+    trainer.position = counters
+    trainer.log.history, trainer.log.pending = [*counters["history"]], [*counters["pending"]]
+    for name in COUNTERS:
+        setattr(trainer, name, counters[name])
+    trainer.saved_at = trainer.update_step
+    restore_random_states(counters["random"])
     kind = "model" if trainer.loaded.train_type == "full" else "adapters"
     for file in sorted(folder.glob(f"{kind}*.safetensors")):
         trainer.model.load_weights(str(file), strict=False)
-    for name, value in counters.items():
-        setattr(trainer, name, value)
-    trainer.saved_at = trainer.update_step
     parts: dict[str, dict] = {"optimizer": {}, "old": {}, "reference": {}}
     for name, value in arrays.items():
         part, _, rest = name.partition(".")
@@ -281,17 +477,57 @@ def load(folder: Path, trainer: Any) -> None:
         trainer.model_old.load_weights(list(parts["old"].items()), strict=False)
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+def changes(before: dict[str, Any], config: Any) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (before, now) where they differ; one that was not known yet had its default."""
+    before = settings.recorded(type(config)()) | before
+    now = settings.recorded(config)
+    return {name: (before[name], now[name]) for name in now if before[name] != now[name]}
+
+
+def refuse_changes(before: dict[str, Any], config: Any) -> None:
     changed = [
-        f"{name} (was {before.get(name)!r}, is {value!r})"
-        for name, value in now.items()
-        if before.get(name) != value and name not in MAY_CHANGE
+        f"{name} (was {old!r}, is {new!r})"
+        for name, (old, new) in changes(before, config).items()
+        if name not in MAY_CHANGE
     ]
     if changed:
         raise UserError(
             f"resume: these settings differ from the run's: {', '.join(changed)}; set them back, "
             "or start anew in another output_dir"
         )
+
+
+def open_run(trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path) -> None:
+    """Make the folder this run's: claim it, rewind its log, record settings and versions."""
+    config, folder = trainer.args, trainer.output_dir
+    claim(folder, overwrite=config.overwrite and resume_from is None, lock=lock)
+    clear_leftovers(folder, resume_from)
+    provenance: dict[str, Any] = {
+        **runtime.provenance(repo),
+        "seed": config.seed,
+        "data_sha256": trainer.data_sha256,
+    }
+    if resume_from is not None:
+        provenance["resumed"] = resumptions(trainer, resume_from, folder)
+        if not trainer.log.path.exists() and (resume_from.parent / LOG).exists():
+            shutil.copy(resume_from.parent / LOG, trainer.log.path)  # from another output_dir
+    rewind_log(trainer.log.path, trainer.position.get("log_bytes", 0))
+    write_json(folder / CONFIG, settings.recorded(config))
+    write_json(folder / PROVENANCE, provenance)
+
+
+def resumptions(trainer: Any, resume_from: Path, folder: Path) -> list[dict[str, Any]]:
+    """For the record: where this run and those before it went on, and with what changed."""
+    before = json.loads((resume_from / STATE).read_text(encoding="utf-8"))["config"]
+    changed = {n: v for n, v in changes(before, trainer.args).items() if n != "resume"}
+    say(f"resume    {resume_from} at update {trainer.update_step}")
+    for name, (old, new) in changed.items():
+        say(f"          {name} was {old!r}, is {new!r}")
+    earlier: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        earlier = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["resumed"]
+    now = {"from": resume_from.name, "update": trainer.update_step, "changed": changed}
+    return [*earlier, now]
 
 
 def write_trained_model(folder: Path, trainer: Any, model: Any, config: dict[str, Any]) -> None:
@@ -317,56 +553,3 @@ def write_fused(folder: Path, trainer: Any) -> Any:
     write_trained_model(folder, trainer, fused, config)
     write_adapters(folder / "adapters", trainer.model, trainer.loaded.adapter_config)
     return fused
-
-
-def finish(trainer: Any) -> None:
-    """Evaluate once more and write `final/`, a model folder that mlx_lm loads by itself."""
-    if trainer.log.pending:
-        trainer.log.training(trainer.step, trainer.elapsed)
-    if trainer.step and trainer.update_step < trainer.total_updates:  # out of time
-        keep(trainer)
-    elif trainer.loaded.train_type != "full" and trainer.saved_at != trainer.update_step:
-        # Fusing takes memory that training did not: the adapters first.
-        trainer.save_checkpoint(trainer.output_dir / f"checkpoint-{trainer.step}")
-    trainer.evaluate("test")
-    final = trainer.output_dir / "final"
-    with written_aside(final) as folder:
-        if trainer.loaded.train_type == "full":
-            write_trained_model(folder, trainer, trainer.model, trainer.loaded.config)
-        else:
-            compare_fused(trainer, write_fused(folder, trainer))
-    trainer.log.summary(trainer.update_step)
-    say(f"saved     {final}")
-    if trainer.args.closing_note:
-        say(f"note      {trainer.args.closing_note}")
-
-
-def compare_fused(trainer: Any, fused: Any) -> None:
-    if trainer.eval_dataset:
-        samples = trainer.args.eval_samples
-        score = trainer.evaluate_em(trainer.eval_dataset, samples, model=fused)
-        unfused = trainer.log.history[-1]["em"]
-        say(f"fused     scores {score:.3f}, base with adapters {unfused:.3f}")
-
-
-def keep(trainer: Any) -> None:
-    """Save the last finished update, unless that was done, and say how to go on from it."""
-    path = trainer.output_dir / f"checkpoint-{trainer.step}"
-    if trainer.saved_at != trainer.update_step:
-        trainer.save_checkpoint(path)
-    say(f"stopped   after update {trainer.update_step}, saved in {path}. To continue:")
-    say(f"          {trainer.command} --set resume=auto")
-
-
-def stopped(trainer: Any, stop: Exception) -> int:
-    """Keep the last finished update if there is one; 130 for Ctrl-C, errors go on up.
-
-    Whatever stops a run does so before the weights of an unfinished update move.
-    """
-    if trainer.step:
-        keep(trainer)
-    else:
-        say("stopped   before the first update was finished: nothing to save")
-    if isinstance(stop, RunError):
-        raise stop
-    return 130

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +15,14 @@ from .text import redact
 def say(text: str) -> None:
     """A line on standard output that does not tear the progress bar, and never ends a run.
 
-    What the terminal can't show is replaced; when the reader has gone (`| head`), so is the output.
+    What the terminal can't show is replaced; when the output has nowhere to go (`| head`, a closed
+    terminal, a full disk), it is dropped.
     """
     encoding = sys.stdout.encoding or "utf-8"
     try:
         tqdm.write(redact(text).encode(encoding, "replace").decode(encoding))
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -65,25 +65,6 @@ def warn_of_kl(kl: float | None) -> None:
             f"kl        {kl:.3f} before anything was learnt: the error of the 4-bit reference, to "
             "which kl_coeff pulls the policy; quantize_for_rollouts = false avoids it"
         )
-
-
-class stoppable:
-    """The first Ctrl-C asks the trainer to stop cleanly, the second leaves at once."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.before = signal.signal(signal.SIGINT, self.handle)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-    def handle(self, *_: object) -> None:
-        if self.trainer.interrupted:
-            raise KeyboardInterrupt
-        self.trainer.interrupted = True
-        say("stopping  and saving the last finished update; Ctrl-C again leaves at once")
 
 
 def introduce(trainer: Any, blas: str | None) -> None:

@@ -1,5 +1,10 @@
 """The two ways a command ends badly on purpose; anything else is a bug and keeps its traceback."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """Bad input: settings, files, data. Nothing was started. Exit code 2."""
@@ -11,3 +16,26 @@ class RunError(Exception):
     """A run that could not go on (a reward that failed, a hub out of reach). Exit code 1."""
 
     exit_code = 1
+
+
+class DiskError(RunError):
+    """The file system refused to write: full, read-only, gone. What stood there still does."""
+
+
+@contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Turn a file system that refuses into one clear error.
+
+    Raises:
+        DiskError: no space, no right, no such device; MLX's writer tells only that it failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if not str(error).startswith(("[write]", "[save_safetensors] Failed to open")):
+            raise
+        free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+        reason = "the disk is full" if free < 2**20 else str(error)
+        raise DiskError(f"{path} cannot be written: {reason} ({free / 1e9:.2f} GB free)") from error

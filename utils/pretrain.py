@@ -480,6 +480,7 @@ def save_checkpoint(trainer: Trainer, materials: Materials, data: str) -> Path:
         save_folder(folder, trainer, materials, PRECISIONS[config.precision][0])
         counters = {"step": trainer.step, "data": data, "config": dataclasses.asdict(config)}
         checkpoints.write_state(folder, counters, arrays)
+        checkpoints.seal(folder)
     checkpoints.prune(Path(config.out_dir), config.save_total_limit)
     return path
 

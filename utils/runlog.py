@@ -9,6 +9,7 @@ import numpy as np
 
 from . import tracking
 from .console import say
+from .errors import disk_errors_named
 from .text import redacted
 
 
@@ -26,11 +27,12 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         """One JSON object a line (NaN and infinity, which JSON lacks, as null); the trackers."""
         record = redacted({name: finite(value) for name, value in record.items()})
-        if self.args.log_jsonl:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.tracker.log(record)
+        with disk_errors_named(self.path):
+            if self.args.log_jsonl:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.tracker.log(record)
 
     def training(self, batch_step: int, seconds: float) -> None:
         """Write the means of the updates since the last record, with the counters of the newest."""
