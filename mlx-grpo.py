@@ -339,6 +339,8 @@ class MLXGRPOConfig:
     """Metal: memory kept resident; 0 is MLX's recommendation."""
     cache_limit_gb: float = 0.0
     """Freed memory that MLX keeps for reuse; 0 is MLX's default."""
+    memory_limit_gb: float = 0.0
+    """Memory to plan for and stay within where that is possible; 0: the device's."""
 
     explicit = frozenset[str]()  # what was set on purpose
 
@@ -1408,10 +1410,11 @@ class MLXGRPOTrainer:
     def train_step(self, batch: list[int]) -> list[dict[str, Any]]:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
         a, first = self.args, self.update_step
+        self.log.meter.start("rollout")
         groups, metrics, position = self.collect(batch)
         rows = [row for group in groups for row in group.rows]
         responses = [response for group in groups for response in group.responses]
-        mx.clear_cache()  # the gradient needs other shapes than the rollout left behind
+        self.log.meter.start("gradient")
         start = time.perf_counter()
         scores = Scores.of(groups, a.reward_weights)
         moments = running_moments(self.reward_moments, scores.rewards)
@@ -1496,7 +1499,7 @@ class MLXGRPOTrainer:
 
     def apply_gradients(self, loss: float, grads: Any) -> tuple[float, int]:
         """Clip by the global norm and step. A non-finite update changes nothing."""
-        norm = optimizers.global_norm(grads)
+        norm = optimizers.global_norm(grads, self.args.use_compile)
         self.update_step += 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bad_updates += 1
@@ -1651,7 +1654,7 @@ def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
     train_rows = load_questions(config, "train")
     train_rows = train_rows[: config.max_train_samples or len(train_rows)]
     test_rows = load_questions(config, "test") if config.eval_samples else []
-    runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb)
+    runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb, config.memory_limit_gb)
     loaded = load_model(config)
     return MLXGRPOTrainer(loaded, rewards, config, train_rows, test_rows, command)
 

@@ -572,7 +572,8 @@ def recomputed(settings):
 
 
 def compiled(settings):
-    """Steps that are compiled, with weights in and out, and the remainder of lengths by 32."""
+    """Steps that are compiled (the optimizer's; the gradient's with weights in and out), and the
+    remainder of lengths by 32."""
     trainer_of({})  # importing a model's code compiles parts of it
     given = calls(mx, "compile", lambda: trainer_of(settings))
     steps = ["inputs" in arguments and "outputs" in arguments for _, arguments in given]
@@ -987,7 +988,7 @@ FIELDS = {
         {"max_updates": 2},
     ),
     "overwrite": Watch(False, True, second_run, {"code": 0, "left": []}, ONE),
-    "use_compile": Watch(False, True, compiled, [[True], {0}]),
+    "use_compile": Watch(False, True, compiled, [[False, True], {0}]),
     "gradient_checkpointing": Watch(False, True, recomputed, 2),
     "rollout_batch_size": Watch(0, 3, rollout_sizes, [3, 3, 2]),
     "micro_batch_tokens": Watch(
@@ -995,6 +996,7 @@ FIELDS = {
     ),
     "wired_limit_gb": Watch(0.0, 0.5, limits("set_wired_limit"), [[(500_000_000,), {}]]),
     "cache_limit_gb": Watch(0.0, 0.5, limits("set_cache_limit"), [[(500_000_000,), {}]]),
+    "memory_limit_gb": Watch(0.0, 0.5, limits("set_memory_limit"), [[(500_000_000,), {}]]),
 }
 
 
@@ -1046,6 +1048,7 @@ PLANNED = [
     *("max_updates", "num_iterations", "sync_every_updates", "quantize_for_rollouts"),
     *("max_new_tokens", "max_completion_length", "kl_coeff", "gradient_checkpointing"),
     *("rollout_batch_size", "micro_batch_tokens", "dtype", "master_weights", "moment_bits"),
+    "memory_limit_gb",
 ]
 
 

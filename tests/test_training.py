@@ -527,7 +527,7 @@ LOGGED = {
     *("completion_length", "completion_length_max", "truncation_rate", "tokens", "entropy"),
     *("clip_low", "clip_high", "importance_weight", "importance_capped", "sampler_mismatch"),
     *("tokens_per_second", "seconds", "seconds_rollout", "seconds_rewards", "seconds_gradient"),
-    "peak_memory_gb",
+    *("peak_memory_gb", "active_memory_gb", "cache_memory_gb"),
 }
 
 
@@ -559,7 +559,8 @@ def test_a_training_record_has_every_figure(model_dir, data_dir, tmp_path):
     entropies = [-np.mean([x for r in rollout for x in r.logprobs]) for rollout in rollouts]
     assert record["entropy"] == pytest.approx(np.mean(entropies))
     assert record["seconds"] > record["seconds_rollout"] > 0
-    assert record["peak_memory_gb"] > 0
+    assert record["peak_memory_gb"] > record["active_memory_gb"] > 0
+    assert record["cache_memory_gb"] >= 0
     keys = {"update", "batch_step", "split", "em", "em_subset", "truncation_rate"}
     assert set(first) == set(last) == keys
     assert (first["update"], last["update"], last["split"], last["em_subset"]) == (0, 2, "test", 3)
@@ -651,7 +652,8 @@ def test_every_run_ends_with_before_and_after(model_dir, data_dir, tmp_path, cap
 
 # Stopping and going on.
 
-TIMES = ("seconds", "peak_memory_gb", "tokens_per_second")
+MEMORY = ("peak_memory_gb", "active_memory_gb", "cache_memory_gb")
+TIMES = ("seconds", "tokens_per_second", *MEMORY)
 
 
 def timeless(output_dir):

@@ -335,7 +335,7 @@ MAY_CHANGE = {
     *("report_to", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "run_name"),
     *("eval_every_updates", "eval_subset_size", "eval_max_new_tokens", "output_dir"),
     *("closing_note", "rollout_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
-    *("wired_limit_gb", "cache_limit_gb", "use_compile"),
+    *("wired_limit_gb", "cache_limit_gb", "memory_limit_gb", "use_compile"),
     *("remote_rm_url", "reward_timeout"),
 }
 

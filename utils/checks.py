@@ -21,8 +21,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "at least 0 and finite": (
         lambda v: 0 <= v < math.inf,
-        "kl_coeff weight_decay max_hours wired_limit_gb cache_limit_gb clip_eps_high delta "
-        "entropy_coeff advantage_clip reward_clip kl_target importance_floor",
+        "kl_coeff weight_decay max_hours wired_limit_gb cache_limit_gb memory_limit_gb "
+        "clip_eps_high delta entropy_coeff advantage_clip reward_clip kl_target importance_floor",
     ),
     "at least 2 (a group needs another completion to compare with)": (
         lambda v: v >= 2,

@@ -73,17 +73,24 @@ def accumulate(total: Any | None, new: Any) -> Any:
     return tree_map(lambda t, n: t.astype(mx.float32) + n.astype(mx.float32), total, new)
 
 
-def global_norm(gradients: Any) -> float:
+def global_norm(gradients: Any, compiled: bool = False) -> float:
     """sqrt(sum of squares) over all gradients, in float32, without a float32 copy of them all."""
     arrays: Arrays = dict(tree_flatten(gradients))
-    total = mx.array(0.0)
+    squares = []
     for names in groups(arrays):
         for piece in (piece for name in names for piece in cut(arrays[name])):
-            total = total + mx.square(piece.astype(mx.float32)).sum()
+            squares.append(compiled_square(piece) if compiled else square(piece))
             if len(names) == 1:
-                mx.eval(total)
-        mx.eval(total)
-    return float(mx.sqrt(total))
+                mx.eval(squares[-1])
+        mx.eval(squares[-len(names) :])
+    return float(mx.sqrt(mx.stack(squares).sum()))
+
+
+def square(array: mx.array) -> mx.array:
+    return mx.square(array.astype(mx.float32)).sum()
+
+
+compiled_square = mx.compile(square)
 
 
 def join(weight: mx.array, low: mx.array) -> mx.array:

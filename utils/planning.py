@@ -42,12 +42,18 @@ def plan_memory(
             train_dtype_bytes={"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, auto),
             master_bytes=master_bytes(config, shape),
             moment_bytes=8 if config.moment_bits == 32 else 2.03,
-            budget_bytes=runtime.device_memory_bytes(),
+            budget_bytes=budget_bytes(config),
             rollout_batch_size=config.rollout_batch_size,
             micro_batch_tokens=config.micro_batch_tokens,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def budget_bytes(config: Any) -> int:
+    """What the run may use: the device's memory, or memory_limit_gb where that is less."""
+    device, limit = runtime.device_memory_bytes(), int(config.memory_limit_gb * memory.GB)
+    return min(device, limit) if limit else device
 
 
 def master_bytes(config: Any, shape: memory.ModelShape) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from . import tracking
 from .console import say
 from .errors import disk_errors_named
+from .meter import Meter
 from .text import redacted
 
 
@@ -23,6 +24,7 @@ class RunLog:
         self.history: list[dict[str, Any]] = []
         self.pending: list[dict[str, Any]] = []
         self.warned_of_cut = False
+        self.meter = Meter()
 
     def write(self, record: dict[str, Any]) -> None:
         """One JSON object a line (NaN and infinity, which JSON lacks, as null); the trackers."""
@@ -36,16 +38,13 @@ class RunLog:
 
     def training(self, batch_step: int, seconds: float) -> None:
         """Write the means of the updates since the last record, with the counters of the newest."""
-        import mlx.core as mx
-
         records, self.pending = self.pending, []
         record = {"update": None, "batch_step": batch_step, **records[-1]}
         for name in record.keys() - {"update", "batch_step", "lr"}:
             values = [r[name] for r in records if r.get(name) is not None]
             if values:
                 record[name] = sum(values) / len(values)
-        record |= {"seconds": seconds, "peak_memory_gb": mx.get_peak_memory() / 1e9}
-        mx.reset_peak_memory()
+        record |= {"seconds": seconds, **self.meter.report()}
         self.write(record)
 
     def evaluation(self, record: dict[str, Any]) -> None:

@@ -133,8 +133,13 @@ def blas_advice(loaded: str | None) -> str | None:
     return f"No fast BLAS found: {install} makes matrix products on this CPU 15-50 times faster."
 
 
-def set_memory_limits(wired_limit_gb: float, cache_limit_gb: float) -> None:
-    """Set MLX's wired and cache limits, in GB of 10^9 bytes; 0 = the default.
+def set_memory_limits(
+    wired_limit_gb: float, cache_limit_gb: float, memory_limit_gb: float = 0.0
+) -> None:
+    """Set MLX's wired, cache and memory limits, in GB of 10^9 bytes; 0 = the default.
+
+    Above the memory limit MLX frees its cache, and waits for work that is under way before it
+    starts more: it is kept where the arrays in use leave room for that.
 
     The default wired limit on Metal is the recommended working set, as in
     `mlx_lm.utils.maybe_set_recommended_wired_limit`; elsewhere a wired limit has no effect. A small
@@ -153,6 +158,8 @@ def set_memory_limits(wired_limit_gb: float, cache_limit_gb: float) -> None:
         mx.set_wired_limit(int(recommended))
     if cache_limit_gb > 0:
         mx.set_cache_limit(int(cache_limit_gb * GB))
+    if memory_limit_gb > 0:
+        mx.set_memory_limit(int(memory_limit_gb * GB))
 
 
 def _cgroup_limit(

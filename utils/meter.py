@@ -1,0 +1,53 @@
+"""What memory a run takes, by phase: peaks for the log, and for the plan after the first update."""
+
+from dataclasses import dataclass, field
+
+GB = 1e9
+
+
+@dataclass
+class Meter:
+    """MLX counts one peak; this one resets it where a phase begins.
+
+    A phase begins with an empty cache: what the last one freed has other shapes than this one
+    needs, and would stay allocated beside it.
+    """
+
+    phase: str = "other"
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Bytes by phase, since the last `report`."""
+    cached: int = 0
+    """Most bytes that were freed and kept for reuse at the end of a phase."""
+    resident: int = 0
+    """Bytes in use where the current phase began."""
+
+    def start(self, phase: str) -> None:
+        import mlx.core as mx
+
+        self._note()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        self.phase, self.resident = phase, mx.get_active_memory()
+
+    def _note(self) -> None:
+        import mlx.core as mx
+
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), mx.get_peak_memory())
+        self.cached = max(self.cached, mx.get_cache_memory())
+
+    def report(self) -> dict[str, float]:
+        """Figures for a record of the log, in GB of 10^9 bytes; peaks are counted anew from here.
+
+        Arrays at their most, arrays now, and what MLX keeps beside them.
+        """
+        import mlx.core as mx
+
+        self._note()
+        figures = {
+            "peak_memory_gb": max(self.peaks.values()) / GB,
+            "active_memory_gb": mx.get_active_memory() / GB,
+            "cache_memory_gb": self.cached / GB,
+        }
+        self.peaks, self.cached = {}, 0
+        mx.reset_peak_memory()
+        return figures
