@@ -667,15 +667,25 @@ class StopRule:
         self.stop_strings = stop_strings
         # A stop string of n bytes can't be spread over more than n tokens.
         self.reach = max((len(s.encode()) for s in stop_strings), default=0)
+        self.last_characters = {s[-1] for s in stop_strings}
+        self.may_end: dict[int, bool] = {}  # token -> whether it has one of them
 
     def length(self, ids: list[int], checked: int) -> int | None:
         """How many of `ids` to keep if they reach an end; the first `checked` hold none."""
         ends = [n for n, token in enumerate(ids[checked:], checked + 1) if token in self.eos_ids]
         limit = ends[0] if ends else len(ids)
         start = max(0, checked - self.reach)
-        if self._stops(ids[start:limit]):
+        if any(map(self._may_end, ids[checked:limit])) and self._stops(ids[start:limit]):
             return next(n for n in range(checked + 1, limit + 1) if self._stops(ids[start:n]))
         return limit if ends else None
+
+    def _may_end(self, token: int) -> bool:
+        """False if no stop string can be complete with this token: spares decoding most rows."""
+        if token not in self.may_end:
+            text = self.tokenizer.decode([token])
+            unclear = "\ufffd" in text or any(c.isspace() for c in self.last_characters)
+            self.may_end[token] = unclear or not self.last_characters.isdisjoint(text)
+        return self.may_end[token]
 
     def _stops(self, ids: list[int]) -> bool:
         text = self.tokenizer.decode(ids) if self.stop_strings else ""
@@ -721,6 +731,7 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
 
 
 BLOCK = 8  # decode steps between looks at the tokens on the host
+LEAVE = 1 / 8  # part of a batch that has to have ended before rows leave it: caches are copied then
 
 
 def sample_batch(
@@ -738,48 +749,47 @@ def sample_batch(
     what they sampled past their end is dropped.
     """
     completions = [Completion() for _ in rows]
-    cache = caches.prefill(model, prompts)
-    for layer in cache:
-        layer.filter(mx.array(rows))  # a prompt is read once and its cache copied to its group
-    tokens = mx.array([prompts[row][-1] for row in rows])  # (B,)
-    # The key of a position is the row's with the position added: (B, max_tokens, 2)
-    positions = np.array([[0, 1]], np.uint32) * np.arange(how.max_tokens, dtype=np.uint32)[:, None]
-    step_keys = mx.array(keys[:, None, :] + positions)
     live = completions
-    unread: tuple[list[Completion], list, list] = ([], [], [])
+    cache = caches.prefill(model, prompts, rows, how.max_tokens)
+    tokens = mx.array([prompts[row][-1] for row in rows])  # (B,)
+    # The key of a position is the row's with the position added: (max_tokens, B, 2)
+    positions = np.arange(how.max_tokens, dtype=np.uint32)[:, None, None] * np.array([0, 1], "u4")
+    step_keys = mx.array(keys + positions)
+    unread: tuple[list[Completion], Any, Any] | None = None
     for start in range(0, how.max_tokens, BLOCK):
         ids, logprobs = [], []
         for step in range(start, min(start + BLOCK, how.max_tokens)):
             logits = model(tokens[:, None], cache=cache)[:, -1]  # (B, V)
-            tokens, logprob = sample_tokens(logits, step_keys[:, step], how)
+            tokens, logprob = sample_tokens(logits, step_keys[step], how)
             mx.async_eval(tokens, logprob)
             ids.append(tokens)
             logprobs.append(logprob)
+        block = live, mx.stack(ids, axis=1), mx.stack(logprobs, axis=1)  # (B, K)
+        mx.async_eval(block[1:])  # now: later it would queue behind the next block
         between_blocks()
-        read_block(*unread, stop)
-        unread = (live, ids, logprobs)
+        if unread:
+            read_block(*unread, stop)
+        unread = block
         keep = [i for i, completion in enumerate(live) if not completion.finish_reason]
         if not keep:
             break
-        if len(keep) < len(live):
+        if len(keep) <= len(live) * (1 - LEAVE):
             index = mx.array(keep)
             live = [live[i] for i in keep]
-            tokens, step_keys = tokens[index], step_keys[index]
-            for layer in cache:
-                layer.filter(index)
-    read_block(*unread, stop)
+            tokens, step_keys = tokens[index], step_keys[:, index]
+            caches.keep_rows(cache, keep)
+    if unread:
+        read_block(*unread, stop)
     for completion in completions:
         completion.finish_reason = completion.finish_reason or "length"
         completion.text = stop.text(completion.ids)
     return completions
 
 
-def read_block(live: list[Completion], ids: list, logprobs: list, stop: StopRule) -> None:
-    """Append a block of K sampled tokens, K arrays of (B,), to the completions that go on."""
-    if not ids:
-        return
-    id_rows: Any = mx.stack(ids, axis=1).tolist()  # (B, K)
-    logprob_rows: Any = mx.stack(logprobs, axis=1).tolist()
+def read_block(live: list[Completion], ids: mx.array, logprobs: mx.array, stop: StopRule) -> None:
+    """Append a block of (B, K) sampled tokens to the completions that go on."""
+    id_rows: Any = ids.tolist()
+    logprob_rows: Any = logprobs.tolist()
     for completion, new_ids, new_logprobs in zip(live, id_rows, logprob_rows, strict=True):
         if completion.finish_reason:
             continue
@@ -1185,8 +1195,7 @@ class MLXGRPOTrainer:
         stop = StopRule(self.tokenizer, how.stop_strings)
         prompts, group = [row["prompt_ids"] for row in rows], len(keys) // len(rows)
         completions: list[Completion] = []
-        for start in range(0, len(keys), self.plan.rollout_batch_size):
-            chunk = range(start, min(start + self.plan.rollout_batch_size, len(keys)))
+        for chunk in caches.batches(model, len(keys), group, self.plan.rollout_batch_size):
             first, last = chunk[0] // group, chunk[-1] // group
             completions += sample_batch(
                 model,

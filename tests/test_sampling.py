@@ -11,8 +11,6 @@ from conftest import make_model
 from helpers import make_trainer
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
 
-from utils.errors import RunError
-
 EOS = 2
 
 
@@ -234,11 +232,24 @@ def test_greedy_is_mlx_lms_generate_token_for_token(grpo, loaded):
         assert completion.text == tokenizer.decode(ids)
 
 
-def test_a_cache_that_cannot_be_batched_is_named(grpo, model_dir):
-    model, tokenizer = mlx_lm.load(str(model_dir))
-    model.make_cache = lambda: [ChunkedKVCache(8) for _ in model.layers]
-    with pytest.raises(RunError, match=r"ChunkedKVCache.*can't be batched"):
-        sample(grpo, (model, tokenizer), random_prompts(4))
+def test_a_cache_that_cannot_be_batched_reads_one_prompt_at_a_time(
+    model_dir, data_dir, tmp_path, monkeypatch, capsys
+):
+    """The same tokens as from the model's plain caches, in as many batches as prompts."""
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", stop_strings=["t", "0"])
+    expected = trainer.generate_responses([2, 0])
+    layers = trainer.model.layers
+    monkeypatch.setattr(
+        type(trainer.model),
+        "make_cache",
+        lambda _: [ChunkedKVCache(999) for _ in layers],
+        raising=False,
+    )
+    capsys.readouterr()
+    for _ in range(2):
+        responses = trainer.generate_responses([2, 0])
+        assert [r.ids for r in responses] == [r.ids for r in expected]
+    assert capsys.readouterr().out.count("can't batch ChunkedKVCache") == 1
 
 
 # Where completions end.

@@ -1,36 +1,252 @@
-"""Batch caches of prompts, from mlx-lm's caches of any kind that it can batch."""
+"""KV caches of a rollout batch: each prompt is read once, and its cache is copied to its group.
 
+Three kinds, whichever the model's own caches allow:
+
+* plain KV caches in every layer (most models): `RowCache`, with one set of positions and one mask
+  for all layers, and no mask at all when the prompts are equally long;
+* caches that mlx-lm can merge (rotating ones, recurrent state, mixtures): mlx-lm's batch caches;
+* any other: the rows of one prompt, which need no padding, in caches of the model's own kind.
+"""
+
+import functools
+from collections.abc import Iterator
 from typing import Any
 
-from .errors import RunError
+from .console import say
+
+STEP = 256  # positions by which a cache grows, as mlx-lm's; utils/memory.py counts on it
+PREFILL_TOKENS = 16_384  # of all prompts in one forward pass; longer ones are read in pieces
 
 
-def prefill(model: Any, prompts: list[list[int]]) -> list[Any]:
-    """The batch cache of all prompts but their last tokens, in one right-padded forward."""
+def batches(model: Any, count: int, group: int, size: int) -> Iterator[range]:
+    """Cut `count` rows, `group` of each prompt, into batches of at most `size` rows.
+
+    Rows of different prompts are apart where the model's caches can't hold them together.
+    """
+    together = _can_batch(model)
+    start = 0
+    while start < count:
+        end = min(start + size, count)
+        if not together:
+            end = min(end, start - start % group + group)
+        yield range(start, end)
+        start = end
+
+
+def _can_batch(model: Any) -> bool:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return all(map(_is_mergeable, make_prompt_cache(model)))
+
+
+def _is_mergeable(layer: Any) -> bool:
+    parts = getattr(layer, "caches", None)  # of a CacheList
+    if parts is not None:
+        return all(map(_is_mergeable, parts))
+    if not hasattr(layer, "merge"):
+        _say_once(f"rollouts  one prompt at a time: mlx-lm can't batch {type(layer).__name__}")
+        return False
+    return True
+
+
+_say_once = functools.cache(say)
+
+
+def prefill(model: Any, prompts: list[list[int]], rows: list[int], max_tokens: int) -> list[Any]:
+    """The cache, one per layer, of `rows` (indices into `prompts`).
+
+    It holds all but the last token of each prompt, and has room for `max_tokens` from there on.
+    Prompts must be one where `batches` keeps them apart.
+    """
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+    layers = make_prompt_cache(model)
+    if all(type(layer) is KVCache for layer in layers):
+        return _row_caches(model, layers, prompts, rows, max_tokens)
+    if _can_batch(model):
+        return _merged_caches(model, prompts, rows)
+    assert len(prompts) == 1, f"{type(layers[0]).__name__} can't hold several prompts"
+    _read(model, layers, [prompts[0][:-1]])
+    keep_rows(layers, rows)
+    return layers
+
+
+def keep_rows(cache: list[Any], keep: list[int]) -> None:
+    """Drop all rows but `keep` (indices in order) from every layer."""
     import mlx.core as mx
+
+    index = mx.array(keep)
+    shared = cache[0].rows if isinstance(cache[0], RowCache) else None
+    gap = shared.keep(keep) if shared is not None else None
+    for layer in cache:
+        if gap is not None:
+            layer.keep(index, gap)
+        elif hasattr(layer, "filter"):
+            layer.filter(index)
+        else:  # the batch is the first axis of everything that a cache holds
+            vars(layer).update({name: _taken(value, index) for name, value in vars(layer).items()})
+
+
+def _taken(value: Any, index: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_taken(part, index) for part in value)
+    return value[index] if getattr(value, "ndim", 0) > 1 else value
+
+
+def _read(model: Any, cache: list[Any], prompts: list[list[int]]) -> None:
+    """Run the model over right-padded token lists; only the caches are ever evaluated."""
+    import mlx.core as mx
+
+    longest = max(map(len, prompts))
+    tokens = mx.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    piece = max(1, PREFILL_TOKENS // len(prompts))
+    for start in range(0, longest, piece):
+        model(tokens[:, start : start + piece], cache=cache)
+        if longest > piece:
+            mx.eval([layer.state for layer in cache])
+            mx.clear_cache()
+
+
+def _row_caches(
+    model: Any, layers: list[Any], prompts: list[list[int]], rows: list[int], max_tokens: int
+) -> list[Any]:
+    import mlx.core as mx
+
+    if max(map(len, prompts)) > 1:
+        # Padding comes later than its prompt, so no token of the prompt sees it.
+        _read(model, layers, [prompt[:-1] for prompt in prompts])
+    index = mx.array(rows)
+    shared = Rows([len(prompts[row]) - 1 for row in rows], max_tokens)
+    kept = [
+        None if layer.keys is None else (layer.keys[index], layer.values[index]) for layer in layers
+    ]
+    return [RowCache(shared, pair) for pair in kept]
+
+
+def _merged_caches(model: Any, prompts: list[list[int]], rows: list[int]) -> list[Any]:
     from mlx_lm.models.cache import make_prompt_cache
 
     caches = [make_prompt_cache(model) for _ in prompts]
-    for layer in caches[0]:
-        if not hasattr(layer, "merge"):
-            raise RunError(
-                f"{type(layer).__name__}, this model's cache, can't be batched by mlx-lm"
-            )
     lengths = [len(prompt) - 1 for prompt in prompts]
-    longest = max(lengths)
-    padding = [longest - length for length in lengths]
+    padding = [max(lengths) - length for length in lengths]
     # Not every recurrent model keeps padding out of its state: those read one prompt at a time.
     alone = any(padding) and not all(hasattr(layer, "offset") for layer in caches[0])
     for prompt, cache in zip(prompts, caches, strict=True) if alone else ():
         if len(prompt) > 1:
-            model(mx.array([prompt[:-1]]), cache=cache)
+            _read(model, cache, [prompt[:-1]])
     merged = [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
-    if alone or not longest:
-        return merged
-    for layer in merged if any(padding) else ():
-        layer.prepare(lengths=lengths, right_padding=padding)
-    tokens = [prompt[:-1] + [0] * pad for prompt, pad in zip(prompts, padding, strict=True)]
-    model(mx.array(tokens), cache=merged)  # its logits are never evaluated
-    for layer in merged if any(padding) else ():
-        layer.finalize()
+    if not alone and max(lengths):
+        for layer in merged if any(padding) else ():
+            layer.prepare(lengths=lengths, right_padding=padding)
+        _read(model, merged, [prompt[:-1] for prompt in prompts])
+        for layer in merged if any(padding) else ():
+            layer.finalize()
+    keep_rows(merged, rows)
     return merged
+
+
+class Rows:
+    """What the layers of a batch share: where the prompt of each row ends, and so what it sees.
+
+    Prompts are at positions 0..width - 1, the shorter ones padded on the right, and completions
+    from `width` on. Without padding there is no mask: on CUDA, MLX has a fused kernel for one query
+    only where no mask is given.
+    """
+
+    def __init__(self, lengths: list[int], max_tokens: int) -> None:
+        self.limit = max(lengths) + max_tokens  # no position beyond it will be used
+        self._set(lengths)
+
+    def _set(self, lengths: list[int]) -> None:
+        import mlx.core as mx
+
+        self.lengths, self.width = lengths, max(lengths)
+        self.padded = min(lengths) < self.width
+        self._ends = mx.array(lengths)  # (B,)
+        self._visible: Any = None  # (B, 1, 1, limit)
+        self._offset: Any = None
+        self._offset_end = -1
+
+    def offset(self, end: int) -> Any:
+        """RoPE position of the token at position `end`: an int, or (B,) where rows differ."""
+        if not self.padded:
+            return end
+        if self._offset_end != end:  # once for all layers
+            self._offset, self._offset_end = self._ends + (end - self.width), end
+        return self._offset
+
+    def mask(self, end: int, window: int | None) -> Any:
+        """(B, 1, 1, end + 1) what the token at position `end` sees; None: everything.
+
+        With a `window`, only so many tokens up to this one.
+        """
+        import mlx.core as mx
+
+        if not self.padded and (window is None or end < window):
+            return None
+        if self._visible is None:
+            position = mx.arange(self.limit + 1)
+            seen = (position < self._ends[:, None]) | (position >= self.width)
+            self._visible = seen[:, None, None]
+        visible = self._visible[..., : end + 1]
+        if window is None:
+            return visible
+        # Distance in tokens: from behind the padding, a prompt is so much nearer.
+        position = mx.arange(end + 1)
+        padding = mx.where(position < self.width, self.width - self._ends[:, None], 0)
+        return visible & (end - position - padding < window)[:, None, None]
+
+    def keep(self, keep: list[int]) -> slice:
+        """Drop rows. Returns the positions that only padding is left at."""
+        gap = slice(max(self.lengths[i] for i in keep), self.width)
+        self.limit -= gap.stop - gap.start
+        self._set([self.lengths[i] for i in keep])
+        return gap
+
+
+class RowCache:
+    """One layer's keys and values of the rows of a batch; takes one token at a time."""
+
+    def __init__(self, rows: Rows, pair: tuple[Any, Any] | None) -> None:
+        self.rows, self.end = rows, rows.width  # `end` positions are in use
+        self.keys, self.values = pair or (None, None)  # (B, heads, positions, head size)
+
+    @property
+    def offset(self) -> Any:
+        return self.rows.offset(self.end)
+
+    def make_mask(self, count: int, return_array: bool = False, window_size: Any = None) -> Any:
+        assert count == 1
+        return self.rows.mask(self.end, window_size)
+
+    def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Store (B, heads, 1, head size) at the next position; returns all positions in use."""
+        if self.keys is None or self.end == self.keys.shape[2]:
+            room = min(STEP, max(1, self.rows.limit - self.end))
+            self.keys, self.values = (
+                _grown(self.keys, keys, room),
+                _grown(self.values, values, room),
+            )
+        end = self.end = self.end + 1
+        self.keys[:, :, end - 1 : end], self.values[:, :, end - 1 : end] = keys, values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, index: Any, gap: slice) -> None:
+        """Keep the rows of `index`, and cut out the positions of `gap`."""
+        self.keys, self.values = (_cut(x, index, gap) for x in (self.keys, self.values))
+        self.end -= gap.stop - gap.start
+
+
+def _grown(stored: Any, new: Any, room: int) -> Any:
+    import mlx.core as mx
+
+    zeros = mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype)
+    return zeros if stored is None else mx.concatenate([stored, zeros], axis=2)
+
+
+def _cut(x: Any, index: Any, gap: slice) -> Any:
+    import mlx.core as mx
+
+    if gap.start < gap.stop:
+        x = mx.concatenate([x[:, :, : gap.start], x[:, :, gap.stop :]], axis=2)
+    return x[index]
