@@ -42,8 +42,8 @@ import numpy as np
 
 if TYPE_CHECKING or not __package__:
     from utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
-    from utils import memory, planning, reward_functions, rewarding, runtime, settings
-    from utils import stopping, templates, tracking
+    from utils import memory, nucleus, planning, reward_functions, rewarding, runtime
+    from utils import settings, stopping, templates, tracking, views
     from utils.console import say
     from utils.errors import RunError, UserError
     from utils.loading import LoadedModel, load_model
@@ -53,8 +53,8 @@ if TYPE_CHECKING or not __package__:
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
     from .utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
-    from .utils import memory, planning, reward_functions, rewarding, runtime, settings
-    from .utils import stopping, templates, tracking
+    from .utils import memory, nucleus, planning, reward_functions, rewarding, runtime
+    from .utils import settings, stopping, templates, tracking, views
     from .utils.console import say
     from .utils.errors import RunError, UserError
     from .utils.loading import LoadedModel, load_model
@@ -712,22 +712,49 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
 
     Temperature first, then top_k, top_p, min_p: the order of Hugging Face and vLLM.
     """
-    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
-
     logits = logits.astype(mx.float32) / (how.temperature or 1.0)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)  # (B, V)
-    kept = logprobs
+    best = logits.max(axis=-1, keepdims=True)
+    weights = mx.exp(logits - best)  # (B, V) probabilities but for a factor, the largest 1
+    kept = weights
     if 0 < how.top_k < logits.shape[-1]:
-        kept = apply_top_k(kept, how.top_k)
+        kept = mx.where(kept >= mx.topk(kept, how.top_k).min(axis=-1, keepdims=True), kept, 0)
     if how.top_p < 1:
-        kept = apply_top_p(kept, how.top_p)
+        kept = mx.where(kept >= nucleus.threshold(kept, how.top_p), kept, 0)
     if how.min_p > 0:
-        kept = apply_min_p(kept, how.min_p)
-    if how.temperature:
-        tokens = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(kept, keys)
-    else:
-        tokens = mx.argmax(kept, axis=-1)
-    return tokens, mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+        kept = mx.where(kept >= how.min_p, kept, 0)
+    tokens = draw(kept, keys) if how.temperature else mx.argmax(logits, axis=-1)
+    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)
+    return tokens, (chosen - best - mx.log(weights.sum(axis=-1, keepdims=True)))[:, 0]
+
+
+def draw(weights: mx.array, keys: mx.array) -> mx.array:
+    """(B, V) weights, (B, 2) keys -> (B,) entries, each drawn in proportion to its weight.
+
+    Inverse transform sampling: where the running sum of the weights passes a uniform share of
+    their total. Blocks of the vocabulary first, then the entries of one block: a running sum over
+    150,000 float32 numbers would be too rough, and slower.
+    """
+    uniform = mx.vmap(lambda key: mx.random.uniform(key=key))(keys)  # (B,)
+    padding = -weights.shape[-1] % DRAW_BLOCK
+    weights = mx.pad(weights, [(0, 0), (0, padding)]) if padding else weights
+    weights = weights.reshape(len(weights), -1, DRAW_BLOCK)
+    totals = weights.sum(axis=-1)  # (B, blocks)
+    block, left = passed(totals, uniform * totals.sum(axis=-1))
+    entries = mx.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]  # (B, DRAW_BLOCK)
+    return block * DRAW_BLOCK + passed(entries, left)[0]
+
+
+DRAW_BLOCK = 128
+
+
+def passed(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+    """(B, N), (B,) -> where each running sum passes its target, and how far the target is in it."""
+    running = mx.cumsum(weights, axis=-1)
+    # Rounding must not put the target before the first or behind the last positive weight.
+    target = mx.clip(target[:, None], 0, running[:, -1:] * (1 - 2**-23))
+    index = (running <= target).sum(axis=-1, keepdims=True)  # (B, 1)
+    before = mx.take_along_axis(running - weights, index, axis=-1)
+    return index[:, 0], (target - before)[:, 0]
 
 
 BLOCK = 8  # decode steps between looks at the tokens on the host
@@ -755,12 +782,13 @@ def sample_batch(
     # The key of a position is the row's with the position added: (max_tokens, B, 2)
     positions = np.arange(how.max_tokens, dtype=np.uint32)[:, None, None] * np.array([0, 1], "u4")
     step_keys = mx.array(keys + positions)
+    sample_step = caches.compiled(partial(sample_tokens, how=how))
     unread: tuple[list[Completion], Any, Any] | None = None
     for start in range(0, how.max_tokens, BLOCK):
         ids, logprobs = [], []
         for step in range(start, min(start + BLOCK, how.max_tokens)):
             logits = model(tokens[:, None], cache=cache)[:, -1]  # (B, V)
-            tokens, logprob = sample_tokens(logits, step_keys[step], how)
+            tokens, logprob = sample_step(logits, step_keys[step])
             mx.async_eval(tokens, logprob)
             ids.append(tokens)
             logprobs.append(logprob)
@@ -1192,6 +1220,7 @@ class MLXGRPOTrainer:
         self, model: nn.Module, rows: list[dict], keys: list[np.ndarray], how: Sampling
     ) -> list[Completion]:
         """len(keys) / len(rows) completions of each row, in as few batches as memory allows."""
+        model = views.joined(model, self.plan.spare_for_rollouts)
         stop = StopRule(self.tokenizer, how.stop_strings)
         prompts, group = [row["prompt_ids"] for row in rows], len(keys) // len(rows)
         completions: list[Completion] = []
@@ -1226,7 +1255,8 @@ class MLXGRPOTrainer:
             for n in range(self.args.num_generations)
         ]
         rows = [self.train_dataset[row] for row in batch]
-        return self.sample(self.model_old, rows, keys, self.sampling)
+        policy = views.merged(self.model_old, self.plan.spare_for_rollouts)
+        return self.sample(policy, rows, keys, self.sampling)
 
     def compute_rewards(
         self, rows: list[dict[str, Any]], responses: list[Completion]

@@ -194,7 +194,7 @@ def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size
     evaluator.reward_calls = RewardCalls(config.reward_timeout)
     evaluator.update_step = evaluator.total_updates = evaluator.rollout = 0
     evaluator.rollouts_per_epoch = 1
-    evaluator.plan = SimpleNamespace(rollout_batch_size=batch_size)
+    evaluator.plan = SimpleNamespace(rollout_batch_size=batch_size, spare_for_rollouts=0.0)
     evaluator.interrupted, evaluator.bar = False, console.no_bar()
     return evaluator
 

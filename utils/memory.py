@@ -416,6 +416,11 @@ class Plan:
         return self.resident + self.kv_cache + self.rollout_logits
 
     @property
+    def spare_for_rollouts(self) -> float:
+        """What a view of the policy that samples faster may take (utils/views.py)."""
+        return HEADROOM * self.budget_bytes - self.rollout_peak
+
+    @property
     def gradient_peak(self) -> int:
         return self.resident + self.gradients + self.activations + self.logits
 

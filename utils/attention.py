@@ -1,0 +1,81 @@
+"""Attention of one new token per row on CUDA, where MLX lacks a fused kernel for it.
+
+With an array mask, MLX's CUDA backend computes attention to one query by five operations a layer;
+without, by a kernel that reads the keys and values once for every query head. Measured on one H200
+(Qwen2.5-1.5B in bfloat16, 190 tokens of context, milliseconds per decode step):
+
+    rows  MLX, mask  MLX, no mask  `by_share`  `by_products`
+      64        5.0           4.0         4.2            5.1
+     256       10.4           6.8        10.2            5.5
+"""
+
+import sys
+from functools import wraps
+from typing import Any
+
+MANY = 2**15  # rows x keys from which on reading keys once a query head costs more than launches
+FUSED_HEAD_SIZES = (64, 96, 128)
+
+
+def install(model: Any) -> bool:
+    """Let the model's attention go by `attend` where its cache is ours. Only on CUDA.
+
+    mlx-lm's models look the function up in their own module; with other caches nothing changes.
+    """
+    import mlx.core as mx
+    from mlx_lm.models import base
+
+    if not mx.cuda.is_available():
+        return False
+    plain = base.scaled_dot_product_attention
+    for name in {type(module).__module__ for module in model.modules()}:
+        module: Any = sys.modules[name]
+        if getattr(module, "scaled_dot_product_attention", None) is plain:
+            module.scaled_dot_product_attention = dispatching(plain)
+    return True
+
+
+def dispatching(plain: Any) -> Any:
+    """mlx-lm's attention function, but for caches with rows of their own."""
+
+    @wraps(plain)
+    def attention(
+        queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None
+    ) -> Any:
+        rows = getattr(cache, "rows", None)
+        if rows is None or sinks is not None:
+            return plain(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+        if len(keys) * keys.shape[2] >= MANY and queries.shape[1] > keys.shape[1]:
+            return by_products(queries, keys, values, scale, mask)
+        fused = queries.shape[-1] == values.shape[-1] and queries.shape[-1] in FUSED_HEAD_SIZES
+        if mask is not None and fused and rows.padding_is_neutral:
+            return by_share(queries, keys, values, scale, rows.real(values))
+        return plain(queries, keys, values, cache, scale=scale, mask=mask)
+
+    return attention
+
+
+def by_products(queries: Any, keys: Any, values: Any, scale: float, mask: Any) -> Any:
+    """(B, heads, 1, D) over (B, groups, N, D): the heads of a group are rows of one product."""
+    import mlx.core as mx
+
+    rows, heads, _, size = queries.shape
+    groups = keys.shape[1]
+    scores = (queries * scale).reshape(rows, groups, heads // groups, size) @ keys.swapaxes(-1, -2)
+    if mask is not None:
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)  # (B, groups, heads, N)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    return (weights @ values).reshape(rows, heads, 1, values.shape[-1])
+
+
+def by_share(queries: Any, keys: Any, values: Any, scale: float, real: Any) -> Any:
+    """The same by two fused kernels without a mask.
+
+    Where the values of padding are 0, attention to everything is the wanted result times the share
+    of the weight that is not on padding, and that is attention to `real`: 1, and 0 at padding. The
+    keys of padding repeat the row's first key, so that the share is at least 1 / (1 + padding).
+    """
+    import mlx.core as mx
+
+    everything = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
+    return everything / mx.fast.scaled_dot_product_attention(queries, keys, real, scale=scale)

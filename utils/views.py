@@ -1,0 +1,109 @@
+"""Views of the policy for sampling: the same function in fewer and larger operations.
+
+Decoding is bound by what the host spends on each operation until a batch has hundreds of rows.
+A view shares the policy's arrays, except for those that it merges or joins.
+"""
+
+import copy
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+# Layers that the models of mlx-lm which have them apply to one and the same input.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("c_q", "c_k", "c_v"))
+
+
+def merged(model: Any, room: float) -> Any:
+    """A view with the adapters of unquantized layers multiplied out into their weights.
+
+    Merged weights of half precision are rounded anew, so it is a slightly different policy: only
+    for rollouts, whose importance weights correct for that. Returns the model itself where there is
+    nothing to merge, or where the new weights take more than `room` bytes.
+    """
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_unflatten
+
+    adapters = {
+        name: module
+        for name, module in model.named_modules()
+        if "lora_a" in module and type(module.get("linear")) is nn.Linear
+    }
+    if not adapters or sum(m.linear.weight.nbytes for m in adapters.values()) > room:
+        return model
+    view = copy.deepcopy(model)
+    view.update_modules(tree_unflatten([(name, m.fuse()) for name, m in adapters.items()]))
+    mx.eval(view.parameters())
+    return view
+
+
+def joined(model: Any, room: float) -> Any:
+    """A view in which linear layers of the same input are one matrix product.
+
+    Returns the model itself where there are none, where the copy of their weights takes more than
+    `room` bytes, and on Metal, where launches are cheap and nothing was measured.
+    """
+    import mlx.core as mx
+
+    view = copy.deepcopy(model)
+    found = [
+        (module, names, [module[name] for name in names])
+        for _, module in view.named_modules()
+        for names in TOGETHER
+        if _alike([module.get(name) for name in names])
+    ]
+    size = sum(x.nbytes for _, _, layers in found for layer in layers for x in _arrays(layer))
+    if not found or size > room or mx.metal.is_available():
+        return model
+    for module, names, layers in found:
+        product = Product(layers)
+        for i, name in enumerate(names):
+            setattr(module, name, partial(product.part, i))
+    return view
+
+
+def _arrays(layer: Any) -> list[Any]:
+    return [x for x in layer.values() if x is not None]
+
+
+def _alike(layers: list[Any]) -> bool:
+    """Whether these are plain linear layers that differ in nothing but their number of outputs."""
+    import mlx.nn as nn
+
+    if {type(layer) for layer in layers} not in ({nn.Linear}, {nn.QuantizedLinear}):
+        return False
+    kinds = {
+        (
+            *(getattr(layer, name, None) for name in ("group_size", "bits", "mode")),
+            *((name, x.dtype, x.shape[1:]) for name, x in sorted(layer.items()) if x is not None),
+        )
+        for layer in layers
+    }
+    return len(kinds) == 1
+
+
+class Product:
+    """Linear layers as one: the first that is applied to an input computes all of them."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        import mlx.core as mx
+
+        self.layer = copy.copy(layers[0])
+        for name, first in layers[0].items():
+            if first is not None:
+                self.layer[name] = mx.concatenate([layer[name] for layer in layers])
+        mx.eval(_arrays(self.layer))
+        self.cuts = list(accumulate(len(layer.weight) for layer in layers))[:-1]
+        self.x: Any = None
+        self.parts: list[Any] = []
+
+    def part(self, i: int, x: Any) -> Any:
+        """What layer i makes of x. Given once and let go, or it would stay until the next input."""
+        import mlx.core as mx
+
+        if x is not self.x or self.parts[i] is None:
+            self.x, self.parts = x, list(mx.split(self.layer(x), self.cuts, axis=-1))
+        part, self.parts[i] = self.parts[i], None
+        if all(other is None for other in self.parts):
+            self.x = None
+        return part
