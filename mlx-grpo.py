@@ -41,8 +41,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or not __package__:
-    from utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
-    from utils import memory, nucleus, planning, reward_functions, rewarding, runtime
+    from utils import batching, caches, checkpoints, checks, console, curriculum, datafiles
+    from utils import loading, memory, nucleus, planning, reward_functions, rewarding, runtime
     from utils import settings, stopping, templates, tracking, views
     from utils.console import say
     from utils.errors import RunError, UserError
@@ -52,8 +52,8 @@ if TYPE_CHECKING or not __package__:
     from utils.text import redact
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
-    from .utils import caches, checkpoints, checks, console, curriculum, datafiles, loading
-    from .utils import memory, nucleus, planning, reward_functions, rewarding, runtime
+    from .utils import batching, caches, checkpoints, checks, console, curriculum, datafiles
+    from .utils import loading, memory, nucleus, planning, reward_functions, rewarding, runtime
     from .utils import settings, stopping, templates, tracking, views
     from .utils.console import say
     from .utils.errors import RunError, UserError
@@ -1129,6 +1129,7 @@ class MLXGRPOTrainer:
             seed=a.seed,
             compiled=a.use_compile,
         )
+        self.scorer = batching.make_scorer(token_logprobs, a.use_compile)
         self.loss_and_grad = self.make_loss_and_grad()
 
     @property
@@ -1298,7 +1299,7 @@ class MLXGRPOTrainer:
     def micro_batches(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
     ) -> list[dict[str, mx.array]]:
-        """The update cut into padded batches of at most `micro_batch_tokens` tokens.
+        """The update cut into padded batches of at most `micro_batch_tokens` tokens that are read.
 
         Where only the advantage has a gradient, sequences with advantage 0 are left out; the
         weights were fixed before, so they stay in the normaliser. NaN: out of that too.
@@ -1306,63 +1307,54 @@ class MLXGRPOTrainer:
         lengths = np.array([len(response.ids) for response in responses])
         lengths = np.where(np.isnan(advantages), 0, lengths)
         weights = sequence_weights(lengths, self.args.loss_type, self.sampling.max_tokens)
-        totals = [
-            len(row["prompt_ids"]) + len(r.ids) for row, r in zip(rows, responses, strict=True)
-        ]
+        pairs = [(row["prompt_ids"], r.ids) for row, r in zip(rows, responses, strict=True)]
         a, kl_in_loss = self.args, self.ref_model is not None and self.args.kl_placement == "loss"
         always = kl_in_loss or a.entropy_coeff > 0 or a.top_entropy_quantile < 1
         idle = np.isnan(advantages) | ((advantages == 0) & (not always))
-        used = [i for i in np.argsort(totals) if not idle[i]]
-        groups: list[list[int]] = []
-        for i in used:  # from the shortest up, so that each batch has little padding
-            size = 1 + self.padded(totals[i] - 1)
-            full = groups and self.rows(len(groups[-1]) + 1) * size > self.plan.micro_batch_tokens
-            if not groups or full:
-                groups.append([])
-            groups[-1].append(i)
+        used = np.flatnonzero(~idle).tolist()
         return [
             self.pad_batch(
-                [rows[i] for i in group],
-                [responses[i] for i in group],
-                {"advantages": advantages[group], "weights": weights[group], "row": group},
+                [rows[i] for i in pack.rows],
+                [responses[i] for i in pack.rows],
+                {"advantages": advantages[pack.rows], "weights": weights[pack.rows]}
+                | {"row": pack.rows},
+                pack,
             )
-            for group in groups
+            for pack in self.scorer.pack(self.model, pairs, used, self.plan.micro_batch_tokens)
         ]
 
-    def padded(self, length: int) -> int:
-        """Compiled lengths come in multiples of 32, since each new shape is compiled anew."""
-        return -(-length // 32) * 32 if self.args.use_compile else length
-
-    def rows(self, count: int) -> int:
-        """Compiled row counts are 1, 2, 4, and multiples of 8, for the same reason."""
-        if not self.args.use_compile:
-            return count
-        return -(-count // 8) * 8 if count > 4 else 1 << (count - 1).bit_length()
-
     def pad_batch(
-        self, rows: list[dict], responses: list[Completion], per_row: dict | None = None
+        self,
+        rows: list[dict],
+        responses: list[Completion],
+        per_row: dict | None = None,
+        pack: batching.Pack | None = None,
     ) -> dict[str, mx.array]:
         """(B, T) tokens, prompt then completion then padding, and the (B, W) windows for the loss.
 
         The window is the last W of the T - 1 predictions: wide enough for every completion. Rows
-        that only fill up the batch have mask and weight 0.
+        that only fill up the batch have mask and weight 0. With a `pack`, `self.scorer` adds what
+        it reads instead of the tokens.
         """
-        pairs = [(row["prompt_ids"], r) for row, r in zip(rows, responses, strict=True)]
-        count = self.rows(len(pairs))
-        total = 1 + self.padded(max(len(p) + len(r.ids) for p, r in pairs) - 1)
-        width = min(total - 1, self.padded(total - min(len(p) for p, _ in pairs)))
+        pairs = [(row["prompt_ids"], r.ids) for row, r in zip(rows, responses, strict=True)]
+        length = self.scorer.shapes.length
+        count = self.scorer.shapes.rows(len(pairs))
+        total = 1 + length(max(len(prompt) + len(ids) for prompt, ids in pairs) - 1)
+        width = min(total - 1, length(total - min(len(prompt) for prompt, _ in pairs)))
         tokens = np.zeros((count, total), np.int32)
         mask, sampled = np.zeros((2, count, width), np.float32)
-        for i, (prompt, response) in enumerate(pairs):
-            end = len(prompt) + len(response.ids)
-            tokens[i, :end] = prompt + response.ids
+        for i, (prompt, ids) in enumerate(pairs):
+            end = len(prompt) + len(ids)
+            tokens[i, :end] = prompt + ids
             # The prediction of token t stands at t - 1, and the window starts at total - 1 - width.
             window = slice(len(prompt) + width - total, end + width - total)
             mask[i, window] = 1
-            sampled[i, window] = response.logprobs
+            sampled[i, window] = responses[i].logprobs
         arrays = {"tokens": tokens, "mask": mask, "sampler_logprobs": sampled}
         for name, values in (per_row or {}).items():
             arrays[name] = np.pad(np.asarray(values, np.float32), (0, count - len(pairs)))
+        if pack:
+            arrays |= self.scorer.layout(pack, pairs, mask, total)
         return {name: mx.array(x) for name, x in arrays.items()}
 
     def compute_grpo_loss(
@@ -1370,9 +1362,8 @@ class MLXGRPOTrainer:
     ) -> tuple[mx.array, dict[str, mx.array], mx.array]:
         """Loss, sums for the log, and the (B, W) log-probs of the policy being trained."""
         a = self.args
-        width = batch["mask"].shape[1]
-        logprobs, entropies = token_logprobs(
-            self.model, batch["tokens"], width, a.temperature, with_entropy=a.entropy_coeff > 0
+        logprobs, entropies = self.scorer(
+            self.model, batch, a.temperature, with_entropy=a.entropy_coeff > 0
         )
         loss, sums = grpo_loss(logprobs, batch, a, entropies)
         return loss, sums, mx.stop_gradient(logprobs)
@@ -1381,8 +1372,7 @@ class MLXGRPOTrainer:
         self, model: nn.Module, batch: dict[str, mx.array], with_entropy: bool = False
     ) -> tuple[mx.array, mx.array | None]:
         """(B, W) log-probs (and entropies) of a micro-batch, without a gradient."""
-        width, temperature = batch["mask"].shape[1], self.args.temperature
-        found = token_logprobs(model, batch["tokens"], width, temperature, with_entropy)
+        found = self.scorer(model, batch, self.args.temperature, with_entropy)
         mx.eval(found)
         return found
 

@@ -566,8 +566,9 @@ def limits(name):
 
 
 def recomputed(settings):
-    """Layers that a gradient recomputes."""
+    """Layers that a gradient recomputes, for prompts and for completions."""
     trainer = trainer_of(settings)
+    trainer.train_step([0, 1])  # the first one checks how to score
     return len(calls(mx, "checkpoint", lambda: trainer.train_step([0, 1])))
 
 
@@ -576,16 +577,22 @@ def compiled(settings):
     remainder of lengths by 32."""
     trainer_of({})  # importing a model's code compiles parts of it
     given = calls(mx, "compile", lambda: trainer_of(settings))
-    steps = ["inputs" in arguments and "outputs" in arguments for _, arguments in given]
-    return [steps, {(length - 1) % 32 for _, length in shapes(settings)}]
+    steps = ["outputs" in arguments for _, arguments in given if "inputs" in arguments]
+    return [steps, {tokens % 32 for _, tokens in shapes(settings)}]
 
 
 def shapes(settings):
-    """(B, T) of each micro-batch that a gradient is taken of."""
+    """Completions of each micro-batch that a gradient is taken of, and the tokens that it reads."""
     trainer = trainer_of(settings)
     trainer.loss_and_grad = mock.Mock(side_effect=trainer.loss_and_grad)
     trainer.train_step([0, 1])
-    return [call.args[0]["tokens"].shape for call in trainer.loss_and_grad.call_args_list]
+    batches = [call.args[0] for call in trainer.loss_and_grad.call_args_list]
+    rows = [batch["rows"] for batch in batches]
+    read = [
+        batch["prompts"].size + len(r) * (r.shape[1] - 1)
+        for batch, r in zip(batches, rows, strict=True)
+    ]
+    return list(zip(map(len, rows), read, strict=True))
 
 
 def rollout_sizes(settings):
@@ -988,11 +995,11 @@ FIELDS = {
         {"max_updates": 2},
     ),
     "overwrite": Watch(False, True, second_run, {"code": 0, "left": []}, ONE),
-    "use_compile": Watch(False, True, compiled, [[False, True], {0}]),
-    "gradient_checkpointing": Watch(False, True, recomputed, 2),
+    "use_compile": Watch(False, True, compiled, [[True], {0}]),
+    "gradient_checkpointing": Watch(False, True, recomputed, 4),
     "rollout_batch_size": Watch(0, 3, rollout_sizes, [3, 3, 2]),
     "micro_batch_tokens": Watch(
-        0, 100, shapes, lambda _, b: sum(n for n, _ in b) == 8 and max(n * t for n, t in b) <= 100
+        0, 100, shapes, lambda _, b: sum(n for n, _ in b) == 8 and max(t for _, t in b) <= 100
     ),
     "wired_limit_gb": Watch(0.0, 0.5, limits("set_wired_limit"), [[(500_000_000,), {}]]),
     "cache_limit_gb": Watch(0.0, 0.5, limits("set_cache_limit"), [[(500_000_000,), {}]]),

@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from utils import memory
+from utils.prefix import checkpoint_layers
 
 QWEN_1_5B = {
     "model_type": "qwen2",
@@ -492,7 +493,7 @@ def test_estimate_agrees_with_the_measured_peak(changes, train_type, dtype, chec
         linear_to_lora_layers(model, -1, {"rank": 4, "scale": 1.0, "dropout": 0.0})
         mx.eval(model.parameters())
     if checkpointing:
-        memory.checkpoint_layers(model)
+        checkpoint_layers(model)
     shape = memory.shape_from_config(config, dtype.size)
     run = {"prompt_tokens": prompt, "completion_tokens": sequence - prompt, "lora_rank": 4}
     result = plan(
@@ -521,7 +522,7 @@ def test_estimate_of_the_measured_h200_run():
 def test_checkpointed_layers_give_the_same_gradients_with_less_memory():
     config = {**TINY, "num_hidden_layers": 6}
     plain, checkpointed = tiny_model(config), tiny_model(config)
-    memory.checkpoint_layers(checkpointed)
+    checkpoint_layers(checkpointed)
     tokens = mx.random.randint(0, 96, (2, 64))
 
     def gradients(model):
@@ -541,7 +542,7 @@ def test_checkpointed_layers_leave_a_cached_forward_alone():
     """Keys and values leave a layer through its cache: gradients through it must stay right."""
     tokens = mx.random.randint(0, 96, (2, 32))
     gradients = []
-    for wrap in (lambda model: None, memory.checkpoint_layers):
+    for wrap in (lambda model: None, checkpoint_layers):
         model = tiny_model()
         wrap(model)
 

@@ -237,7 +237,9 @@ def load_model(config: Any) -> LoadedModel:
     if train_type != "full":
         add_adapters(config, loaded)
     if config.gradient_checkpointing:
-        memory.checkpoint_layers(model)
+        from .prefix import checkpoint_layers
+
+        checkpoint_layers(model)
     model.eval()  # new adapters come with their dropout on
     mx.eval(model.parameters())
     return loaded

@@ -1,4 +1,4 @@
-"""The memory plan of a run, from config.json and safetensors headers alone, and checkpointing.
+"""The memory plan of a run, from config.json and safetensors headers alone.
 
 The plan serves `--dry-run`, and chooses the rollout batch and the micro-batch when they are 0.
 
@@ -755,33 +755,3 @@ def plan(shape: ModelShape, **settings: Any) -> Plan:
             )
     result = _build(shape, wanted)
     return result if result.fits else replace(result, suggestions=_suggestions(shape, wanted))
-
-
-def _checkpointed(layer_type: type) -> type:
-    """A subclass of a block's type whose forward pass keeps nothing but its inputs."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        import mlx.core as mx
-
-        # Keys and values leave a block through its cache object, which mx.checkpoint cannot see:
-        # gradients would be silently wrong.
-        if any(hasattr(a, "update_and_fetch") for a in (*args, *kwargs.values())):
-            return layer_type.__call__(self, *args, **kwargs)
-
-        def forward(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-            self.update(parameters)
-            return layer_type.__call__(self, *args, **kwargs)
-
-        return mx.checkpoint(forward)(self.trainable_parameters(), *args, **kwargs)
-
-    return type(layer_type.__name__, (layer_type,), {"__call__": call})
-
-
-def checkpoint_layers(model: Any) -> None:
-    """Gradient checkpointing for the blocks of this model only; rollouts stay as they are.
-
-    `mlx_lm.tuner.trainer.grad_checkpoint` patches the class instead, so every model of the process.
-    """
-    types = {type(layer): _checkpointed(type(layer)) for layer in model.layers}
-    for layer in model.layers:
-        object.__setattr__(layer, "__class__", types[type(layer)])

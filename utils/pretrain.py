@@ -47,7 +47,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from utils import checkpoints, litgpt, pretrain_data, pretrain_model, settings  # noqa: E402
 from utils.errors import RunError, UserError  # noqa: E402
-from utils.memory import checkpoint_layers  # noqa: E402
+from utils.prefix import checkpoint_layers  # noqa: E402
 from utils.pretrain_data import Rows  # noqa: E402
 from utils.tracking import Tracker, check_available, make_tracker  # noqa: E402
 

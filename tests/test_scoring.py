@@ -1,0 +1,288 @@
+"""The fast ways to score give the gradient of the plain one, or are left out and that is said."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers import make_trainer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map
+from test_gradient import gradient, micro_batches, relative_difference, rollout
+
+from utils import batching, scoring
+from utils.prefix import RowCache, checkpoint_layers
+
+SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+WINDOW = {"sliding_window": 8, "sliding_window_pattern": 2}
+CONVOLUTIONS = {"norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 64}
+CONVOLUTIONS |= {"block_ff_dim": 96, "block_multiple_of": 16, "block_ffn_dim_multiplier": 1.0}
+CONVOLUTIONS |= {"block_auto_adjust_ff_dim": False, "full_attn_idxs": [1, 3]}
+SHARING = {
+    "llama": {"tie_word_embeddings": False},
+    "qwen2": {},
+    "qwen3": {},
+    "mixtral": EXPERTS,
+    "gemma3_text": {**WINDOW, "query_pre_attn_scalar": 16},  # windows in some blocks
+    "cohere": {"logit_scale": 0.25},  # a factor behind the projection
+    "nanochat": {},  # a soft cap behind it, and its own name for the layers
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_ctx": 128, "n_positions": 128}
+    | {"layer_norm_epsilon": 1e-5},  # positions that are looked up
+}
+NOT_SHARING = {
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
+    "lfm2": CONVOLUTIONS,
+}
+
+
+def build(kind, changes):
+    from mlx_lm.utils import _get_classes
+
+    config = {"model_type": kind, **SHAPE, **changes}
+    model_class, arguments = _get_classes(config)
+    mx.random.seed(0)
+    model = model_class(arguments.from_dict(config))
+    model.update(tree_map(lambda p: p * 3 if p.ndim > 1 else p, model.parameters()))
+    return model
+
+
+def make_pairs():
+    """Three prompts of uneven lengths with four completions each, from one token up."""
+    generator = np.random.default_rng(0)
+
+    def ids(count):
+        return generator.integers(3, 300, count).tolist()
+
+    prompts = [ids(n) for n in (12, 7, 23)]
+    return [(prompt, ids(generator.integers(1, 15))) for prompt in prompts for _ in range(4)]
+
+
+PAIRS = make_pairs()
+ADVANTAGES = np.random.default_rng(1).normal(size=len(PAIRS))
+
+
+def total_gradient(model, scorer, packs):
+    """Of a loss with log-probs and entropies, summed over micro-batches, and its largest value."""
+    total = None
+    for pack in packs:
+        pairs = [PAIRS[i] for i in pack.rows]
+        batch = scoring.plain_batch(pairs)
+        arrays = scorer.layout(pack, pairs, np.array(batch["mask"]), batch["tokens"].shape[1])
+        batch |= {name: mx.array(values) for name, values in arrays.items()}
+        advantages = mx.array(ADVANTAGES[pack.rows])[:, None]
+
+        def loss(batch=batch, advantages=advantages):
+            logprobs, entropies = scorer(model, batch, 0.7, with_entropy=True)
+            return ((advantages * logprobs + 0.2 * entropies) * batch["mask"]).sum()
+
+        new = nn.value_and_grad(model, loss)()[1]
+        total = new if total is None else tree_map(mx.add, total, new)
+    return dict(tree_flatten(total))
+
+
+def expected_gradient(grpo, model):
+    plain = batching.make_scorer(grpo.token_logprobs, compiled=False)
+    everything = [batching.Pack([list(range(len(PAIRS)))])]
+    return total_gradient(model, plain, everything)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(scoring, "say", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("kind", [*SHARING, *NOT_SHARING])
+def test_every_way_has_the_gradient_of_the_plain_one(grpo, kind, said, monkeypatch):
+    model = build(kind, {**SHARING, **NOT_SHARING}[kind])
+    expected = expected_gradient(grpo, model)
+    scorer = batching.make_scorer(grpo.token_logprobs, compiled=False)
+    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), 10**6)
+    assert scorer.splits
+    assert scorer.shares == (kind in SHARING)
+    assert len(said) == (kind in NOT_SHARING)
+    assert len(scorer.names) == 1, "the projection, tied or not, and nothing else"
+    whole = total_gradient(model, scorer, packs)
+    assert relative_difference(expected, whole) <= 1e-5
+    monkeypatch.setattr(scoring, "PIECE_LOGITS", 16 * SHAPE["vocab_size"])
+    small = scorer.pack(model, PAIRS, range(len(PAIRS)), 40)
+    assert len(small) > 3
+    assert relative_difference(expected, total_gradient(model, scorer, small)) <= 1e-5
+    checkpoint_layers(model)
+    assert relative_difference(expected, total_gradient(model, scorer, packs)) <= 1e-5
+    scorer.shapes = batching.Shapes(bucketed=True)
+    padded = scorer.pack(model, PAIRS, range(len(PAIRS)), 200)
+    assert relative_difference(expected, total_gradient(model, scorer, padded)) <= 1e-5
+
+
+@pytest.mark.parametrize("wrong", ["no gradient", "position", "mask", "order"])
+def test_what_is_wrong_is_found_and_left_out(grpo, wrong, said, monkeypatch):
+    """The check at the start, and with it the test above, can fail."""
+    fetch, mask = RowCache.update_and_fetch, RowCache.make_mask
+
+    def update_and_fetch(self, keys, values):
+        if wrong == "no gradient":
+            self.state = tuple(mx.stop_gradient(s) for s in self.state)
+        if wrong == "order":
+            self.state = tuple(s[::-1] for s in self.state)
+        return fetch(self, keys, values)
+
+    def make_mask(self, *args, **kwargs):
+        right = mask(self, *args, **kwargs)
+        if wrong == "position":
+            self.offset = self.offset + 1
+        return mx.ones_like(right) if wrong == "mask" else right
+
+    monkeypatch.setattr(RowCache, "update_and_fetch", update_and_fetch)
+    monkeypatch.setattr(RowCache, "make_mask", make_mask)
+    model = build("qwen2", {})
+    scorer = batching.make_scorer(grpo.token_logprobs, compiled=False)
+    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), 10**6)
+    assert not scorer.shares
+    assert "own prompt" in said[0]
+    assert len(said) == 1
+    assert (
+        relative_difference(expected_gradient(grpo, model), total_gradient(model, scorer, packs))
+        <= 1e-5
+    )
+
+
+def test_a_model_that_cannot_be_taken_apart_is_scored_the_plain_way(grpo, said):
+    class Scaled(type(build("qwen2", {}))):
+        """Uses its input beside the hidden states, as no model of mlx-lm does."""
+
+        def __call__(self, inputs, cache=None, input_embeddings=None):
+            logits = super().__call__(inputs, cache, input_embeddings)
+            return logits * (1 + 0.1 * inputs[..., None])
+
+    model = build("qwen2", {})
+    object.__setattr__(model, "__class__", Scaled)
+    scorer = batching.make_scorer(grpo.token_logprobs, compiled=False)
+    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), 10**6)
+    assert not scorer.splits
+    assert "all positions" in said[0]
+    assert "window" not in scorer.layout(packs[0], PAIRS, np.ones((12, 4)), 5)
+
+
+def peak_of_head(vocabulary, trainable, piece):
+    """Bytes that scoring 512 hidden states takes, forward and backward, above what there was."""
+    model = build("qwen2", {"vocab_size": vocabulary, "num_hidden_layers": 1})
+    if not trainable:
+        model.freeze()
+    hidden = mx.random.normal((512, 64))
+    targets = mx.zeros(512, mx.int32)
+    names = ["model.embed_tokens.weight"]
+
+    def loss(parameters, hidden):
+        model.update(parameters)
+        return scoring.head_logprobs(model, names, hidden, targets, 1.0, piece=piece)[0].sum()
+
+    mx.eval(model.parameters(), hidden, targets)
+    mx.synchronize()
+    limit = mx.set_memory_limit(1)  # every operation waits: the peak of the computation itself
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    value, gradients = mx.value_and_grad(loss, (0, 1))(model.trainable_parameters(), hidden)
+    mx.eval(value, gradients)
+    mx.set_memory_limit(limit)
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_logits_exist_for_one_piece_at_a_time(trainable):
+    vocabulary = 8000
+    logits = 512 * vocabulary * 4
+    weights = 2 * vocabulary * 64 * 4 * trainable  # the gradient, and that of one piece
+    assert peak_of_head(vocabulary, trainable, 512) > 1.9 * logits
+    assert peak_of_head(vocabulary, trainable, 32) < 0.35 * logits + weights
+
+
+row = st.tuples(st.integers(0, 3), st.integers(1, 90))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(row, min_size=1, max_size=40),
+    st.integers(1, 1500),
+    st.booleans(),
+    st.booleans(),
+)
+def test_packs_hold_every_row_once_within_the_budget(rows, budget, bucketed, shared):
+    shapes = batching.Shapes(bucketed=bucketed)
+    prompts = [5, 40, 41, 200]
+    rows = [batching.Row(i, g, prompts[g], n) for i, (g, n) in enumerate(rows)]
+    pack = batching.pack_groups if shared else batching.pack_rows
+    packs = pack(rows, budget, shapes)
+    assert sorted(i for p in packs for i in p.rows) == list(range(len(rows)))
+    for p in packs:
+        members = [[rows[i] for i in group] for group in p.groups]
+        if shared:
+            assert all(len({r.group for r in group}) == 1 for group in members)
+            tokens = batching.shared_tokens(members, shapes)
+        else:
+            longest = max(r.prompt + r.completion for r in members[0])
+            tokens = shapes.rows(len(members[0])) * (1 + shapes.length(longest - 1))
+        assert tokens <= budget or len(p.rows) == 1
+
+
+def test_a_group_stays_together_until_that_costs_more():
+    shapes = batching.Shapes(overhead=32)
+
+    def cut(lengths, budget=10**6):
+        rows = [batching.Row(i, 0, 50, n) for i, n in enumerate(lengths)]
+        return [len(p.rows) for p in batching.pack_groups(rows, budget, shapes)]
+
+    assert cut([100] * 8) == [8]
+    assert cut([100] * 8, budget=500) == [4, 4], "split evenly, its prompt repeated"
+    assert cut([10] * 7 + [400]) == [1, 7], "padding all to 400 costs more than the prompt again"
+    assert cut([90] * 7 + [100]) == [8]
+
+
+def test_groups_of_a_trainer_are_scored_together(grpo, model_dir, data_dir, tmp_path):
+    """One pass over each prompt, and less to compute, for the plain gradient."""
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", kl_coeff=0.2)
+    sample = rollout(trainer)
+    batches = micro_batches(trainer, sample, 10**6)
+    (batch,) = batches
+    groups, rows = batch["prompts"].shape[0], batch["rows"].shape
+    assert groups == 3
+    assert rows[0] == 12
+    assert rows[1] - 1 == max(len(r.ids) for r in sample[1])
+    trainer.add_reference(batch)
+    fast_loss, fast = gradient(trainer, batches)
+    plain = {k: v for k, v in batch.items() if k != "window"}
+    width = plain["mask"].shape[1]
+    reference, _ = grpo.token_logprobs(trainer.ref_model, plain["tokens"], width, 1.0)
+    assert mx.allclose(batch["ref_logprobs"], reference * batch["mask"], atol=1e-5)
+    loss, expected = gradient(trainer, [plain])
+    assert fast_loss == pytest.approx(loss, rel=1e-5)
+    assert relative_difference(expected, fast) <= 1e-5
+
+
+@pytest.mark.parametrize("train_type", ["lora", "dora"])
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"use_compile": True}])
+def test_adapters_on_a_quantized_base(grpo, quantized_dir, data_dir, tmp_path, train_type, options):
+    settings = {"train_type": train_type, "lora_layers": 1, "lora_rank": 4, **options}
+    trainer = make_trainer(quantized_dir, data_dir, tmp_path / "o", **settings)
+    trainer.model.update(tree_map(lambda p: p + 0.02, trainer.model.trainable_parameters()))
+    batches = micro_batches(trainer, rollout(trainer), 10**6)
+    assert trainer.scorer.names == []
+    assert trainer.scorer.shares
+    fast = gradient(trainer, batches)[1]
+    trainer.args.use_compile = False
+    expected = gradient(trainer, [{k: v for k, v in b.items() if k != "window"} for b in batches])
+    assert relative_difference(expected[1], fast) <= 1e-5

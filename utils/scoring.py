@@ -1,0 +1,428 @@
+"""Log-probabilities of completions: the script's `token_logprobs`, faster and in less memory.
+
+* The vocabulary projection (the head) is applied only to the hidden states that are scored, in
+  pieces one after the other, so that the logits of no more than one piece exist.
+* A prompt is read once for its group. Its completions attend to its keys and values, and through
+  them their gradients flow back into it.
+
+Before the first update both are compared with the plain way, on a few tokens of the run's own data;
+what does not agree for a model's architecture is left out, and said.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from . import batching
+from .batching import Pair
+from .console import say
+from .prefix import PromptCache, RowCache
+
+INNER = ("model", "transformer", "backbone")
+"""Names under which mlx-lm's models keep what maps tokens to hidden states."""
+PIECE_LOGITS = 2**28
+"""Logits of one piece: 1 GB in float32, 1,766 tokens of Qwen's vocabulary."""
+
+MAX_CHECKED_WINDOW = 4096
+"""Longest sliding window that the check goes beyond."""
+HALF = (mx.bfloat16, mx.float16)
+TOLERANCES, HALF_TOLERANCES = (0.01, 0.02), (0.1, 0.3)
+"""Of log-probs (mean, absolute) and gradients (relative), in float32 (which may be TensorFloat32)
+and in half precision. What is wrong is wrong by more: 0.8 without the gradient through prompts."""
+
+
+def named(tree: Any) -> list[tuple[str, mx.array]]:
+    """The arrays of a tree with their dotted names."""
+    flat: Any = tree_flatten(tree)
+    return flat
+
+
+class StandIn:
+    """In place of a model's layers: records what they return, or returns what it was given."""
+
+    def __init__(self, inner: Any, hidden: mx.array | None = None) -> None:
+        self.inner, self.hidden = inner, hidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        if self.hidden is None:
+            self.hidden = self.inner(*args, **kwargs)
+        return self.hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def text_model(model: Any) -> Any:
+    """The part of a model of text and images that is a language model; itself for the others."""
+    while hasattr(model, "language_model"):
+        model = model.language_model
+    return model
+
+
+def with_stand_in(model: Any, hidden: mx.array | None = None) -> tuple[Any, StandIn]:
+    """A view of the model (all arrays shared) with a stand-in for its layers."""
+    view = copy.copy(model)
+    name = next(name for name in INNER if hasattr(model, name))
+    stand_in = StandIn(getattr(model, name), hidden)
+    setattr(view, name, stand_in)
+    return view, stand_in
+
+
+def hidden_states(model: Any, tokens: mx.array, cache: Any = None) -> mx.array:
+    """(B, T) tokens -> (B, T, H): what the head gets. Logits are never evaluated."""
+    view, stand_in = with_stand_in(text_model(model))
+    view(tokens, cache=cache)
+    assert stand_in.hidden is not None
+    return stand_in.hidden
+
+
+def head(model: Any, hidden: mx.array) -> mx.array:
+    """(N, H) hidden states -> (N, V) logits, with whatever the model does after its projection."""
+    view, _ = with_stand_in(text_model(model), hidden[None])
+    return view(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
+
+
+def from_logits(
+    logits: mx.array, targets: mx.array, temperature: float, with_entropy: bool
+) -> tuple[mx.array, ...]:
+    """(N, V) logits, (N,) targets -> float32 (N,) log-probs, and entropies if wanted.
+
+    The backward pass makes one more (N, V) array, of the logits' type.
+    """
+
+    @mx.custom_function
+    def score(logits: mx.array) -> tuple[mx.array, ...]:
+        z = logits.astype(mx.float32) / temperature
+        normaliser = mx.logsumexp(z, axis=-1)
+        chosen = mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0]
+        if not with_entropy:
+            return (chosen - normaliser,)
+        mean = (mx.exp(z - normaliser[:, None]) * z).sum(axis=-1)
+        return chosen - normaliser, normaliser - mean
+
+    @score.vjp
+    def backward(logits: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+        chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
+        normaliser = chosen.astype(mx.float32) / temperature - outputs[0][:, None]
+        hit = mx.arange(logits.shape[-1]) == targets[:, None]
+        rest = [column[:, None] for column in (*cotangents, *outputs[1:])]
+        fuse = mx.default_device() == mx.gpu  # on the CPU it would wait for a C++ compiler
+        gradient = _fused_logit_gradient if fuse else _logit_gradient
+        return gradient(logits, hit, mx.array(temperature), normaliser, *rest)
+
+    scores: Any = score(logits)
+    return scores
+
+
+def _logit_gradient(
+    logits: mx.array,
+    hit: mx.array,
+    temperature: mx.array,
+    normaliser: mx.array,
+    d_logprob: mx.array,
+    d_entropy: mx.array | None = None,
+    entropy: mx.array | None = None,
+) -> mx.array:
+    """d log p = onehot - p and d H = -p (log p + H), both over the temperature."""
+    logp = logits.astype(mx.float32) / temperature - normaliser
+    p = mx.exp(logp)
+    gradient = d_logprob * (hit - p)
+    if d_entropy is not None and entropy is not None:
+        gradient = gradient - d_entropy * p * (logp + entropy)
+    return (gradient / temperature).astype(logits.dtype)
+
+
+_fused_logit_gradient = mx.compile(_logit_gradient)
+
+
+def head_logprobs(
+    model: Any,
+    names: Sequence[str],
+    hidden: mx.array,
+    targets: mx.array,
+    temperature: float,
+    with_entropy: bool = False,
+    piece: int = 0,
+) -> tuple[mx.array, ...]:
+    """(N, H) hidden states, (N,) targets -> (N,) log-probs, and entropies if wanted.
+
+    Pieces of at most `piece` positions (0: PIECE_LOGITS logits) are chained by `mx.depends` in both
+    directions, because MLX would otherwise make the logits of all before it reduces the first; the
+    backward pass makes them again. `names` are the trainable parameters that the head uses: what a
+    `mx.custom_function` does not take as an argument has no gradient.
+    """
+    own = dict(named(model.trainable_parameters()))
+    names = [name for name in names if name in own]
+    count = hidden.shape[0]
+    piece = piece or max(1, PIECE_LOGITS // head(model, hidden[:1]).shape[-1])
+    size = -(-count // -(-count // piece))
+    pieces = [slice(start, start + size) for start in range(0, count, size)]
+
+    def score(hidden: mx.array, values: Sequence[mx.array], part: slice) -> tuple[mx.array, ...]:
+        logits = with_parameters(model, names, values, partial(head, model, hidden))
+        return from_logits(logits, targets[part], temperature, with_entropy)
+
+    def forward(hidden: mx.array, values: list[mx.array]) -> tuple[mx.array, ...]:
+        scores: list[tuple[mx.array, ...]] = []
+        for part in pieces:
+            chained = mx.depends([hidden[part]], list(scores[-1]) if scores else [])[0]
+            scores.append(score(chained, values, part))
+        return tuple(mx.concatenate([*column]) for column in zip(*scores, strict=True))
+
+    values = [own[name] for name in names]
+    if len(pieces) == 1:
+        return score(hidden, values, pieces[0])
+    in_pieces = mx.custom_function(forward)
+
+    @in_pieces.vjp
+    def backward(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, list[mx.array]]:
+        hidden, values = primals
+        d_hidden: list[mx.array] = []
+        d_values = [mx.zeros_like(value) for value in values]
+        for part in pieces:
+            chained = mx.depends([hidden[part]], [*d_hidden[-1:], *d_values])[0]
+            given = [cotangent[part] for cotangent in cotangents]
+            run = partial(_positional, score, part)
+            _, (new, *gradients) = mx.vjp(run, [chained, *values], given)
+            d_hidden.append(new)
+            d_values = [total + g for total, g in zip(d_values, gradients, strict=True)]
+        return mx.concatenate(d_hidden), d_values
+
+    scores: Any = in_pieces(hidden, values)
+    return scores
+
+
+def _positional(score: Callable, part: slice, hidden: mx.array, *values: mx.array) -> Any:
+    return score(hidden, values, part)
+
+
+def with_parameters(
+    model: Any, names: Sequence[str], values: Sequence[mx.array], call: Callable[[], Any]
+) -> Any:
+    """call() while the named trainable parameters are `values`; then the model has its own back."""
+    own = dict(named(model.trainable_parameters())) if names else {}
+    model.update(tree_unflatten(list(zip(names, values, strict=True))))
+    result = call()
+    model.update(tree_unflatten([(name, own[name]) for name in names]))
+    return result
+
+
+def shared_hidden_states(
+    model: Any, prompts: mx.array, lengths: mx.array, rows: mx.array
+) -> mx.array:
+    """(G, P) prompts of (G,) lengths, and (B, R) tokens that go on from them -> rows' (B, R, H)."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    read = [PromptCache() for _ in make_prompt_cache(text_model(model))]
+    hidden_states(model, prompts, read)
+    offsets = mx.repeat(lengths, rows.shape[0] // prompts.shape[0])  # (B,)
+    masks: list[mx.array] = []
+    return hidden_states(model, rows, [RowCache(cache.state, offsets, masks) for cache in read])
+
+
+def splitting_problem(model: Any, ids: list[int]) -> str:
+    """Why head and layers can't be taken apart; empty if they can."""
+    model = text_model(model)
+    if not any(hasattr(model, name) for name in INNER):
+        return f"{type(model).__module__} keeps its layers under an unknown name"
+    tokens = mx.array([ids[-16:]])
+    try:
+        got = head(model, hidden_states(model, tokens)[0])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return f"its layers can't be called apart from its head ({error})"
+    return disagreement(model, (model(tokens)[0], []), (got, []))
+
+
+def head_parameters(model: Any) -> list[str]:
+    """Names of the trainable parameters that the logits depend on beside the hidden states."""
+    blocks = {id(p) for layer in model.layers for _, p in named(layer.parameters())}
+    outside = [(n, p) for n, p in named(model.trainable_parameters()) if id(p) not in blocks]
+    names = [name for name, _ in outside]
+    hidden = hidden_states(model, mx.zeros((1, 1), mx.int32))[0]
+    hidden = mx.random.normal(hidden.shape, key=mx.random.key(0)).astype(hidden.dtype)
+
+    def logits(*values: mx.array) -> mx.array:
+        return with_parameters(model, names, values, partial(head, model, hidden))
+
+    values = [value for _, value in outside]
+    if not values:
+        return []
+    _, gradients = mx.vjp(logits, values, [mx.ones_like(logits(*values))])
+    return [n for n, g in zip(names, gradients, strict=True) if bool(mx.any(g != 0))]
+
+
+def plain_batch(pairs: Sequence[Pair]) -> dict[str, mx.array]:
+    """(B, T) tokens of a few pairs, and a (B, T - 1) mask of the predictions of completions."""
+    total = max(len(prompt) + len(ids) for prompt, ids in pairs)
+    tokens = np.zeros((len(pairs), total), np.int32)
+    mask = np.zeros((len(pairs), total - 1), np.float32)
+    for row, (prompt, ids) in enumerate(pairs):
+        end = len(prompt) + len(ids)
+        tokens[row, :end] = prompt + ids
+        mask[row, len(prompt) - 1 : end - 1] = 1
+    return {"tokens": mx.array(tokens), "mask": mx.array(mask)}
+
+
+def gradient_of_first(
+    model: Any, scorer: Any, batch: dict[str, mx.array]
+) -> tuple[mx.array, list[mx.array]]:
+    """(N,) log-probs of completions, and the gradient of a mix of them by a few small parameters of
+    the first trained block."""
+    trained = (layer for layer in model.layers if named(layer.trainable_parameters()))
+    block = next(trained)
+    smallest = sorted(named(block.trainable_parameters()), key=lambda item: item[1].size)[:4]
+    names = [name for name, _ in smallest]
+    mask = batch["mask"]
+    signs = mx.where(mx.arange(mask.size).reshape(mask.shape) % 3, 1.0, -1.0)  # (B, W)
+
+    def mixed(values: list[mx.array]) -> tuple[mx.array, mx.array]:
+        run = partial(scorer, model, batch, 1.0)
+        logprobs, _ = with_parameters(block, names, values, run)
+        logprobs = logprobs * mask
+        return (logprobs * signs).sum(), logprobs
+
+    (_, logprobs), gradient = mx.value_and_grad(mixed)([value for _, value in smallest])
+    return logprobs.sum(axis=1) / mask.sum(axis=1), gradient
+
+
+def disagreement(
+    model: Any, expected: tuple[mx.array, list[mx.array]], got: tuple[mx.array, list[mx.array]]
+) -> str:
+    """What is too far apart of (values, gradients), in words; empty if nothing is."""
+    half = any(p.dtype in HALF for _, p in named(model.parameters()))
+    most = HALF_TOLERANCES if half else TOLERANCES
+    apart = float(mx.abs(expected[0] - got[0]).mean())
+    if not apart <= most[0]:
+        return f"what is computed differs by {apart:.2g} from the plain way"
+    gradients = [[g.astype(mx.float32) for g in side] for side in (expected[1], got[1])]
+    error = sum(float(mx.square(a - b).sum()) for a, b in zip(*gradients, strict=True))
+    norm = sum(float(mx.square(a).sum()) for a in gradients[0])
+    relative = math.sqrt(error / norm) if norm else 0.0
+    return "" if relative <= most[1] else f"gradients differ by {relative:.2g} from the plain way"
+
+
+class Scorer:
+    """Scores the micro-batches that it cuts; `plain` is what it must agree with.
+
+    Until `check` has found out what a model's architecture allows, it is the plain way.
+    """
+
+    def __init__(self, plain: Callable, compiled: bool) -> None:
+        self.plain = plain
+        cuda = mx.cuda.is_available()
+        self.shapes = batching.Shapes(
+            bucketed=compiled or cuda,
+            fused=128 if cuda else 0,  # mlx/backend/cuda: ScaledDotProductAttentionVJP
+            overhead=32 if mx.default_device() == mx.cpu else 256,
+        )
+        self.names: list[str] = []  # the trainable parameters of the head
+        self.splits = self.shares = self.checked = False
+
+    def __call__(
+        self,
+        model: Any,
+        batch: dict[str, mx.array],
+        temperature: float,
+        with_entropy: bool = False,
+    ) -> tuple[mx.array, mx.array | None]:
+        """(B, W) log-probs, and entropies if wanted, of the tokens where the batch's mask is 1."""
+        if "window" not in batch:
+            width = batch["mask"].shape[1]
+            return self.plain(model, batch["tokens"], width, temperature, with_entropy)
+        if "prompts" in batch:
+            tokens = batch["rows"]  # (B', R + 1)
+            shared = batch["prompts"], batch["prompt_lengths"], tokens[:, :-1]
+            hidden = shared_hidden_states(model, *shared)
+        else:
+            tokens = batch["tokens"]  # (B, T)
+            hidden = hidden_states(model, tokens[:, :-1])
+        hidden = hidden.reshape(-1, hidden.shape[-1])[batch["scored"]]  # (N, H)
+        targets = tokens[:, 1:].reshape(-1)[batch["scored"]]
+        scores = head_logprobs(model, self.names, hidden, targets, temperature, with_entropy)
+        placed = [score[batch["window"]] * batch["mask"] for score in scores]
+        return placed[0], placed[1] if with_entropy else None
+
+    def pack(
+        self, model: Any, pairs: Sequence[Pair], used: Sequence[int], budget: int
+    ) -> list[batching.Pack]:
+        """Cut the `used` pairs of an update into micro-batches of at most `budget` tokens."""
+        if used and not self.checked:
+            self.check(model, [pairs[i] for i in used])
+        numbers: dict[tuple[int, ...], int] = {}
+        rows = [
+            batching.Row(
+                i,
+                numbers.setdefault(tuple(pairs[i][0]), len(numbers)),
+                len(pairs[i][0]),
+                len(pairs[i][1]),
+            )
+            for i in used
+        ]
+        pack = batching.pack_groups if self.shares else batching.pack_rows
+        return pack(rows, budget, self.shapes)
+
+    def layout(
+        self, pack: batching.Pack, pairs: Sequence[Pair], mask: np.ndarray, total: int
+    ) -> dict[str, np.ndarray]:
+        """What `__call__` reads beside (B, total) tokens and their (B, W) mask."""
+        if pack.shared:
+            left = iter(pairs)
+            groups = [[next(left) for _ in group] for group in pack.groups]
+            return batching.layout_groups(groups, mask, self.shapes)
+        return batching.layout_rows(mask, total, self.shapes) if self.splits else {}
+
+    def check(self, model: Any, pairs: Sequence[Pair]) -> None:
+        """Find out which of the fast ways agree with the plain one for this model."""
+        self.checked = True
+        problem = splitting_problem(model, pairs[0][0])
+        if problem:
+            say(f"scoring   logits of all positions at once: {problem}")
+            return
+        self.splits = True
+        self.names = head_parameters(model)
+        problem = self.sharing_problem(model, pairs)
+        self.shares = not problem
+        if problem:
+            say(f"scoring   every completion reads its own prompt: {problem}")
+
+    def sharing_problem(self, model: Any, pairs: Sequence[Pair]) -> str:
+        """Why prompts can't be shared; empty if they can.
+
+        Compares log-probs, and the gradient of the first trained block's smallest parameters, which
+        passes through every block above it and through the keys and values of the prompts.
+        """
+        from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+        kinds = {type(layer) for layer in make_prompt_cache(text_model(model))}
+        if other := kinds - {KVCache, RotatingKVCache}:
+            return f"this model keeps more than keys and values ({other.pop().__name__})"
+        groups = self.sample(model, pairs)
+        batch = plain_batch([pair for group in groups for pair in group])
+        shared = dict(batch)
+        padded = batching.Shapes(bucketed=True)
+        arrays = batching.layout_groups(groups, np.array(batch["mask"]), padded)
+        shared |= {name: mx.array(values) for name, values in arrays.items()}
+        try:
+            expected, got = (gradient_of_first(model, self, b) for b in (batch, shared))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            return f"its code refuses ({error})"
+        return disagreement(model, expected, got)
+
+    @staticmethod
+    def sample(model: Any, pairs: Sequence[Pair]) -> list[list[Pair]]:
+        """Two short prompts with two completions each; longer than a sliding window if there is."""
+        from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+        caches = make_prompt_cache(text_model(model))
+        windows = [c.max_size for c in caches if isinstance(c, RotatingKVCache)]
+        length = 9 + max((w for w in windows if w <= MAX_CHECKED_WINDOW), default=0)
+        first, last = pairs[0][0] * length, pairs[-1][0] * 6
+        ends = [(pairs[i % len(pairs)][1] * 8)[:n] for i, n in enumerate((8, 5, 3, 7))]
+        groups = ((first[-length:], ends[:2]), (last[-6:], ends[2:]))
+        return [[(prompt, ids) for ids in both] for prompt, both in groups]
