@@ -555,8 +555,8 @@ def leave_one_out(s: Scores) -> np.ndarray:
 def gdpo_advantages(s: Scores) -> np.ndarray:
     """GDPO (arXiv:2601.05242): each reward normalised in its group, the sum over the batch."""
     each = np.stack([group_advantages(values, s.eps) for values in s.values])  # (F, P, G)
-    total = np.tensordot(s.weights, each, axes=1)
-    return (total - total.mean()) / (total.std(ddof=1) + s.eps)
+    total = np.where(np.isnan(s.rewards), np.nan, np.tensordot(s.weights, each, axes=1))
+    return np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + s.eps))
 
 
 def whiten(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -905,9 +905,8 @@ def soft_gate(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
 
 
 def policy_gradient(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
-    """REINFORCE, A log pi; from the second update on a rollout on, weighted by the ratio."""
-    objective = mx.stop_gradient(t.ratio) * t.advantages * t.logprobs
-    return objective, mx.zeros_like(t.ratio)
+    """REINFORCE: A log pi, without a ratio; meant for num_iterations = 1."""
+    return t.advantages * t.logprobs, mx.zeros_like(t.ratio)
 
 
 LOSSES: dict[str, tuple[Objective, str]] = {  # and how it is averaged over the update
