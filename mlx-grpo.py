@@ -47,7 +47,7 @@ if TYPE_CHECKING or not __package__:
     from utils.console import say
     from utils.errors import RunError, UserError
     from utils.loading import LoadedModel, load_model
-    from utils.reward_calls import RewardCalls, TrainerState
+    from utils.reward_calls import RewardCalls, TrainerState, takes_parts
     from utils.runlog import RunLog, rollout_metrics
     from utils.text import redact
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
@@ -58,7 +58,7 @@ else:  # installed: this file is mlx_grpo/__init__.py
     from .utils.console import say
     from .utils.errors import RunError, UserError
     from .utils.loading import LoadedModel, load_model
-    from .utils.reward_calls import RewardCalls, TrainerState
+    from .utils.reward_calls import RewardCalls, TrainerState, takes_parts
     from .utils.runlog import RunLog, rollout_metrics
     from .utils.text import redact
     from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
@@ -171,8 +171,11 @@ class MLXGRPOConfig:
     reward_kwargs: dict[str, Any] = field(default_factory=dict)
     """Parameters of reward functions, by their names in reward_funcs, such as
     {soft_overlong = {cache = 100}}; docs/rewards.md has those of the built-in ones."""
+    reward_workers: int = 0
+    """Processes for own reward functions: each call gets one prompt's completions, while others are
+    computed or sampled; 0: called here, with all completions of an update."""
     reward_timeout: float = 180.0
-    """Seconds that an async reward function, or one request to a server, may take."""
+    """Seconds for a call in a worker, an async reward function, or one request to a server."""
     remote_rm_url: list[str] = field(default_factory=list)
     """Reward servers that the reward remote_rm asks (OpenRLHF's protocol). $NAME in a URL is an
     environment variable."""
@@ -1217,7 +1220,12 @@ class MLXGRPOTrainer:
         return policy
 
     def sample(
-        self, model: nn.Module, rows: list[dict], keys: list[np.ndarray], how: Sampling
+        self,
+        model: nn.Module,
+        rows: list[dict],
+        keys: list[np.ndarray],
+        how: Sampling,
+        after_batch: Callable[[list[Completion]], None] = lambda _: None,
     ) -> list[Completion]:
         """len(keys) / len(rows) completions of each row, in as few batches as memory allows."""
         model = views.joined(model, self.plan.spare_for_rollouts)
@@ -1235,8 +1243,9 @@ class MLXGRPOTrainer:
                 stop,
                 partial(self.pulse, "sampling"),
             )
-        for completion in completions:
-            completion.text = self.args.reasoning_prefix + completion.text
+            for completion in completions[-len(chunk) :]:
+                completion.text = self.args.reasoning_prefix + completion.text
+            after_batch(completions)
         return completions
 
     def pulse(self, phase: str) -> None:
@@ -1256,7 +1265,8 @@ class MLXGRPOTrainer:
         ]
         rows = [self.train_dataset[row] for row in batch]
         policy = views.merged(self.model_old, self.plan.spare_for_rollouts)
-        return self.sample(policy, rows, keys, self.sampling)
+        self.reward_calls.reset()
+        return self.sample(policy, rows, keys, self.sampling, partial(self.score_ahead, rows))
 
     def compute_rewards(
         self, rows: list[dict[str, Any]], responses: list[Completion]
@@ -1272,21 +1282,35 @@ class MLXGRPOTrainer:
         return np.where(np.isnan(stacked).all(axis=0), np.nan, totals), values
 
     def call_rewards(
-        self,
-        functions: dict[str, Callable[..., Any]],
-        rows: list[dict],
-        responses: list[Completion],
+        self, functions: dict[str, Callable], rows: list[dict], responses: list[Completion]
     ) -> dict[str, np.ndarray]:
         """(B,) values per function, called with TRL's keywords."""
+        columns = self.reward_columns(rows, responses)
+        pulse = partial(self.pulse, "rewards")
+        return self.reward_calls(functions, columns, self.trainer_state(), pulse)
+
+    def score_ahead(self, rows: list[dict], responses: list[Completion]) -> None:
+        """Let rewards that wait for others begin on whole groups while the next are sampled."""
+        functions, size = takes_parts(self.reward_funcs), self.args.num_generations
+        whole = len(responses) // size
+        if functions and 0 < whole < len(rows):
+            repeated = [row for row in rows[:whole] for _ in range(size)]
+            columns = self.reward_columns(repeated, responses[: whole * size])
+            self.reward_calls.ahead(functions, columns, self.trainer_state())
+
+    def trainer_state(self) -> TrainerState:
+        epoch = self.rollout / self.rollouts_per_epoch
+        return TrainerState(self.update_step, self.total_updates, epoch, self.args.num_epochs)
+
+    def reward_columns(self, rows: list[dict], responses: list[Completion]) -> dict[str, list]:
+        """TRL's keywords for B row-completion pairs."""
         names = {name for row in rows for name in row} - {"prompt_ids", "prompt"}
         columns: dict[str, list] = {n: [row.get(n) for row in rows] for n in sorted(names)}
         columns["prompts"] = [row["prompt"] for row in rows]
         columns["completions"] = [[{"role": "assistant", "content": r.text}] for r in responses]
         columns["completion_ids"] = [response.ids for response in responses]
         columns["prompt_texts"] = self.prompt_texts(rows)
-        epoch = self.rollout / self.rollouts_per_epoch
-        state = TrainerState(self.update_step, self.total_updates, epoch, self.args.num_epochs)
-        return self.reward_calls(functions, columns, state, partial(self.pulse, "rewards"))
+        return columns
 
     def prompt_texts(self, rows: list[dict[str, Any]]) -> list[str]:
         """Prompts as the model reads them, up to the reasoning prefix; each is decoded once."""

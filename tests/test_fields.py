@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -35,7 +36,7 @@ grpo = load_script()
 approx = pytest.approx
 
 REWARDS = """
-import asyncio
+import asyncio, os
 
 def vowels(completions, **_):
     texts = [c[0]["content"] for c in completions]
@@ -43,6 +44,10 @@ def vowels(completions, **_):
 
 def length(completion_ids, **_):
     return [len(ids) for ids in completion_ids]
+
+def where(completion_ids, log_metric, pid=0):
+    log_metric("elsewhere", os.getpid() != pid)
+    return length(completion_ids)
 
 async def waits(completion_ids, **_):
     await asyncio.sleep(0.2)
@@ -660,6 +665,7 @@ STOPS = [*"0123456789", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]  # ends random texts here
 LORA = {"train_type": "lora"}
 CALM = {"chat_template": "mood.jinja"}
 ONE = {"max_updates": 1}
+HERE = {"rewards.py:where": {"pid": os.getpid()}}
 STEPPING = {"max_grad_norm": 1e6, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 SHORT = {"eval_max_new_tokens": 1, "max_updates": 4}
 LENGTH = {"reward_funcs": ["rewards.py:length"], "eval_samples": 2, "max_updates": 1}
@@ -764,6 +770,13 @@ FIELDS = {
         lambda s: console({**s, "max_updates": 1})[0],
         1,
         {"reward_funcs": ["rewards.py:waits"]},
+    ),
+    "reward_workers": Watch(
+        0,
+        2,
+        lambda s: [metric > 0 for (metric,) in logged("metric/elsewhere")(s)],
+        [True],
+        {"reward_funcs": ["rewards.py:where"], "reward_kwargs": HERE, **ONE},
     ),
     "remote_rm_url": Watch(
         ["http://a.test/"],

@@ -357,7 +357,7 @@ def test_secrets_are_neither_shown_nor_written(
     assert code == 1
     assert "answered status 400: 'bad token *** of ***'" in err
     assert f"http://***@{dying.address}/rm?***" in err
-    assert "resume=auto" in out
+    assert f"--set 'remote_rm_url=http://***@{dying.address}/rm?***'" in out
     assert dying.heads[0][0] == "/rm?token=t0ken"
     assert dying.heads[0][1]["Authorization"].startswith("Basic ")
     assert judge.heads[0][1]["Authorization"] == "Bearer sk-judge-key"

@@ -336,7 +336,7 @@ MAY_CHANGE = {
     *("eval_every_updates", "eval_subset_size", "eval_max_new_tokens", "output_dir"),
     *("closing_note", "rollout_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
     *("wired_limit_gb", "cache_limit_gb", "memory_limit_gb", "use_compile"),
-    *("remote_rm_url", "reward_timeout"),
+    *("remote_rm_url", "reward_timeout", "reward_workers"),
 }
 
 

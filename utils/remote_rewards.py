@@ -147,7 +147,7 @@ class RemoteReward:
     answers {"rewards": [one number each]}. Several URLs share the completions of a call.
     """
 
-    own_timeout = True
+    own_timeout = per_prompt = True
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ line "Score: N"."""
 class Judge:
     """A language model that grades, behind any endpoint with OpenAI's chat completions."""
 
-    own_timeout = True
+    own_timeout = per_prompt = True
 
     def __init__(
         self,

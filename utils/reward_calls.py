@@ -39,7 +39,7 @@ class TrainerState:
 
 @dataclass
 class Extras:
-    """What functions log beside their values."""
+    """What a function logs beside its values."""
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
     columns: dict[str, list] = field(default_factory=dict)
@@ -59,6 +59,15 @@ class Extras:
             self.columns.setdefault(column, []).extend(values)
 
 
+@dataclass
+class Part:
+    """Some consecutive rows of a call, with the values to come."""
+
+    count: int
+    values: Future
+    extras: Extras
+
+
 class RewardCalls:
     """Calls functions; afterwards `metrics` and `extras` hold what they logged.
 
@@ -71,6 +80,7 @@ class RewardCalls:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.metrics: dict[str, float] = {}
         self.extras: dict[str, list] = {}
+        self.parts: dict[str, list[Part]] = {}  # what was begun, by function
 
     def __call__(
         self,
@@ -81,29 +91,53 @@ class RewardCalls:
     ) -> dict[str, np.ndarray]:
         """(B,) values by name of the function; NaN where one says None.
 
+        What `ahead` began is not begun again: the columns must start with those it was given.
+
         Raises:
             RunError: a function raised, took too long, or returned the wrong number of values,
                 NaN, inf or no number. `pulse`, called while waiting, may raise too.
         """
-        extras = {name: Extras() for name in functions}
-        pending: dict[str, Future] = {}
         try:
             # Those that wait for others come first, and wait while the rest is computed.
             for name in sorted(functions, key=lambda name: not waits(functions[name])):
-                pending[name] = self.begin(name, functions[name], columns, state, extras[name])
-            finish(list(pending.values()), pulse)
+                self.begin(name, functions[name], columns, state)
+            finish([part.values for parts in self.parts.values() for part in parts], pulse)
+            parts = {name: self.parts[name] for name in functions}
         finally:
-            for future in pending.values():
-                future.cancel()
-        count = len(columns["completions"])
-        self.keep(extras, count)
-        values = {name: checked(name, pending[name].result(), columns) for name in functions}
+            self.reset()
+        self.keep(parts, len(columns["completions"]))
+        values = {name: joined(name, parts[name], columns) for name in functions}
         return {name: np.array(value) for name, value in values.items()}
 
+    def reset(self) -> None:
+        """Cancel what was begun."""
+        for part in [part for parts in self.parts.values() for part in parts]:
+            part.values.cancel()
+        self.parts = {}
+
+    def ahead(
+        self, functions: dict[str, Callable], columns: dict[str, list], state: TrainerState
+    ) -> None:
+        """Begin on the first rows of the next call, with those functions that take any rows."""
+        for name, function in takes_parts(functions).items():
+            self.begin(name, function, columns, state)
+
     def begin(
+        self, name: str, function: Callable, columns: dict[str, list], state: TrainerState | None
+    ) -> None:
+        """Call a function on the rows that it has not got yet."""
+        parts = self.parts.setdefault(name, [])
+        start = sum(part.count for part in parts)
+        columns = {column: rows[start:] for column, rows in columns.items()}
+        count, extras = len(columns["completions"]), Extras()
+        if count or not parts:
+            values = self.answer(name, function, columns, state, extras)
+            parts.append(Part(count, values, extras))
+
+    def answer(
         self, name: str, function: Callable, columns: dict, state: Any, extras: Extras
     ) -> Future:
-        """The function's answer, now or later."""
+        """What the function says, now or later."""
         offered = {
             **columns,
             "trainer_state": state or TrainerState(),
@@ -140,21 +174,29 @@ class RewardCalls:
             threading.Thread(target=self.loop.run_forever, daemon=True, name="rewards").start()
         return self.loop
 
-    def keep(self, extras: dict[str, Extras], count: int) -> None:
+    def keep(self, parts: dict[str, list["Part"]], count: int) -> None:
         together = Extras()
-        for name, extra in extras.items():
-            for column, values in extra.columns.items():
+        for name in parts:
+            own = Extras()
+            for part in parts[name]:
+                own.add(part.extras)
+            for column, values in own.columns.items():
                 if len(values) != count:
                     raise RunError(
                         f"reward {name}: log_extra({column!r}) got {len(values)} values for "
                         f"{count} completions"
                     )
-            together.add(Extras(extra.metrics))
-            together.columns |= extra.columns
+            together.add(Extras(own.metrics))
+            together.columns |= own.columns
         self.metrics = {
             f"metric/{name}": float(np.mean(values)) for name, values in together.metrics.items()
         }
         self.extras = together.columns
+
+
+def takes_parts(functions: dict[str, Callable]) -> dict[str, Callable]:
+    """Those that answer later, and the same whether they get all completions or one prompt's."""
+    return {n: f for n, f in functions.items() if getattr(f, "per_prompt", False)}
 
 
 def waits(function: Callable) -> bool:
@@ -252,3 +294,10 @@ def as_float(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):  # no single number, or beyond any float
         return math.nan
+
+
+def joined(name: str, parts: list[Part], columns: dict[str, list]) -> Values:
+    """The checked values of all parts."""
+    if len(parts) == 1:
+        return checked(name, parts[0].values.result(), columns)
+    return checked(name, [v for part in parts for v in part.values.result()], columns)

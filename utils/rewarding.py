@@ -29,9 +29,22 @@ def load_rewards(config: Any, builtin: Rewards) -> Rewards:
         spec: with_parameters(spec, load_reward(spec, builtin), config, spec in builtin)
         for spec in config.reward_funcs
     }
+    if config.reward_workers:
+        rewards |= in_workers(config, rewards, builtin)
     if "reward_timeout" in config.explicit and not any(map(waits, rewards.values())):
         raise UserError("reward_timeout has no effect: none of reward_funcs waits for others")
     return rewards
+
+
+def in_workers(config: Any, rewards: Rewards, builtin: Rewards) -> Rewards:
+    """Own functions that would keep this process waiting, as calls to other processes."""
+    from .reward_workers import InWorkers, Pool
+
+    own = [spec for spec in rewards if spec not in builtin and not waits(rewards[spec])]
+    if not own:
+        raise UserError("reward_workers has no effect: reward_funcs names no own function to call")
+    pool, kwargs, limit = Pool(config.reward_workers), config.reward_kwargs, config.reward_timeout
+    return {s: InWorkers(s, rewards[s], kwargs.get(s, {}), pool, limit) for s in own}
 
 
 def with_parameters(
@@ -42,8 +55,13 @@ def with_parameters(
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     names = {parameter.name for parameter in parameters}
     given = config.reward_kwargs.get(spec, {})
+    settable = dict(defaults)
+    if inspect.isclass(function):  # what it needs may come from reward_kwargs alone
+        settable = {p.name: None if p.default is p.empty else p.default for p in parameters}
+    for name in ONLY_SETTINGS if is_builtin else ():
+        settable.pop(name, None)
     for name, value in given.items():
-        check_parameter(spec, name, value, defaults)
+        check_parameter(spec, name, value, settable)
     if is_builtin:  # its defaults too, or a column of that name would be taken for the parameter
         settings = FROM_SETTINGS | ONLY_SETTINGS
         named = {n: getattr(config, s) for n, s in settings.items() if n in names}
