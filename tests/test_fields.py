@@ -498,7 +498,7 @@ def estimates(settings):
     batch, mask = batches[0], batches[0]["mask"]
     x = np.array(seen[0][1]) - batch["ref_logprobs"]
     by_hand = (x, x**2 / 2, np.minimum(np.exp(-x) - 1 + x, 10))
-    return [record["kl"], *((k * mask).sum() / mask.sum() for k in by_hand)]
+    return [record["kl"], *(float((k * mask).sum() / mask.sum()) for k in by_hand)]
 
 
 def penalised(settings):
@@ -597,7 +597,7 @@ def shapes(settings):
         batch["prompts"].size + len(r) * (r.shape[1] - 1)
         for batch, r in zip(batches, rows, strict=True)
     ]
-    return list(zip(map(len, rows), read, strict=True))
+    return list(zip([len(batch["tokens"]) for batch in batches], read, strict=True))
 
 
 def rollout_sizes(settings):
