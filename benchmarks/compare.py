@@ -55,7 +55,9 @@ TRL_BFLOAT16 = TRL_FAST | {"bf16": False, "model_init_kwargs": {"dtype": "bfloat
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "ours": {
         "best": {"quantize_for_rollouts": False},
-        "best eager": {"quantize_for_rollouts": False, "use_compile": False},
+        "best cpu": {"quantize_for_rollouts": False, "use_compile": False},
+        "plain": {"quantize_for_rollouts": False},
+        "small": {"quantize_for_rollouts": False, "gradient_checkpointing": True},
         "default": {},
     },
     "mlx-lm": {
@@ -74,7 +76,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "trl": {
         "best": TRL_BFLOAT16,
-        "best float32": TRL_FLOAT32,
+        "best cpu": TRL_FLOAT32 | {"threads": 1},
         "master": TRL_FAST,
         "paged": TRL_BFLOAT16 | {"use_transformers_continuous_batching": True},
         "default": {},
