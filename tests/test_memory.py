@@ -302,6 +302,8 @@ def test_everything_is_one_batch_where_it_fits():
     assert roomy.rollout_batch_size == 64
     assert roomy.micro_batch_tokens == memory.MAX_LOGITS // 151936
     assert plan(budget_bytes=10**13, num_generations=2).micro_batch_tokens == 8 * 406
+    on_cpu = plan(budget_bytes=10**13, on_cpu=True)
+    assert on_cpu.micro_batch_tokens == memory.CPU_MICRO_BATCH_TOKENS
 
 
 def test_automatic_batches_fill_the_budget_and_no_more():

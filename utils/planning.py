@@ -45,6 +45,7 @@ def plan_memory(
             budget_bytes=budget_bytes(config),
             rollout_batch_size=config.rollout_batch_size,
             micro_batch_tokens=config.micro_batch_tokens,
+            on_cpu=on_cpu,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
