@@ -1,6 +1,9 @@
 """The sampler: what it draws and records, where it stops, and that batching changes nothing."""
 
+import copy
+import dataclasses
 import itertools
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,8 +11,10 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import make_model
-from helpers import make_trainer
+from helpers import flat, make_trainer
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
+
+from utils import attention, nucleus, views
 
 EOS = 2
 
@@ -119,6 +124,40 @@ def test_the_distribution_is_right(grpo, temperature):
     assert temperature == 1.0 or untempered > 100, "the check can fail"
 
 
+def test_no_token_without_weight_is_drawn(grpo):
+    """Weights at few places of a large vocabulary; also with the largest and smallest numbers."""
+    weights = np.zeros((4, 1000), np.float32)
+    weights[0, [0, 127, 128, 999]] = 1
+    weights[1, 998] = 1e-30
+    weights[2, [1, 500]] = [1e30, 1e-30]
+    weights[3, 3:] = np.random.default_rng(0).random(997)
+    many = np.repeat(weights, 2000, axis=0)
+    tokens = np.array(grpo.draw(mx.array(many), mx.array(keys_for(grpo, len(many)))))
+    assert (many[np.arange(len(many)), tokens] > 0).all()
+    assert set(tokens[:2000].tolist()) == {0, 127, 128, 999}
+    assert chi_square(tokens[:2000] // 128, np.array([0.5, 0.25, 0, 0, 0, 0, 0, 0.25]) + 1e-12) < 14
+    zero_and_one = mx.array([0.0, float(weights[3].sum())])
+    index, _ = grpo.passed(mx.array(weights[[3, 3]]), zero_and_one)
+    assert index.tolist() == [3, 999], "both ends of the uniform number"
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_a_nucleus_needs_no_sorted_vocabulary(monkeypatch, top_p):
+    """The candidates' cut is that of the whole vocabulary, also where they do not suffice."""
+    logits = mx.random.normal((12, 9000), key=mx.random.key(1)) * mx.array([[9.0], [0.1]] * 6)
+    weights = mx.exp(logits - logits.max(axis=-1, keepdims=True))
+    rows = [weights[::2], weights[1::2], weights]  # peaked, flat, both
+    fast = [nucleus.threshold(part, top_p) for part in rows]
+    monkeypatch.setattr(nucleus, "CANDIDATES", 10**6)
+    for part, cut in zip(rows, fast, strict=True):
+        assert mx.array_equal(cut, nucleus.threshold(part, top_p))
+        kept = mx.where(part >= cut, part, 0)
+        share = kept.sum(axis=-1) / part.sum(axis=-1)
+        assert (share >= top_p - 1e-5).all().item()
+        without_last = kept.sum(axis=-1) - cut[:, 0]
+        assert (without_last / part.sum(axis=-1) < top_p + 1e-5).all().item()
+
+
 def test_filtered_tokens_keep_their_proportions(grpo):
     tokens, _ = draw(grpo, SEVEN, 20_000, temperature=1.0, top_k=3)
     kept = np.where(np.isin(range(7), [1, 3, 5]), np.exp(SEVEN), 0)
@@ -195,6 +234,30 @@ def test_a_batch_of_ragged_prompts_is_each_prompt_alone(grpo, tmp_path, family):
         assert np.array(forward) == pytest.approx(together[n].logprobs, abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["by_share", "by_products"])
+def test_attention_for_cuda_is_mlxs(grpo, tmp_path, monkeypatch, kind):
+    """Chosen as on CUDA, with prompts so ragged that padding comes, shrinks and goes."""
+    folder = make_model(tmp_path / "m", model_type="qwen2", hidden=256)
+    loaded = mlx_lm.load(str(folder))
+    prompts = random_prompts(5, 23, 1 if kind == "by_products" else 2, 40)
+    rows = [n % len(prompts) for n in range(12)]
+    stops = tuple("taei01")
+    plain = sample(grpo, loaded, prompts, rows, stops=stops)
+    module = sys.modules[type(loaded[0]).__module__]
+    monkeypatch.setattr(module, "scaled_dot_product_attention", module.scaled_dot_product_attention)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "MANY", 0 if kind == "by_products" else 2**30)
+    calls, function = [], getattr(attention, kind)
+    monkeypatch.setattr(attention, kind, lambda *a: (calls.append(1), function(*a))[1])
+    ours = sample(grpo, loaded, prompts, rows, stops=stops)
+    assert calls
+    assert [c.ids for c in ours] == [c.ids for c in plain]
+    for a, b in zip(ours, plain, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    greedy = list(mlx_lm.stream_generate(*loaded, prompts[0], max_tokens=5))
+    assert len(greedy) == 5, "other caches go by mlx-lm's function"
+
+
 def test_splitting_the_rollout_changes_no_token(model_dir, data_dir, tmp_path):
     """3 splits a group of 4, so that one prompt is read in two batches."""
     samples = []
@@ -250,6 +313,82 @@ def test_a_cache_that_cannot_be_batched_reads_one_prompt_at_a_time(
         responses = trainer.generate_responses([2, 0])
         assert [r.ids for r in responses] == [r.ids for r in expected]
     assert capsys.readouterr().out.count("can't batch ChunkedKVCache") == 1
+
+
+# Views: the same policy in fewer operations.
+
+
+@pytest.fixture(params=["plain", "4-bit", "lora", "dora"])
+def policy(request, model_dir, quantized_dir, data_dir, tmp_path):
+    """A trainer whose adapters, where it has some, do something."""
+    train_type = request.param if request.param.endswith("ra") else "auto"
+    folder = quantized_dir if request.param == "4-bit" else model_dir
+    trainer = make_trainer(folder, data_dir, tmp_path / "o", train_type=train_type)
+    for name, module in trainer.model.named_modules():
+        if "lora_b" in module:
+            noise = mx.random.normal(module.lora_b.shape, key=mx.random.key(len(name)))
+            module.lora_b = 0.05 * noise
+    return request.param, trainer
+
+
+def test_views_are_the_policy(policy):
+    kind, trainer = policy
+    tokens = mx.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
+    expected = trainer.model(tokens)
+    before = {name: id(x) for name, x in flat(trainer.model.parameters()).items()}
+    merged = views.merged(trainer.model, 1e9)
+    assert (merged is trainer.model) == (kind in ("plain", "4-bit")), "4-bit bases are never merged"
+    assert not any("lora_a" in module for module in merged.modules()) or kind == "4-bit"
+    joined = views.joined(merged, 1e9)
+    assert joined is not merged or kind == "4-bit"  # its projections have adapters
+    for view in (merged, joined):
+        assert mx.abs(view(tokens) - expected).max() < 1e-4
+        assert mx.abs(view(tokens[:1]) - expected[:1]).max() < 1e-4, "nothing is left of a call"
+    assert {n: id(x) for n, x in flat(trainer.model.parameters()).items()} == before
+    if kind in ("lora", "dora"):
+        assert not mx.allclose(trainer.model(tokens), unadapted(trainer)(tokens), atol=1e-3)
+
+
+def unadapted(trainer):
+    return sys.modules[type(trainer).__module__].without_adapters(trainer.model)
+
+
+def test_a_quantized_model_is_joined_as_it_is(loaded):
+    model = copy.deepcopy(loaded[0])
+    nn.quantize(model, group_size=32, bits=4)
+    joined = views.joined(model, 1e9)
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    assert joined is not model
+    assert mx.abs(joined(tokens) - model(tokens)).max() < 1e-5
+    packed = sum(m.mlp.gate_proj.weight.nbytes for m in model.layers)
+    assert views.joined(model, packed) is model, "no room"
+
+
+def test_what_a_product_computed_is_let_go(loaded):
+    joined = views.joined(loaded[0], 1e9)
+    joined(mx.array([[1, 2, 3]]))
+    products = [layer.mlp.gate_proj.func.__self__ for layer in joined.layers]
+    assert all(p.x is None and p.parts == [None, None] for p in products)
+    x = mx.ones((1, 64))
+    for _ in range(2):  # a layer that is asked twice answers twice
+        assert mx.array_equal(products[0].part(0, x), products[0].part(0, x))
+
+
+def test_adapters_are_merged_only_where_there_is_room(policy, monkeypatch):
+    kind, trainer = policy
+    seen = []
+    sample = trainer.sample
+    monkeypatch.setattr(
+        trainer, "sample", lambda model, *a: (seen.append(model), sample(model, *a))[1]
+    )
+    with_room = trainer.generate_responses([0])
+    trainer.plan = dataclasses.replace(trainer.plan, budget_bytes=0)
+    without = trainer.generate_responses([0])
+    assert seen[1] is trainer.model
+    assert (seen[0] is not trainer.model) == (kind in ("lora", "dora"))
+    assert [r.ids for r in with_room] == [r.ids for r in without]
+    trainer.evaluate_em(trainer.train_dataset, 2)
+    assert seen[2] is trainer.model, "evaluated as it is, never rounded by merging"
 
 
 # Where completions end.
@@ -347,6 +486,22 @@ def test_eos_stays_in_the_ids_and_not_in_the_text(grpo, loaded, letters, length)
         (completion,), _ = say(grpo, loaded, [script], stops)
         assert completion.ids == [*letters("x" * length), EOS]
         assert (completion.text, completion.finish_reason) == ("x" * length, "stop")
+
+
+def test_only_tokens_that_can_end_a_stop_string_are_decoded(grpo, loaded, letters):
+    """The rule is the same with and without that short cut."""
+    generator = np.random.default_rng(3)
+    alphabet = [*letters("</answer> ab"), *loaded[1].encode(" apples"), *letters("∴é"), EOS]
+    for stops in (("</answer>",), ("a", "> "), ("∴",), ("b ", "r>")):
+        for _ in range(200):
+            ids = [alphabet[i] for i in generator.integers(0, len(alphabet), 40)]
+            short, full = grpo.StopRule(loaded[1], stops), grpo.StopRule(loaded[1], stops)
+            full._may_end = lambda _: True
+            checked = 0
+            while checked < 40 and (end := short.length(ids[: checked + 8], checked)) is None:
+                assert full.length(ids[: checked + 8], checked) is None
+                checked += 8
+            assert checked >= 40 or end == full.length(ids[: checked + 8], checked)
 
 
 def test_whichever_comes_first_of_eos_and_stop_string_ends_it(grpo, loaded, letters):
