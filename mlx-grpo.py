@@ -562,14 +562,14 @@ def gdpo_advantages(s: Scores) -> np.ndarray:
     return np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + s.eps))
 
 
-def whiten(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(P, G) values with mean 0 and variance 1 over all tokens, of which each sequence has
-    `lengths`; NaN, and values that are all equal, give 0."""
-    valid = ~np.isnan(values)
-    share = np.where(valid, lengths, 0) / max(lengths[valid].sum(), 1)
-    shifted = np.where(valid, values, 0) - (share * np.where(valid, values, 0)).sum()
+def whiten(values: np.ndarray, s: Scores) -> np.ndarray:
+    """(P, G) values with mean 0 and variance 1 over all tokens; 0 where all values are equal."""
+    valid = ~np.isnan(s.rewards)
+    share = np.where(valid, s.lengths, 0) / max(s.lengths[valid].sum(), 1)
+    known = np.where(valid, values, np.nan)
+    shifted = np.nan_to_num(known) - np.nansum(share * known)
     scaled = shifted / np.sqrt((share * shifted**2).sum() + 1e-8)
-    return np.where(valid, scaled, 0.0) * has_signal(values.reshape(1, -1))
+    return np.where(valid & has_signal(known.reshape(1, -1)), scaled, 0.0)
 
 
 ADVANTAGES: dict[str, Callable[[Scores], np.ndarray]] = {
@@ -577,8 +577,8 @@ ADVANTAGES: dict[str, Callable[[Scores], np.ndarray]] = {
     "dr_grpo": lambda s: centred(s.rewards)[0],  # arXiv:2503.20783
     "batch": batch_advantages,
     "rloo": leave_one_out,
-    "reinforce": lambda s: whiten(s.rewards, s.lengths),  # REINFORCE++, arXiv:2501.03262
-    "reinforce_baseline": lambda s: whiten(centred(s.rewards)[0], s.lengths),
+    "reinforce": lambda s: whiten(s.rewards, s),  # REINFORCE++, arXiv:2501.03262
+    "reinforce_baseline": lambda s: whiten(centred(s.rewards)[0], s),
     "gdpo": gdpo_advantages,
 }
 
@@ -604,7 +604,7 @@ def estimate_advantages(s: Scores, moments: list[float], a: MLXGRPOConfig) -> np
     s = dataclasses.replace(s, rewards=rewards - s.penalty, eps=a.advantage_eps)
     advantages = ADVANTAGES[a.advantage_estimator](s)
     if a.advantages_norm:
-        advantages = whiten(advantages, s.lengths)
+        advantages = whiten(advantages, s)
     if a.advantage_clip:
         advantages = np.clip(advantages, -a.advantage_clip, a.advantage_clip)
     return advantages
