@@ -56,8 +56,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "ours": {
         "best": {"quantize_for_rollouts": False},
         "best cpu": {"quantize_for_rollouts": False, "use_compile": False},
-        "plain": {"quantize_for_rollouts": False},
-        "small": {"quantize_for_rollouts": False, "gradient_checkpointing": True},
+        "plain": {"quantize_for_rollouts": False, "shared_prompts": False},
+        "small": {"quantize_for_rollouts": False, "gradient_checkpointing": True}
+        | {"micro_batch_tokens": 4400},
+        "16 GB": {"gradient_checkpointing": True, "micro_batch_tokens": 1500}
+        | {"cache_limit_gb": 0.5},
         "default": {},
     },
     "mlx-lm": {

@@ -115,7 +115,9 @@ def run_ours(cell: dict[str, Any]) -> dict[str, Any]:
     overrides += ['system_prompt=""', f"num_generations={cell['group']}", "temperature=1.0"]
     overrides += [f"batch_size={cell['prompts']}", "gradient_accumulation_steps=1"]
     overrides += [f"max_new_tokens={cell['tokens']}", f"dtype={cell['dtype']}"]
-    overrides += [f"{key}={json.dumps(value)}" for key, value in cell["options"].items()]
+    options = settings_of(cell)
+    shares = options.pop("shared_prompts", True)
+    overrides += [f"{key}={json.dumps(value)}" for key, value in options.items()]
     preset = str(ROOT / "configs/default.toml")
     trainer = grpo.build_trainer(grpo.read_config(preset, overrides), "")
     given = {tuple(ids) for ids in cell["ids"]}
@@ -124,6 +126,8 @@ def run_ours(cell: dict[str, Any]) -> dict[str, Any]:
         "reward": lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids]
     }
     trainer.tokenizer = WithoutStop(trainer.tokenizer)
+    if not shares:
+        trainer.scorer.sharing_problem = lambda *_: "switched off, to compare"
     clock = mlx_clock()
     sample = clock.timed("rollout", trainer.generate_responses)
 
