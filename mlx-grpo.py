@@ -41,9 +41,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or not __package__:
-    from utils import batching, caches, checkpoints, checks, console, curriculum, datafiles
-    from utils import loading, memory, nucleus, planning, reward_functions, rewarding, runtime
-    from utils import settings, stopping, templates, tracking, views
+    from utils import batching, caches, checkpoints, checks, console, curriculum
+    from utils import datafiles, loading, memory, nucleus, out_of_memory, planning
+    from utils import reward_functions, rewarding, runtime, settings, stopping, templates
+    from utils import tracking, views
     from utils.console import say
     from utils.errors import RunError, UserError
     from utils.loading import LoadedModel, load_model
@@ -52,9 +53,10 @@ if TYPE_CHECKING or not __package__:
     from utils.text import redact
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
-    from .utils import batching, caches, checkpoints, checks, console, curriculum, datafiles
-    from .utils import loading, memory, nucleus, planning, reward_functions, rewarding, runtime
-    from .utils import settings, stopping, templates, tracking, views
+    from .utils import batching, caches, checkpoints, checks, console, curriculum
+    from .utils import datafiles, loading, memory, nucleus, out_of_memory, planning
+    from .utils import reward_functions, rewarding, runtime, settings, stopping, templates
+    from .utils import tracking, views
     from .utils.console import say
     from .utils.errors import RunError, UserError
     from .utils.loading import LoadedModel, load_model
@@ -325,8 +327,16 @@ class MLXGRPOConfig:
     """Checkpoint every so many batches; 0 only at the end."""
     save_total_limit: int = 3
     """Keep the newest so many checkpoints; 0 all."""
+    max_ckpt_gb: float = 0.0
+    """Keep the newest checkpoints that fit into so many GB together, at least one; 0 any size."""
+    save_best: bool = False
+    """Keep the model of the best evaluation on the test split, if it beats the first, in best/."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations on the test split in a row without a new best; 0 never."""
+    watchdog_window: int = 20
+    """Warn when learning has gone wrong over so many updates, at most once in as many; 0 never."""
     resume: str = ""
-    """auto continues output_dir's newest checkpoint (or starts); or a checkpoint folder."""
+    """auto continues output_dir's newest whole checkpoint (or starts); or a checkpoint folder."""
     overwrite: bool = False
     """Replace a run that output_dir already holds."""
 
@@ -1228,6 +1238,19 @@ class MLXGRPOTrainer:
         after_batch: Callable[[list[Completion]], None] = lambda _: None,
     ) -> list[Completion]:
         """len(keys) / len(rows) completions of each row, in as few batches as memory allows."""
+        work = partial(self.sample_in_batches, model, rows, keys, how, after_batch)
+        completions = out_of_memory.sampled(self, work, len(keys))
+        stopping.refuse_broken_policy(completions)
+        return completions
+
+    def sample_in_batches(
+        self,
+        model: nn.Module,
+        rows: list[dict],
+        keys: list[np.ndarray],
+        how: Sampling,
+        after_batch: Callable[[list[Completion]], None],
+    ) -> list[Completion]:
         model = views.joined(model, self.plan.spare_for_rollouts)
         stop = StopRule(self.tokenizer, how.stop_strings)
         prompts, group = [row["prompt_ids"] for row in rows], len(keys) // len(rows)
@@ -1478,10 +1501,15 @@ class MLXGRPOTrainer:
         metrics |= rollout_metrics(groups, scores.rewards, advantages) | self.reward_calls.metrics
         cut = [a.mask_truncated_completions and r.finish_reason == "length" for r in responses]
         trained = np.where(cut, np.nan, advantages.reshape(-1))
-        micro_batches = self.micro_batches(rows, responses, trained)
+        cut_up = partial(self.micro_batches, rows, responses, trained)
+        micro_batches = cut_up()
         self.select_tokens(micro_batches)
         left = min(a.num_iterations, self.total_updates - first)
-        records = [self.update(micro_batches, i, metrics["tokens"]) for i in range(left)]
+        work = partial(self.update, micro_batches, tokens=metrics["tokens"])
+        records = [
+            out_of_memory.updated(self, partial(work, iteration), micro_batches, cut_up)
+            for iteration in range(left)
+        ]
         metrics |= {
             "tokens_per_second": metrics.pop("tokens_sampled") / metrics["seconds_rollout"],
             "seconds_gradient": time.perf_counter() - start,
@@ -1603,6 +1631,8 @@ class MLXGRPOTrainer:
         result = self.score(dataset, samples)
         counters = {"update": self.update_step, "batch_step": self.step, "split": split}
         self.log.evaluation(counters | result)
+        if self.args.save_best and not train:
+            checkpoints.keep_best(self)
         return result["em"]
 
     def train(self) -> int:
@@ -1639,6 +1669,7 @@ class MLXGRPOTrainer:
         if update == 0 and self.loaded.train_type == "full":
             console.warn_of_kl(records[0]["kl"])
         self.log.pending += records
+        self.log.watch(records, self.step)
         self.bar.update(self.update_step - update)
         self.bar.set_postfix_str(console.progress_text(records[-1], self.log.history))
         if due(a.logging_steps, step, self.step):
@@ -1652,7 +1683,7 @@ class MLXGRPOTrainer:
         self.mark()
         if due(a.save_steps, step, self.step) and self.saved_at < self.update_step:
             self.save_checkpoint(self.output_dir / f"checkpoint-{self.step}")
-            checkpoints.prune(self.output_dir, a.save_total_limit)
+            checkpoints.prune(self.output_dir, a.save_total_limit, a.max_ckpt_gb)
 
     def save_checkpoint(self, path: Path) -> None:
         """A complete model folder (or adapters in mlx-lm's format) with the trainer's state."""

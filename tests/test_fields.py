@@ -1000,6 +1000,33 @@ FIELDS = {
     "save_total_limit": Watch(
         3, 1, files("checkpoint-*"), ["checkpoint-6"], {"save_steps": 2, "max_updates": 3}
     ),
+    "max_ckpt_gb": Watch(
+        0.0, 1e-6, files("checkpoint-*"), ["checkpoint-6"], {"save_steps": 2, "max_updates": 3}
+    ),
+    "save_best": Watch(
+        False,
+        True,
+        files("best"),
+        ["best"],
+        {
+            **{"eval_metric": "rewards.py:vowels", "eval_samples": 10, "eval_steps": 2},
+            **{"max_updates": 6, "learning_rate": 0.01, "eval_max_new_tokens": 12},
+        },
+    ),
+    "early_stopping_patience": Watch(
+        0,
+        1,
+        logged("update"),
+        [[1]],
+        {"max_updates": 3, "eval_samples": 2, "eval_steps": 2, "eval_max_new_tokens": 2},
+    ),
+    "watchdog_window": Watch(
+        0,
+        2,
+        lines("warning"),
+        lambda _, b: [line.split()[2] for line in b] == ["2:", "4:"] and "max_new_tokens" in b[0],
+        {"max_updates": 5, "max_new_tokens": 2},
+    ),
     "resume": Watch(
         "",
         "auto",

@@ -336,6 +336,7 @@ MAY_CHANGE = {
     *("eval_every_updates", "eval_subset_size", "eval_max_new_tokens", "output_dir"),
     *("closing_note", "rollout_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
     *("wired_limit_gb", "cache_limit_gb", "memory_limit_gb", "use_compile"),
+    *("max_ckpt_gb", "save_best", "early_stopping_patience", "watchdog_window"),
     *("remote_rm_url", "reward_timeout", "reward_workers"),
 }
 
@@ -345,7 +346,7 @@ def position(trainer: Any) -> dict[str, Any]:
     log = trainer.log
     return {
         **{name: getattr(trainer, name) for name in COUNTERS},
-        **{"history": list(log.history), "pending": list(log.pending)},
+        **{"history": list(log.history), "pending": list(log.pending), "watched": log.watched},
         "log_bytes": log.path.stat().st_size if log.path.exists() else 0,
         "random": random_states(),
     }
@@ -458,6 +459,7 @@ def load(folder: Path, trainer: Any) -> None:
         )
     trainer.position = counters
     trainer.log.history, trainer.log.pending = [*counters["history"]], [*counters["pending"]]
+    trainer.log.watched = counters["watched"]
     for name in COUNTERS:
         setattr(trainer, name, counters[name])
     trainer.saved_at = trainer.update_step
@@ -528,6 +530,21 @@ def resumptions(trainer: Any, resume_from: Path, folder: Path) -> list[dict[str,
         earlier = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["resumed"]
     now = {"from": resume_from.name, "update": trainer.update_step, "changed": changed}
     return [*earlier, now]
+
+
+def keep_best(trainer: Any) -> None:
+    """Write `best/` if the newest evaluation beats all before it, the one before training too."""
+    *earlier, newest = trainer.log.history
+    if not earlier or not newest["em"] > max(record["em"] for record in earlier):
+        return
+    with written_aside(trainer.output_dir / "best") as folder:
+        if trainer.loaded.train_type == "full":
+            write_trained_model(folder, trainer, trainer.model, trainer.loaded.config)
+        else:
+            write_adapters(folder, trainer.model, trainer.loaded.adapter_config)
+        write_json(folder / "evaluation.json", newest)
+    score = trainer.log.score_text(newest["em"])
+    say(f"best      {score} at update {newest['update']}, kept in {trainer.output_dir / 'best'}")
 
 
 def write_trained_model(folder: Path, trainer: Any, model: Any, config: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "at least 0 and finite": (
         lambda v: 0 <= v < math.inf,
-        "kl_coeff weight_decay max_hours wired_limit_gb cache_limit_gb memory_limit_gb "
+        "kl_coeff weight_decay max_hours max_ckpt_gb wired_limit_gb cache_limit_gb memory_limit_gb "
         "clip_eps_high delta entropy_coeff advantage_clip reward_clip kl_target importance_floor",
     ),
     "at least 2 (a group needs another completion to compare with)": (
@@ -38,7 +38,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v >= 0,
         "max_train_samples max_updates top_k eval_steps eval_samples eval_every_updates "
         "eval_subset_size log_completions save_steps save_total_limit rollout_batch_size "
-        "reward_workers micro_batch_tokens dynamic_sampling ref_sync_updates",
+        "reward_workers micro_batch_tokens dynamic_sampling ref_sync_updates "
+        "early_stopping_patience watchdog_window",
     ),
     "at least 0, below 2 ** 64": (lambda v: 0 <= v < 2**64, "seed"),
     "-1 (all) or at least 1": (lambda v: v == -1 or v >= 1, "lora_layers"),
@@ -163,6 +164,15 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         len(weighted) not in (0, len(c.dataset_mix)),
     )
     yield from objective_contradictions(c)
+    yield (
+        "save_best goes by the evaluations on the test split, and eval_samples = 0 has none",
+        c.save_best and not c.eval_samples,
+    )
+    yield (
+        "early_stopping_patience counts evaluations on the test split, which need eval_samples and "
+        "eval_steps above 0",
+        c.early_stopping_patience > 0 and not (c.eval_samples and c.eval_steps),
+    )
     for text in c.stop_strings:
         yield "stop_strings holds an empty string", not text
         yield f"stop string {text!r} is part of reasoning_prefix", text in c.reasoning_prefix

@@ -36,6 +36,7 @@ from .inference import (
     run,
     trainer_settings,
 )
+from .runlog import RunLog
 from .script import load_script
 
 COMMAND = "uv run python utils/evaluate_model.py"
@@ -192,7 +193,8 @@ def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size
         config.reasoning_prefix, add_special_tokens=False
     )
     evaluator.reward_calls = RewardCalls(config.reward_timeout)
-    evaluator.update_step = evaluator.total_updates = evaluator.rollout = 0
+    evaluator.update_step = evaluator.total_updates = evaluator.rollout = evaluator.step = 0
+    evaluator.log = RunLog(dataclasses.replace(config, log_jsonl=False))
     evaluator.rollouts_per_epoch = 1
     evaluator.plan = SimpleNamespace(rollout_batch_size=batch_size, spare_for_rollouts=0.0)
     evaluator.interrupted, evaluator.bar = False, console.no_bar()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import tracking
+from . import tracking, watchdog
 from .console import say
 from .errors import disk_errors_named
 from .meter import Meter
@@ -23,18 +23,39 @@ class RunLog:
         self.tracker: tracking.Tracker = tracking.NullTracker()
         self.history: list[dict[str, Any]] = []
         self.pending: list[dict[str, Any]] = []
+        self.watched: dict[str, Any] = {}
         self.warned_of_cut = False
         self.meter = Meter()
 
     def write(self, record: dict[str, Any]) -> None:
         """One JSON object a line (NaN and infinity, which JSON lacks, as null); the trackers."""
         record = redacted({name: finite(value) for name, value in record.items()})
+        self.append(record)
         with disk_errors_named(self.path):
-            if self.args.log_jsonl:
+            self.tracker.log(record)
+
+    def append(self, record: dict[str, Any]) -> None:
+        if self.args.log_jsonl:
+            with disk_errors_named(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self.tracker.log(record)
+
+    def event(self, update: int, batch_step: int, text: str) -> None:
+        """Something that a person should know of later, in the log alone."""
+        record = {"update": update, "batch_step": batch_step, "event": text}
+        self.append(record)
+
+    def watch(self, records: list[dict[str, Any]], batch_step: int) -> None:
+        """Warn when learning has gone wrong (utils/watchdog.py)."""
+        if not self.args.watchdog_window:
+            return
+        self.watched = watchdog.watched(self.watched, records, self.args.watchdog_window)
+        if text := self.watched["warning"]:
+            update = records[-1]["update"]
+            text = f"over the last {self.args.watchdog_window} updates, {text}"
+            say(f"warning   update {update}: {text}")
+            self.event(update, batch_step, text)
 
     def training(self, batch_step: int, seconds: float) -> None:
         """Write the means of the updates since the last record, with the counters of the newest."""

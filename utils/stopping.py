@@ -73,6 +73,14 @@ class Guard:
             return True
         if a.max_hours and time.perf_counter() - self.start >= a.max_hours * 3600:
             self.reason = f"max_hours = {a.max_hours:g} reached"  # of this process
+        if a.early_stopping_patience and (best := best_of(trainer.log.history)):
+            since = len(trainer.log.history) - 1 - trainer.log.history.index(best)
+            if since >= a.early_stopping_patience:
+                score = trainer.log.score_text(best["em"])
+                self.reason = (
+                    f"early_stopping_patience: {since} evaluations without a better one than "
+                    f"{score} at update {best['update']}"
+                )
         return bool(self.reason)
 
     def __exit__(
@@ -92,6 +100,28 @@ class Guard:
         if isinstance(error, RunError | UserError):
             return False
         raise unexpected(error, self.trainer.output_dir) from error
+
+
+def best_of(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first of the best evaluations."""
+    return max((r for r in history if not math.isnan(r["em"])), key=score_of, default=None)
+
+
+def score_of(record: dict[str, Any]) -> float:
+    return float(record["em"])
+
+
+def refuse_broken_policy(completions: list[Any]) -> None:
+    """Probabilities that are not numbers train nothing, and may never show in the loss.
+
+    Raises:
+        RunError: the weights are broken.
+    """
+    if not all(math.isfinite(x) for completion in completions for x in completion.logprobs):
+        raise RunError(
+            "the policy's probabilities are not finite numbers: its weights are broken; go on from "
+            "an earlier checkpoint with a lower learning rate, or try dtype = float32"
+        )
 
 
 def listen(handler: Any) -> dict[signal.Signals, Any]:
@@ -156,7 +186,8 @@ def keep(trainer: Any) -> None:
                 raise RunError("its weights have moved on")
             checkpoints.save(path, trainer)
             trainer.saved_at = update
-            checkpoints.prune(trainer.output_dir, trainer.args.save_total_limit)
+            a = trainer.args
+            checkpoints.prune(trainer.output_dir, a.save_total_limit, a.max_ckpt_gb)
     except RunError as error:
         say(f"stopped   after update {update}, which could not be saved: {error}")
         return say_newest(trainer)

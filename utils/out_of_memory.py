@@ -1,0 +1,113 @@
+"""What to do when memory runs out: the same work once more in halves, then a clean stop.
+
+Halving changes no result: a sample depends on its own key alone, and the weights of the loss are
+fixed before the update is cut up. MLX raises only where the allocator is asked: Metal and CUDA do,
+mostly; on a CPU, and when a Metal command buffer fails, the process dies as by `kill -9`, and a
+resumed run goes on from the last checkpoint.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .console import say
+from .errors import RunError
+
+T = TypeVar("T")
+MARKS = (
+    *("out of memory", "outofmemory", "insufficient memory", "unable to allocate", "bad_alloc"),
+    *("[metal::malloc]", "[malloc", "resource limit"),
+)
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether this is how MLX (Metal, CUDA, CPU) or Python says that there is no memory left."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(mark in text for mark in MARKS)
+
+
+def retried(work: Callable[[], T], halve: Callable[[], str], advice: str) -> T:
+    """`work()`, and once more after `halve()`, which says what it did.
+
+    Raises:
+        RunError: out of memory again; `advice` is what to set.
+    """
+    import mlx.core as mx
+
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        reason = str(error) or type(error).__name__
+    # Outside of `except`: the traceback kept what the failed attempt had computed.
+    mx.clear_cache()
+    done = halve()
+    say(f"memory    ran out ({reason}); once more with {done}")
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise RunError(f"out of memory, also with {done}: {advice} ({error})") from error
+
+
+def resized(plan: Any, **sizes: int) -> Any:
+    return type(plan)(**vars(plan) | sizes)
+
+
+def record(trainer: Any, text: str) -> str:
+    trainer.log.event(trainer.update_step, trainer.step, f"out of memory: {text}")
+    return text
+
+
+def sampled(trainer: Any, work: Callable[[], T], completions: int) -> T:
+    """Run `work`, which samples so many completions in batches of the plan's size."""
+
+    def halve() -> str:
+        size = min(trainer.plan.rollout_batch_size, completions) // 2
+        if not size:
+            raise RunError("out of memory with one completion at once: lower max_new_tokens")
+        trainer.plan = resized(trainer.plan, rollout_batch_size=size)
+        return record(trainer, f"rollout_batch_size = {size}")
+
+    advice = "set rollout_batch_size lower still, or lower max_new_tokens, and go on with --resume"
+    return retried(work, halve, advice)
+
+
+def updated(
+    trainer: Any,
+    work: Callable[[], T],
+    micro_batches: list[dict[str, Any]],
+    cut_up: Callable[[], list[dict[str, Any]]],
+) -> T:
+    """Run `work`, which takes the gradient of `micro_batches`; they are cut up smaller if need be.
+
+    Only before the first step on a rollout: later ones have anchors that belong to the cut.
+    """
+    begun = trainer.update_step
+
+    def halve() -> str:
+        if trainer.update_step != begun or any("old_logprobs" in b for b in micro_batches[-1:]):
+            raise RunError(f"out of memory after the first step of a rollout: {advice}")
+        if all(len(batch["mask"]) < 2 for batch in micro_batches):
+            raise RunError(
+                "out of memory with one sequence at once: set gradient_checkpointing = true, or "
+                "lower max_new_tokens, and go on with --resume"
+            )
+        tokens = max(1, max(map(tokens_read, micro_batches)) // 2)
+        trainer.plan = resized(trainer.plan, micro_batch_tokens=tokens)
+        micro_batches[:] = cut_up()
+        trainer.select_tokens(micro_batches)
+        return record(trainer, f"micro_batch_tokens = {tokens}")
+
+    advice = (
+        "set micro_batch_tokens lower still, or gradient_checkpointing = true, and go on with "
+        "--resume"
+    )
+    return retried(work, halve, advice)
+
+
+def tokens_read(batch: dict[str, Any]) -> int:
+    """Tokens that the model reads for a micro-batch, whose groups may share their prompts."""
+    names = ("prompts", "rows") if "prompts" in batch else ("tokens",)
+    return sum(batch[name].size for name in names)
