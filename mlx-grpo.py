@@ -1669,7 +1669,7 @@ class MLXGRPOTrainer:
         if update == 0 and self.loaded.train_type == "full":
             console.warn_of_kl(records[0]["kl"])
         self.log.pending += records
-        self.log.watch(records, self.step)
+        self.log.watch(records)
         self.bar.update(self.update_step - update)
         self.bar.set_postfix_str(console.progress_text(records[-1], self.log.history))
         if due(a.logging_steps, step, self.step):

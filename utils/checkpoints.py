@@ -346,7 +346,8 @@ def position(trainer: Any) -> dict[str, Any]:
     log = trainer.log
     return {
         **{name: getattr(trainer, name) for name in COUNTERS},
-        **{"history": list(log.history), "pending": list(log.pending), "watched": log.watched},
+        **{"history": list(log.history), "pending": list(log.pending)},
+        **{"watched": log.watched, "notes": list(log.notes)},
         "log_bytes": log.path.stat().st_size if log.path.exists() else 0,
         "random": random_states(),
     }
@@ -459,7 +460,7 @@ def load(folder: Path, trainer: Any) -> None:
         )
     trainer.position = counters
     trainer.log.history, trainer.log.pending = [*counters["history"]], [*counters["pending"]]
-    trainer.log.watched = counters["watched"]
+    trainer.log.watched, trainer.log.notes = counters["watched"], [*counters["notes"]]
     for name in COUNTERS:
         setattr(trainer, name, counters[name])
     trainer.saved_at = trainer.update_step

@@ -56,7 +56,7 @@ def resized(plan: Any, **sizes: int) -> Any:
 
 
 def record(trainer: Any, text: str) -> str:
-    trainer.log.event(trainer.update_step, trainer.step, f"out of memory: {text}")
+    trainer.log.notes.append(f"after update {trainer.update_step}: out of memory, then {text}")
     return text
 
 

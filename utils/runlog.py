@@ -24,6 +24,7 @@ class RunLog:
         self.history: list[dict[str, Any]] = []
         self.pending: list[dict[str, Any]] = []
         self.watched: dict[str, Any] = {}
+        self.notes: list[str] = []  # what a person should know of later; in the next record
         self.warned_of_cut = False
         self.meter = Meter()
 
@@ -41,12 +42,7 @@ class RunLog:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def event(self, update: int, batch_step: int, text: str) -> None:
-        """Something that a person should know of later, in the log alone."""
-        record = {"update": update, "batch_step": batch_step, "event": text}
-        self.append(record)
-
-    def watch(self, records: list[dict[str, Any]], batch_step: int) -> None:
+    def watch(self, records: list[dict[str, Any]]) -> None:
         """Warn when learning has gone wrong (utils/watchdog.py)."""
         if not self.args.watchdog_window:
             return
@@ -55,7 +51,7 @@ class RunLog:
             update = records[-1]["update"]
             text = f"over the last {self.args.watchdog_window} updates, {text}"
             say(f"warning   update {update}: {text}")
-            self.event(update, batch_step, text)
+            self.notes.append(f"update {update}: {text}")
 
     def training(self, batch_step: int, seconds: float) -> None:
         """Write the means of the updates since the last record, with the counters of the newest."""
@@ -65,6 +61,8 @@ class RunLog:
             values = [r[name] for r in records if r.get(name) is not None]
             if values:
                 record[name] = sum(values) / len(values)
+        if self.notes:
+            record["notes"], self.notes = self.notes, []
         record |= {"seconds": seconds, **self.meter.report()}
         self.write(record)
 
