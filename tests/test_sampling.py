@@ -391,6 +391,30 @@ def test_adapters_are_merged_only_where_there_is_room(policy, monkeypatch):
     assert seen[2] is trainer.model, "evaluated as it is, never rounded by merging"
 
 
+def test_what_quantizing_costs_is_measured(model_dir, data_dir, tmp_path, monkeypatch):
+    """Whichever is faster here: the note comes when the 4-bit copy is slower, and names the way."""
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", quantize_for_rollouts=True)
+    rows, seconds = [], {True: 0.5, False: 0.1}
+    measure = views._step_seconds
+
+    def timed(model, count, **limit):
+        assert measure(model, count, **limit) is not None
+        rows.append(count)
+        return seconds[any(isinstance(m, nn.QuantizedEmbedding) for m in model.modules())]
+
+    monkeypatch.setattr(views, "_step_seconds", timed)
+    note = views.cost_of_quantizing(trainer)
+    assert "500 ms a step of 8 rows against 100" in note
+    assert "quantize_for_rollouts = false" in note
+    seconds[True] = 0.05
+    assert views.cost_of_quantizing(trainer) is None
+    monkeypatch.setattr(views, "_step_seconds", measure)
+    monkeypatch.setattr(views, "AFFORDABLE", 0.0)
+    assert measure(trainer.model, 8, limit=0.0) is None, "too slow here to try the other"
+    assert rows == [8] * 4
+    assert trainer.model_old is None
+
+
 # Where completions end.
 
 
