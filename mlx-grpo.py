@@ -507,25 +507,14 @@ REWARDS: dict[str, Callable[..., list]] = {
 
 @dataclass
 class Scores:
-    """What advantages are made of: (P, G) rewards and completion lengths, (F, P, G) values of each
-    reward function with (F,) weights, a (P, G) KL penalty, what is added to a std."""
+    """What advantages are made of, for P groups of G completions and F reward functions."""
 
-    rewards: np.ndarray
-    lengths: np.ndarray
-    values: np.ndarray
-    weights: np.ndarray
-    penalty: np.ndarray | float = 0.0
-    eps: float = 1e-4
-
-    @classmethod
-    def of(cls, groups: list[Group], weights: list[float]) -> Scores:
-        by_function = np.array([list(group.values.values()) for group in groups])  # (P, F, G)
-        return cls(
-            rewards=np.stack([group.rewards for group in groups]),
-            lengths=np.array([[len(r.ids) for r in group.responses] for group in groups]),
-            values=np.moveaxis(by_function, 1, 0),
-            weights=np.array(weights or [1.0] * by_function.shape[1]),
-        )
+    rewards: np.ndarray  # (P, G)
+    lengths: np.ndarray  # (P, G) tokens
+    values: np.ndarray  # (F, P, G)
+    weights: np.ndarray  # (F,)
+    penalty: np.ndarray | float = 0.0  # (P, G) taken off the reward
+    eps: float = 1e-4  # added to a standard deviation
 
 
 def centred(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -554,14 +543,8 @@ def group_advantages(rewards: np.ndarray, eps: float = 1e-4) -> np.ndarray:
     return centre / (std + eps)
 
 
-def batch_advantages(s: Scores) -> np.ndarray:
-    """The group's mean, but the standard deviation of the whole batch (TRL, scale_rewards)."""
-    return centred(s.rewards)[0] / (np.nanstd(s.rewards, ddof=1) + s.eps)
-
-
-def leave_one_out(s: Scores) -> np.ndarray:
+def leave_one_out(centre: np.ndarray, count: np.ndarray) -> np.ndarray:
     """RLOO (arXiv:2402.14740): R minus the mean of the others of its group."""
-    centre, count = centred(s.rewards)
     return centre * count / np.maximum(count - 1, 1)
 
 
@@ -585,8 +568,8 @@ def whiten(values: np.ndarray, s: Scores) -> np.ndarray:
 ADVANTAGES: dict[str, Callable[[Scores], np.ndarray]] = {
     "group_norm": lambda s: group_advantages(s.rewards, s.eps),
     "dr_grpo": lambda s: centred(s.rewards)[0],  # arXiv:2503.20783
-    "batch": batch_advantages,
-    "rloo": leave_one_out,
+    "batch": lambda s: centred(s.rewards)[0] / (np.nanstd(s.rewards, ddof=1) + s.eps),
+    "rloo": lambda s: leave_one_out(*centred(s.rewards)),
     "reinforce": lambda s: whiten(s.rewards, s),  # REINFORCE++, arXiv:2501.03262
     "reinforce_baseline": lambda s: whiten(centred(s.rewards)[0], s),
     "gdpo": gdpo_advantages,
@@ -1036,16 +1019,6 @@ def grpo_loss(
     return loss, {name: mx.stop_gradient((x * mask).sum()) for name, x in sums.items()}
 
 
-@dataclass
-class Group:
-    """The completions of one prompt: G rows and responses, (G,) rewards, in all and by function."""
-
-    rows: list[dict[str, Any]]
-    responses: list[Completion]
-    rewards: np.ndarray
-    values: dict[str, np.ndarray]
-
-
 class MLXGRPOTrainer:
     """Holds the policies and runs the loop sample -> score -> update.
 
@@ -1447,58 +1420,65 @@ class MLXGRPOTrainer:
         for batch in batches if a.entropy_coeff else []:
             batch["entropy_weight"] = mx.array(a.entropy_coeff / trained)
 
-    def roll_out(self, batch: list[int], took: dict[str, float]) -> list[Group]:
-        """A group of completions with their rewards for each row (index) of the training set."""
-        start, size = time.perf_counter(), self.args.num_generations
+    def roll_out(self, batch: list[int], took: dict[str, float]) -> tuple[list[Completion], Scores]:
+        """Completions and their scores for each row (index) of the training set."""
+        start, shape = time.perf_counter(), (len(batch), self.args.num_generations)
         responses = self.generate_responses(batch)
         sampled = time.perf_counter()
-        rows = [self.train_dataset[i] for i in batch for _ in range(size)]
+        rows = [self.train_dataset[i] for i in batch for _ in range(shape[1])]
         rewards, values = self.compute_rewards(rows, responses)
+        lengths = np.array([len(response.ids) for response in responses])
         took["seconds_rollout"] += sampled - start
         took["seconds_rewards"] += time.perf_counter() - sampled
-        took["tokens_sampled"] += sum(len(response.ids) for response in responses)
-        cuts = [slice(n, n + size) for n in range(0, len(rows), size)]
-        return [
-            Group(rows[c], responses[c], rewards[c], {name: x[c] for name, x in values.items()})
-            for c in cuts
-        ]
+        took["tokens_sampled"] += float(lengths.sum())
+        parts = np.stack(list(values.values())).reshape(-1, *shape)
+        weights = np.array(self.args.reward_weights or [1.0] * len(parts))
+        return responses, Scores(rewards.reshape(shape), lengths.reshape(shape), parts, weights)
 
-    def collect(self, batch: list[int]) -> tuple[list[Group], dict[str, float], int]:
-        """Groups for the prompts of an update, what they took, and the position in the stream.
+    def collect(self, batch: list[int]) -> tuple[list[Completion], Scores, dict[str, float], int]:
+        """Roll out the prompts of an update: also what that took, and the position in the stream.
 
-        With dynamic sampling (DAPO), groups without variance give their places to the next prompts
-        of the stream, until none is left or the rounds are used up.
+        With dynamic sampling (DAPO), groups without variance give their places in `batch` to the
+        next prompts of the stream, until none is left or the rounds are used up.
         """
         took = {"seconds_rollout": 0.0, "seconds_rewards": 0.0, "tokens_sampled": 0.0}
-        groups, used, position = self.roll_out(batch, took), set(batch), self.drawn
+        position, used, size = self.drawn, set(batch), self.args.num_generations
         if self.args.dynamic_sampling:
             position, took["resampled_prompts"] = self.draw(len(batch), position, set())[1], 0.0
+        responses, scores = self.roll_out(batch, took)
         for _ in range(self.args.dynamic_sampling):
-            dull = [i for i, group in enumerate(groups) if not has_signal(group.rewards[None])[0]]
+            dull = np.flatnonzero(~has_signal(scores.rewards))
             rows, position = self.draw(len(dull), position, used)
-            for i, group in zip(dull, self.roll_out(rows, took) if rows else [], strict=False):
-                groups[i] = group
+            if not rows:
+                break
+            completions, found = self.roll_out(rows, took)
+            for n, (place, row) in enumerate(zip(dull, rows, strict=False)):
+                batch[place] = row
+                responses[place * size : (place + 1) * size] = completions[
+                    n * size : (n + 1) * size
+                ]
+                scores.rewards[place], scores.lengths[place] = found.rewards[n], found.lengths[n]
+                scores.values[:, place] = found.values[:, n]
             took["resampled_prompts"] += len(rows)
             self.reward_calls.extras = {}  # they are of the rows of one round
-        return groups, took, position
+        return responses, scores, took, position
 
     def train_step(self, batch: list[int]) -> list[dict[str, Any]]:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
-        a, first = self.args, self.update_step
+        a, first, batch = self.args, self.update_step, [*batch]
         self.log.meter.start("rollout")
-        groups, metrics, position = self.collect(batch)
-        rows = [row for group in groups for row in group.rows]
-        responses = [response for group in groups for response in group.responses]
+        responses, scores, metrics, position = self.collect(batch)
+        rows = [self.train_dataset[i] for i in batch for _ in range(a.num_generations)]
         self.log.meter.start("gradient")
         start = time.perf_counter()
-        scores = Scores.of(groups, a.reward_weights)
         moments = running_moments(self.reward_moments, scores.rewards)
         if self.ref_model is not None and a.kl_placement == "reward":
             kl = self.kl_of(rows, responses)
             scores.penalty = self.kl_coeff * kl.reshape(scores.rewards.shape)
             metrics["kl"] = kl.sum() / scores.lengths.sum()
         advantages = estimate_advantages(scores, moments, a)  # (P, G)
-        metrics |= rollout_metrics(groups, scores.rewards, advantages) | self.reward_calls.metrics
+        metrics |= rollout_metrics(responses, scores, advantages, self.reward_funcs)
+        metrics |= self.reward_calls.metrics
         cut = [a.mask_truncated_completions and r.finish_reason == "length" for r in responses]
         trained = np.where(cut, np.nan, advantages.reshape(-1))
         cut_up = partial(self.micro_batches, rows, responses, trained)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,10 @@ def finite(value: Any) -> Any:
 
 
 def rollout_metrics(
-    groups: list[Any], rewards: np.ndarray, advantages: np.ndarray
+    responses: list[Any], scores: Any, advantages: np.ndarray, names: Iterable[str]
 ) -> dict[str, Any]:
-    """What the log says of one rollout of P groups; `rewards` and `advantages` are (P, G)."""
-    responses = [response for group in groups for response in group.responses]
-    lengths = np.array([len(response.ids) for response in responses])
+    """What the log says of a rollout: `scores` and (P, G) `advantages` of the `responses`."""
+    rewards, lengths = scores.rewards, scores.lengths
     logprobs = [logprob for response in responses for logprob in response.logprobs]
     valued = rewards[~np.isnan(rewards).any(axis=1)]
     metrics = {
@@ -128,9 +128,8 @@ def rollout_metrics(
         "entropy": -mean(np.array(logprobs)),  # of the sampler, estimated from what it sampled
         "tokens": lengths.sum(),
     }
-    for name in groups[0].values:
-        values = np.concatenate([group.values[name] for group in groups])
-        metrics[f"reward/{name}"] = mean(values)
+    each = zip(names, scores.values, strict=True)
+    metrics |= {f"reward/{name}": mean(values) for name, values in each}
     return {name: float(value) for name, value in metrics.items()}
 
 
