@@ -753,7 +753,9 @@ def passed(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
     return index[:, 0], (target - before)[:, 0]
 
 
-BLOCK = 8  # decode steps between looks at the tokens on the host
+# Decode steps between looks at the tokens on the host. A look costs a GPU more than a few steps for
+# nothing; a CPU is kept busy by it, and rows that have ended cost it as much as others.
+BLOCK = 2 if mx.default_device() == mx.cpu else 8
 LEAVE = 1 / 8  # part of a batch that has to have ended before rows leave it: caches are copied then
 
 
@@ -1260,7 +1262,10 @@ class MLXGRPOTrainer:
             for n in range(self.args.num_generations)
         ]
         rows = [self.train_dataset[row] for row in batch]
-        policy = views.merged(self.model_old, self.plan.spare_for_rollouts)
+        unpack = (
+            not self.quantizes
+        )  # a base that was given in 4 bits, not a copy made to sample from
+        policy = views.merged(self.model_old, self.plan.spare_for_rollouts, unpack)
         self.reward_calls.reset()
         return self.sample(policy, rows, keys, self.sampling, partial(self.score_ahead, rows))
 

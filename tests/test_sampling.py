@@ -246,7 +246,8 @@ def test_attention_for_cuda_is_mlxs(grpo, tmp_path, monkeypatch, kind):
     module = sys.modules[type(loaded[0]).__module__]
     monkeypatch.setattr(module, "scaled_dot_product_attention", module.scaled_dot_product_attention)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "MANY", 0 if kind == "by_products" else 2**30)
+    for name in ("MANY", "MANY_MASKED"):
+        monkeypatch.setattr(attention, name, 0 if kind == "by_products" else 2**30)
     calls, function = [], getattr(attention, kind)
     monkeypatch.setattr(attention, kind, lambda *a: (calls.append(1), function(*a))[1])
     ours = sample(grpo, loaded, prompts, rows, stops=stops)
@@ -351,6 +352,50 @@ def test_views_are_the_policy(policy):
 
 def unadapted(trainer):
     return sys.modules[type(trainer).__module__].without_adapters(trainer.model)
+
+
+def test_a_quantized_base_is_unpacked_on_cuda(quantized_dir, data_dir, tmp_path, monkeypatch):
+    """The same function, so the same tokens; a 4-bit copy that was asked for stays one."""
+    trainer = make_trainer(quantized_dir, data_dir, tmp_path / "o", stop_strings=["t", "0"])
+    for name, module in trainer.model.named_modules():
+        if "lora_b" in module:
+            module.lora_b = 0.05 * mx.random.normal(
+                module.lora_b.shape, key=mx.random.key(len(name))
+            )
+    expected, seen = trainer.generate_responses([0, 3]), []
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    sample = trainer.sample
+    monkeypatch.setattr(
+        trainer, "sample", lambda m, *a: (seen.append(m), sample(trainer.model, *a))[1]
+    )
+    trainer.generate_responses([0])
+    kinds = {type(module).__name__ for module in seen[0].modules()}
+    assert not kinds & {"QuantizedLinear", "QuantizedEmbedding", "LoRALinear"}
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    assert mx.abs(seen[0](tokens) - trainer.model(tokens)).max() < 1e-4
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer, "model_old", seen[0])
+    assert [r.ids for r in trainer.generate_responses([0, 3])] == [r.ids for r in expected]
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert views.merged(trainer.model, 1e9, unpack=False) is trainer.model
+
+
+def test_a_small_adapter_is_not_rounded_away(model_dir, data_dir, tmp_path):
+    """bfloat16, and an adapter far below half a step of the weights: it still acts on average."""
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", train_type="lora", dtype="bfloat16")
+    layer = trainer.model.model.layers[0].mlp.up_proj
+    layer.linear.weight = mx.ones_like(layer.linear.weight)
+    rank = layer.lora_a.shape[1]
+    layer.lora_a = mx.ones_like(layer.lora_a) * (2**-10 / rank / layer.scale)
+    layer.lora_b = mx.ones_like(layer.lora_b)  # adds 2^-10 where a step is 2^-7
+    nearest = layer.fuse().weight.astype(mx.float32) - 1
+    assert mx.abs(nearest).max() == 0, "the plain way loses it"
+    merged = views.merged(trainer.model, 1e9).model.layers[0].mlp.up_proj.weight
+    assert merged.dtype == mx.bfloat16
+    mean = float((merged.astype(mx.float32) - 1).mean())
+    assert mean == pytest.approx(2**-10, rel=0.1)  # of 8,192 weights, an eighth is one step up
+    again = views.merged(trainer.model, 1e9).model.layers[0].mlp.up_proj.weight
+    assert mx.array_equal(merged, again), "a resumed run samples from the same weights"
 
 
 def test_a_quantized_model_is_joined_as_it_is(loaded):
