@@ -1344,7 +1344,7 @@ class MLXGRPOTrainer:
                 | {"row": pack.rows},
                 pack,
             )
-            for pack in self.scorer.pack(self.model, pairs, used, self.plan.micro_batch_tokens)
+            for pack in self.scorer.pack(self.model, pairs, used, self.plan)
         ]
 
     def pad_batch(

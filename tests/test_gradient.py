@@ -1,6 +1,7 @@
 """Recorded and recomputed log-probs agree; any split of an update has the same gradient."""
 
 import copy
+import dataclasses
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,7 +43,7 @@ def relative_difference(one, other):
 
 
 def micro_batches(trainer, sample, tokens):
-    trainer.plan = type("Plan", (), {"micro_batch_tokens": tokens, "rollout_batch_size": 64})
+    trainer.plan = dataclasses.replace(trainer.plan, micro_batch_tokens=tokens)
     return trainer.micro_batches(*sample)
 
 

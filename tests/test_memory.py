@@ -14,7 +14,7 @@ from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
-from utils import memory
+from utils import memory, scoring
 from utils.prefix import checkpoint_layers
 
 QWEN_1_5B = {
@@ -300,7 +300,7 @@ def test_kv_cache_is_the_one_that_mlx_lm_allocates():
 def test_everything_is_one_batch_where_it_fits():
     roomy = plan(budget_bytes=10**13)
     assert roomy.rollout_batch_size == 64
-    assert roomy.micro_batch_tokens == memory.MAX_LOGITS // 151936
+    assert roomy.micro_batch_tokens == memory.MAX_MICRO_BATCH_TOKENS
     assert plan(budget_bytes=10**13, num_generations=2).micro_batch_tokens == 8 * 406
     on_cpu = plan(budget_bytes=10**13, on_cpu=True)
     assert on_cpu.micro_batch_tokens == memory.CPU_MICRO_BATCH_TOKENS
@@ -337,11 +337,12 @@ def test_given_batch_sizes_are_kept():
     assert long.micro_batch_tokens == 12_256  # one sequence at least
 
 
-@pytest.mark.parametrize("changes", [{"micro_batch_tokens": 14_135}, {"prompt_tokens": 14_000}])
-def test_more_logits_than_mlx_can_index_are_refused(changes):
-    """Above 2^31 logits the kernels return garbage without an error (found on a GPU)."""
-    with pytest.raises(ValueError, match="at most 14134 tokens"):
-        plan(**changes)
+def test_logits_are_kept_where_there_is_room_and_made_in_pieces_that_mlx_can_index():
+    roomy, tight = plan(), plan(budget_bytes=29 * 10**9, gradient_checkpointing=True)
+    assert roomy.keep_logits
+    assert not tight.keep_logits
+    assert tight.logits < 29e9 / memory.PIECE_PART + 1
+    assert roomy.piece_logits < memory.MAX_LOGITS
 
 
 def test_peaks_are_sums_of_their_parts():
@@ -392,12 +393,12 @@ def test_a_16_gb_mac_is_told_what_makes_1_5b_fit():
             {"micro_batch_tokens": 0},
         ),
         (
-            {"has_reference": True, "budget_bytes": 33 * 10**9},
+            {"has_reference": True, "budget_bytes": 32 * 10**9},
             "quantize_for_rollouts = true",
             {"quantize_for_rollouts": True},
         ),
         (
-            {"has_reference": True, "budget_bytes": 33 * 10**9},
+            {"has_reference": True, "budget_bytes": 31 * 10**9},
             "kl_coeff = 0",
             {"has_reference": False},
         ),
@@ -446,14 +447,15 @@ def test_full_fine_tuning_of_a_quantized_model_is_refused():
 # The estimate against measurements
 
 
-def loss_of_completions(model, tokens, prompt):
-    hidden = model.model(tokens)[:, prompt - 1 : -1]  # (B, T, H)
-    logits = model.model.embed_tokens.as_linear(hidden).astype(mx.float32)  # (B, T, V)
-    picked = mx.take_along_axis(logits, tokens[:, prompt:, None], -1)[..., 0]
-    return (picked - mx.logsumexp(logits, -1)).mean()
+def loss_of_completions(model, tokens, prompt, piece=10**9, keep=True):
+    hidden = scoring.hidden_states(model, tokens[:, :-1])[:, prompt - 1 :]  # (B, T, H)
+    names = ["model.embed_tokens.weight"]
+    positions = hidden.reshape(-1, hidden.shape[-1]), tokens[:, prompt:].reshape(-1)
+    how = {"piece": piece, "keep": keep}
+    return scoring.head_logprobs(model, names, *positions, 1.0, **how)[0].mean()
 
 
-def measured_peak(model, rows, prompt, sequence):
+def measured_peak(model, rows, prompt, sequence, **how):
     """Bytes above the weights of one forward and backward pass.
 
     A memory limit of one byte makes the CPU's queue wait for every operation, so that this is the
@@ -467,7 +469,9 @@ def measured_peak(model, rows, prompt, sequence):
     limit = mx.set_memory_limit(1)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(nn.value_and_grad(model, lambda m: loss_of_completions(m, tokens, prompt))(model))
+    mx.eval(
+        nn.value_and_grad(model, lambda m: loss_of_completions(m, tokens, prompt, **how))(model)
+    )
     mx.set_memory_limit(limit)
     return mx.get_peak_memory() - before
 
@@ -508,14 +512,14 @@ def test_estimate_agrees_with_the_measured_peak(changes, train_type, dtype, chec
     )
     # One micro-batch has no accumulated gradients, and its own come as the activations go.
     estimate = result.activations + result.logits + result.gradients / 2
-    measured = measured_peak(model, rows, prompt, sequence)
-    # Never far too low; too high by up to 30 % (the bf16 case with a large head, 0.74 to 0.82).
-    assert 0.7 < measured / estimate < 1.12
+    how = {"piece": result.piece_logits, "keep": result.keep_logits}
+    measured = measured_peak(model, rows, prompt, sequence, **how)
+    assert 0.8 < measured / estimate < 1.12
 
 
 def test_estimate_of_the_measured_h200_run():
     result = plan(micro_batch_tokens=16 * 406, prompts_per_update=1)
-    assert result.weights + result.activations + result.logits == pytest.approx(39e9, rel=0.1)
+    assert result.weights + result.activations + result.logits == pytest.approx(36.9e9, rel=0.2)
 
 
 # Gradient checkpointing

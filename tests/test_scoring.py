@@ -1,5 +1,7 @@
 """The fast ways to score give the gradient of the plain one, or are left out and that is said."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -74,6 +76,11 @@ PAIRS = make_pairs()
 ADVANTAGES = np.random.default_rng(1).normal(size=len(PAIRS))
 
 
+def plan(tokens=10**6, piece=7 * SHAPE["vocab_size"], keep=False):
+    """What the memory plan decides for scoring."""
+    return SimpleNamespace(micro_batch_tokens=tokens, piece_logits=piece, keep_logits=keep)
+
+
 def total_gradient(model, scorer, packs):
     """Of a loss with log-probs and entropies, summed over micro-batches, and its largest value."""
     total = None
@@ -107,25 +114,26 @@ def said(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [*SHARING, *NOT_SHARING])
-def test_every_way_has_the_gradient_of_the_plain_one(grpo, kind, said, monkeypatch):
+def test_every_way_has_the_gradient_of_the_plain_one(grpo, kind, said):
     model = build(kind, {**SHARING, **NOT_SHARING}[kind])
     expected = expected_gradient(grpo, model)
     scorer = batching.make_scorer(grpo.token_logprobs, compiled=False)
-    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), 10**6)
+    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert scorer.splits
     assert scorer.shares == (kind in SHARING)
     assert len(said) == (kind in NOT_SHARING)
     assert len(scorer.names) == 1, "the projection, tied or not, and nothing else"
     whole = total_gradient(model, scorer, packs)
     assert relative_difference(expected, whole) <= 1e-5
-    monkeypatch.setattr(scoring, "PIECE_LOGITS", 16 * SHAPE["vocab_size"])
-    small = scorer.pack(model, PAIRS, range(len(PAIRS)), 40)
+    small = scorer.pack(model, PAIRS, range(len(PAIRS)), plan(40, 16 * SHAPE["vocab_size"]))
     assert len(small) > 3
     assert relative_difference(expected, total_gradient(model, scorer, small)) <= 1e-5
+    scorer.pack(model, PAIRS, [], plan(keep=True))
+    assert relative_difference(expected, total_gradient(model, scorer, packs)) <= 1e-5
     checkpoint_layers(model)
     assert relative_difference(expected, total_gradient(model, scorer, packs)) <= 1e-5
     scorer.shapes = batching.Shapes(bucketed=True)
-    padded = scorer.pack(model, PAIRS, range(len(PAIRS)), 200)
+    padded = scorer.pack(model, PAIRS, range(len(PAIRS)), plan(200))
     assert relative_difference(expected, total_gradient(model, scorer, padded)) <= 1e-5
 
 
@@ -151,7 +159,7 @@ def test_what_is_wrong_is_found_and_left_out(grpo, wrong, said, monkeypatch):
     monkeypatch.setattr(RowCache, "make_mask", make_mask)
     model = build("qwen2", {})
     scorer = batching.make_scorer(grpo.token_logprobs, compiled=False)
-    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), 10**6)
+    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert not scorer.shares
     assert "own prompt" in said[0]
     assert len(said) == 1
@@ -172,7 +180,7 @@ def test_a_model_that_cannot_be_taken_apart_is_scored_the_plain_way(grpo, said):
     model = build("qwen2", {})
     object.__setattr__(model, "__class__", Scaled)
     scorer = batching.make_scorer(grpo.token_logprobs, compiled=False)
-    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), 10**6)
+    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert not scorer.splits
     assert "all positions" in said[0]
     assert "window" not in scorer.layout(packs[0], PAIRS, np.ones((12, 4)), 5)
@@ -189,7 +197,9 @@ def peak_of_head(vocabulary, trainable, piece):
 
     def loss(parameters, hidden):
         model.update(parameters)
-        return scoring.head_logprobs(model, names, hidden, targets, 1.0, piece=piece)[0].sum()
+        return scoring.head_logprobs(model, names, hidden, targets, 1.0, piece=piece * vocabulary)[
+            0
+        ].sum()
 
     mx.eval(model.parameters(), hidden, targets)
     mx.synchronize()

@@ -12,8 +12,9 @@ What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
   K = kv_heads*head_dim, I intermediate size, S sequence length): kept for the backward pass
   5H + 3Q + 2K + 5I + heads*S values, and one layer's temporaries 3H + 4I + 2*heads*S. With
   gradient checkpointing only H is kept per layer, plus one whole layer. LoRA's float32 adapters
-  cast their inputs of half precision: 4H + Q + I float32 values more. Logits of the completion
-  positions: 3 float32 copies, and 2 in the weights' type when that is narrower.
+  cast their inputs of half precision: 4H + Q + I float32 values more. Logits of one piece of the
+  completion positions (utils/scoring.py): in the weights' type, in float32, and their gradient; in
+  the weights' type those of all positions where there is room: it saves making them again.
 
 heads*S are attention probabilities, kept on the CPU and on Metal (unfused when training); fused
 CUDA kernels keep less. Optimizer temporaries, one parameter at a time, are left out.
@@ -41,11 +42,14 @@ from .text import shown
 GB = 10**9
 HEADROOM = 0.9  # of the budget: the rest is the allocator's cache, the process and the estimate
 QUANTIZED_BITS = 4.5  # 4 bits and, per group of 64, a scale and a bias of 16 bits
-MAX_MICRO_BATCH_TOKENS = 16_384  # beyond it a GPU gains nothing, and Metal's watchdog bites
+MAX_MICRO_BATCH_TOKENS = 20_480  # beyond it a GPU gains nothing, and Metal's watchdog bites
 # Measured on 2 cores, models/tiny-math, gradient of 64 sequences: 0.48 s in parts of 600 tokens,
 # 0.54 s in parts of 1,200, 0.98 s in parts of 4,800, which no cache holds.
 CPU_MICRO_BATCH_TOKENS = 1_024
-# GPU kernels index with 32 bits: the logits of a micro-batch, tokens x vocabulary, must stay below.
+# Logits of one piece: a 32nd of the budget, and no more than keeps a GPU busy.
+PIECE_PART = 32
+MAX_PIECE_LOGITS = 2**29
+# GPU kernels index with 32 bits: logits made at once, tokens x vocabulary, must stay below.
 # Measured on one H200: 64 x 236 x 151,936 logits of a 4-bit model came back wrong, without error.
 MAX_LOGITS = 2**31 - 1
 KV_CACHE_STEP = 256  # mlx_lm.models.cache.KVCache.step
@@ -398,7 +402,9 @@ class Plan:
     activations: int
     """Of one micro-batch."""
     logits: int
-    """Of one micro-batch: of every position, and for the completion with their gradients."""
+    """Of one micro-batch: of one piece with gradients, and of all positions where they are kept."""
+    piece_logits: int
+    keep_logits: bool
     trainable_parameters: int
     rollout_batch_size: int
     micro_batch_tokens: int
@@ -543,19 +549,6 @@ def activation_bytes_per_token(shape: ModelShape, settings: Settings) -> int:
     return layer * layers + temporary
 
 
-def _sequence_bytes(shape: ModelShape, settings: Settings) -> tuple[int, int]:
-    """Activations and logits of one sequence of a micro-batch.
-
-    The head is applied to every position, the loss only to those of the completion. In half
-    precision `position` counts the head's own output already, beside its float32 copies.
-    """
-    width = settings.train_dtype_bytes
-    position = shape.vocab_size * (12 + (2 * width if width < 4 else 0))
-    activations = activation_bytes_per_token(shape, settings) * settings.sequence
-    head = shape.vocab_size * width * (settings.prompt_tokens if width < 4 else settings.sequence)
-    return activations, position * settings.completion_tokens + head
-
-
 def _rollout_rows(settings: Settings, left: float, row: int) -> int:
     """All completions of the update if they fit, else whole groups, else single rows."""
     if settings.rollout_batch_size:
@@ -564,13 +557,12 @@ def _rollout_rows(settings: Settings, left: float, row: int) -> int:
     return rows - rows % settings.num_generations if rows > settings.num_generations else rows
 
 
-def _micro_batch_tokens(settings: Settings, left: float, sequence: int, vocabulary: int) -> int:
+def _micro_batch_tokens(settings: Settings, left: float, sequence: int) -> int:
     """Tokens of as many sequences as fit: at least one, at most the cap or the whole update."""
     if settings.micro_batch_tokens:
         return settings.micro_batch_tokens
     sequences = min(int(left // sequence), settings.completions)
-    cap = CPU_MICRO_BATCH_TOKENS if settings.on_cpu else MAX_MICRO_BATCH_TOKENS
-    limit = min(cap, MAX_LOGITS // vocabulary)
+    limit = CPU_MICRO_BATCH_TOKENS if settings.on_cpu else MAX_MICRO_BATCH_TOKENS
     return max(settings.sequence, min(sequences * settings.sequence, limit))
 
 
@@ -582,6 +574,8 @@ def _build(shape: ModelShape, settings: Settings) -> Plan:
         rollout_logits=0,
         activations=0,
         logits=0,
+        piece_logits=0,
+        keep_logits=False,
         rollout_batch_size=0,
         micro_batch_tokens=0,
         budget_bytes=settings.budget_bytes,
@@ -589,17 +583,25 @@ def _build(shape: ModelShape, settings: Settings) -> Plan:
     left = HEADROOM * settings.budget_bytes - plan.resident
     cache, rollout_logits = _row_bytes(shape, settings)
     rows = _rollout_rows(settings, left, cache + rollout_logits)
-    activations, logits = _sequence_bytes(shape, settings)
-    tokens = _micro_batch_tokens(
-        settings, left - plan.gradients, activations + logits, shape.vocab_size
-    )
+    width = settings.train_dtype_bytes
+    each = 4 + (width if width < 4 else 0)  # float32, in place of which comes the gradient
+    piece = min(settings.budget_bytes // PIECE_PART // each, MAX_PIECE_LOGITS)
+    every = settings.completions * settings.completion_tokens * shape.vocab_size
+    left -= plan.gradients + min(piece, every) * (each + width)
+    activations = activation_bytes_per_token(shape, settings) * settings.sequence
+    tokens = _micro_batch_tokens(settings, left, activations)
     sequences = max(1, min(tokens // settings.sequence, settings.completions))
+    scored = sequences * settings.completion_tokens * shape.vocab_size
+    keep = sequences * activations + scored * width <= left
+    made = min(piece, scored)
     return replace(
         plan,
         kv_cache=rows * cache,
         rollout_logits=rows * rollout_logits,
         activations=sequences * activations,
-        logits=sequences * logits,
+        logits=made * each + (scored if keep else made) * width,
+        piece_logits=piece,
+        keep_logits=keep,
         rollout_batch_size=rows,
         micro_batch_tokens=tokens,
     )
@@ -696,9 +698,12 @@ def _fits(case: Case) -> bool:
 
 
 def _apply(case: Case, remedies: Sequence[Remedy]) -> tuple[Case, list[str]]:
-    """One remedy after the other, each as mild as it may be; those that save nothing are left."""
-    texts = []
+    """One remedy after the other until it fits, each as mild as it may be; those that save nothing
+    are left."""
+    texts: list[str] = []
     for remedy in remedies:
+        if _fits(case):
+            break
         before = _build(case.shape, case.settings).peak
         smaller = [c for c in remedy(case) if _build(c.shape, c.settings).peak < before]
         if smaller:
@@ -740,8 +745,7 @@ def plan(shape: ModelShape, **settings: Any) -> Plan:
 
     Raises:
         TypeError: unknown or missing keyword.
-        ValueError: an unknown train_type, full fine-tuning of a quantized model, a size below 1,
-            a micro-batch whose logits are too many for MLX to index.
+        ValueError: an unknown train_type, full fine-tuning of a quantized model, a size below 1.
     """
     wanted = Settings(**settings)
     if wanted.train_type not in ("full", "lora", "dora"):
@@ -752,12 +756,5 @@ def plan(shape: ModelShape, **settings: Any) -> Plan:
     for name in positive:
         if getattr(wanted, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(wanted, name)}")
-    most = MAX_LOGITS // shape.vocab_size
-    for name in ("micro_batch_tokens", "sequence"):
-        if getattr(wanted, name) > most:
-            raise ValueError(
-                f"{name} = {getattr(wanted, name)} with a vocabulary of {shape.vocab_size} is more "
-                f"than 2^31 logits at once, which MLX can't index: at most {most} tokens"
-            )
     result = _build(shape, wanted)
     return result if result.fits else replace(result, suggestions=_suggestions(shape, wanted))

@@ -22,12 +22,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from . import batching
 from .batching import Pair
 from .console import say
+from .memory import MAX_LOGITS, Plan
 from .prefix import PromptCache, RowCache
 
 INNER = ("model", "transformer", "backbone")
 """Names under which mlx-lm's models keep what maps tokens to hidden states."""
-PIECE_LOGITS = 2**28
-"""Logits of one piece: 1 GB in float32, 1,766 tokens of Qwen's vocabulary."""
 
 MAX_CHECKED_WINDOW = 4096
 """Longest sliding window that the check goes beyond."""
@@ -108,21 +107,33 @@ def from_logits(
 
     @score.vjp
     def backward(logits: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        normaliser = chosen.astype(mx.float32) / temperature - outputs[0][:, None]
-        hit = mx.arange(logits.shape[-1]) == targets[:, None]
-        rest = [column[:, None] for column in (*cotangents, *outputs[1:])]
-        fuse = mx.default_device() == mx.gpu  # on the CPU it would wait for a C++ compiler
-        gradient = _fused_logit_gradient if fuse else _logit_gradient
-        return gradient(logits, hit, mx.array(temperature), normaliser, *rest)
+        return logit_gradient(logits, targets, temperature, cotangents, outputs)
 
     scores: Any = score(logits)
     return scores
 
 
+def logit_gradient(
+    logits: mx.array,
+    targets: mx.array,
+    temperature: float,
+    cotangents: Sequence[mx.array],
+    scores: Sequence[mx.array],
+) -> mx.array:
+    """(N, V) gradient by the logits from those by the (N,) `scores` that `from_logits` returned."""
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).astype(mx.float32)
+    normaliser = chosen / temperature - scores[0][:, None]
+    rest = [column[:, None] for column in (*cotangents, *scores[1:])]
+    fuse = mx.default_device() == mx.gpu  # on the CPU it would wait for a C++ compiler
+    formula = _fused_logit_gradient if fuse else _logit_gradient
+    columns = mx.arange(logits.shape[-1])
+    return formula(logits, columns, targets[:, None], mx.array(temperature), normaliser, *rest)
+
+
 def _logit_gradient(
     logits: mx.array,
-    hit: mx.array,
+    columns: mx.array,
+    targets: mx.array,
     temperature: mx.array,
     normaliser: mx.array,
     d_logprob: mx.array,
@@ -132,7 +143,7 @@ def _logit_gradient(
     """d log p = onehot - p and d H = -p (log p + H), both over the temperature."""
     logp = logits.astype(mx.float32) / temperature - normaliser
     p = mx.exp(logp)
-    gradient = d_logprob * (hit - p)
+    gradient = d_logprob * ((columns == targets) - p)
     if d_entropy is not None and entropy is not None:
         gradient = gradient - d_entropy * p * (logp + entropy)
     return (gradient / temperature).astype(logits.dtype)
@@ -148,58 +159,73 @@ def head_logprobs(
     targets: mx.array,
     temperature: float,
     with_entropy: bool = False,
-    piece: int = 0,
+    piece: int = 2**28,
+    keep: bool = False,
 ) -> tuple[mx.array, ...]:
     """(N, H) hidden states, (N,) targets -> (N,) log-probs, and entropies if wanted.
 
-    Pieces of at most `piece` positions (0: PIECE_LOGITS logits) are chained by `mx.depends` in both
-    directions, because MLX would otherwise make the logits of all before it reduces the first; the
-    backward pass makes them again. `names` are the trainable parameters that the head uses: what a
-    `mx.custom_function` does not take as an argument has no gradient.
+    Pieces of at most `piece` logits are chained by `mx.depends` in both directions, because MLX
+    would otherwise make the logits of all before it reduces the first. The backward pass makes them
+    again, unless it is to `keep` them. `names` are the trainable parameters that the head uses:
+    what a `mx.custom_function` does not take as an argument has no gradient.
     """
+    count, vocabulary = hidden.shape[0], head(model, hidden[:1]).shape[-1]
+    most = max(1, min(piece, MAX_LOGITS) // vocabulary)  # positions of a piece
+    size = -(-count // -(-count // most))
+    parts = [slice(start, start + size) for start in range(0, count, size)]
     own = dict(named(model.trainable_parameters()))
     names = [name for name in names if name in own]
-    count = hidden.shape[0]
-    piece = piece or max(1, PIECE_LOGITS // head(model, hidden[:1]).shape[-1])
-    size = -(-count // -(-count // piece))
-    pieces = [slice(start, start + size) for start in range(0, count, size)]
+    parameters = [own[name] for name in names]
 
-    def score(hidden: mx.array, values: Sequence[mx.array], part: slice) -> tuple[mx.array, ...]:
-        logits = with_parameters(model, names, values, partial(head, model, hidden))
-        return from_logits(logits, targets[part], temperature, with_entropy)
+    def logits_of(hidden: mx.array, *parameters: mx.array) -> mx.array:
+        return with_parameters(model, names, parameters, partial(head, model, hidden))
 
-    def forward(hidden: mx.array, values: list[mx.array]) -> tuple[mx.array, ...]:
+    def forward(hidden: mx.array, parameters: list[mx.array]) -> tuple[mx.array, ...]:
         scores: list[tuple[mx.array, ...]] = []
-        for part in pieces:
+        for part in parts:
             chained = mx.depends([hidden[part]], list(scores[-1]) if scores else [])[0]
-            scores.append(score(chained, values, part))
+            logits = logits_of(chained, *parameters)
+            scores.append(from_logits(logits, targets[part], temperature, with_entropy))
         return tuple(mx.concatenate([*column]) for column in zip(*scores, strict=True))
 
-    values = [own[name] for name in names]
-    if len(pieces) == 1:
-        return score(hidden, values, pieces[0])
-    in_pieces = mx.custom_function(forward)
+    if keep or len(parts) == 1:
+        return forward(hidden, parameters)
+    in_parts = mx.custom_function(forward)
 
-    @in_pieces.vjp
-    def backward(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, list[mx.array]]:
-        hidden, values = primals
+    @in_parts.vjp
+    def backward(primals: Any, cotangents: Any, scores: Any) -> tuple[mx.array, list[mx.array]]:
+        hidden, parameters = primals
         d_hidden: list[mx.array] = []
-        d_values = [mx.zeros_like(value) for value in values]
-        for part in pieces:
-            chained = mx.depends([hidden[part]], [*d_hidden[-1:], *d_values])[0]
-            given = [cotangent[part] for cotangent in cotangents]
-            run = partial(_positional, score, part)
-            _, (new, *gradients) = mx.vjp(run, [chained, *values], given)
-            d_hidden.append(new)
-            d_values = [total + g for total, g in zip(d_values, gradients, strict=True)]
-        return mx.concatenate(d_hidden), d_values
+        totals = [mx.zeros_like(value) for value in parameters]
+        for part in parts:
+            chained = mx.depends([hidden[part]], [*d_hidden[-1:], *totals])[0]
+            given = [c[part] for c in cotangents]
+            gradient = partial(
+                _gradient_of, targets[part], temperature, given, [s[part] for s in scores]
+            )
+            first, *rest = vjp_of(logits_of, gradient, [chained, *parameters])
+            d_hidden.append(first)
+            totals = [total + new for total, new in zip(totals, rest, strict=True)]
+        return mx.concatenate(d_hidden), totals
 
-    scores: Any = in_pieces(hidden, values)
+    scores: Any = in_parts(hidden, parameters)
     return scores
 
 
-def _positional(score: Callable, part: slice, hidden: mx.array, *values: mx.array) -> Any:
-    return score(hidden, values, part)
+def _gradient_of(
+    targets: mx.array, temperature: float, cotangents: Any, scores: Any, logits: mx.array
+) -> mx.array:
+    return logit_gradient(logits, targets, temperature, cotangents, scores)
+
+
+def vjp_of(
+    function: Callable, gradient: Callable[[mx.array], mx.array], primals: list[mx.array]
+) -> list[mx.array]:
+    """Gradients by `primals` when the one by y = function(*primals) is gradient(y), a function of
+    the value that `mx.vjp` would want before there is one."""
+    end = mx.custom_function(lambda y: mx.zeros(()))
+    end.vjp(lambda y, *_: gradient(y))
+    return mx.vjp(lambda *x: end(function(*x)), primals, [mx.ones(())])[1]
 
 
 def with_parameters(
@@ -319,9 +345,11 @@ class Scorer:
         self.shapes = batching.Shapes(
             bucketed=compiled or cuda,
             fused=128 if cuda else 0,  # mlx/backend/cuda: ScaledDotProductAttentionVJP
-            overhead=32 if mx.default_device() == mx.cpu else 256,
+            overhead=32 if mx.default_device() == mx.cpu else 1024,
         )
         self.names: list[str] = []  # the trainable parameters of the head
+        self.vocabulary = 1
+        self.piece, self.keep = MAX_LOGITS, False
         self.splits = self.shares = self.checked = False
 
     def __call__(
@@ -344,14 +372,16 @@ class Scorer:
             hidden = hidden_states(model, tokens[:, :-1])
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch["scored"]]  # (N, H)
         targets = tokens[:, 1:].reshape(-1)[batch["scored"]]
-        scores = head_logprobs(model, self.names, hidden, targets, temperature, with_entropy)
+        how = temperature, with_entropy, self.piece, self.keep
+        scores = head_logprobs(model, self.names, hidden, targets, *how)
         placed = [score[batch["window"]] * batch["mask"] for score in scores]
         return placed[0], placed[1] if with_entropy else None
 
     def pack(
-        self, model: Any, pairs: Sequence[Pair], used: Sequence[int], budget: int
+        self, model: Any, pairs: Sequence[Pair], used: Sequence[int], plan: Plan
     ) -> list[batching.Pack]:
-        """Cut the `used` pairs of an update into micro-batches of at most `budget` tokens."""
+        """Cut the `used` pairs of an update into micro-batches of as many tokens as planned."""
+        self.piece, self.keep = plan.piece_logits, plan.keep_logits
         if used and not self.checked:
             self.check(model, [pairs[i] for i in used])
         numbers: dict[tuple[int, ...], int] = {}
@@ -365,7 +395,8 @@ class Scorer:
             for i in used
         ]
         pack = batching.pack_groups if self.shares else batching.pack_rows
-        return pack(rows, budget, self.shapes)
+        most = math.inf if self.splits else MAX_LOGITS // self.vocabulary
+        return pack(rows, int(min(plan.micro_batch_tokens, most)), self.shapes)
 
     def layout(
         self, pack: batching.Pack, pairs: Sequence[Pair], mask: np.ndarray, total: int
@@ -380,6 +411,7 @@ class Scorer:
     def check(self, model: Any, pairs: Sequence[Pair]) -> None:
         """Find out which of the fast ways agree with the plain one for this model."""
         self.checked = True
+        self.vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]  # its shape: never evaluated
         problem = splitting_problem(model, pairs[0][0])
         if problem:
             say(f"scoring   logits of all positions at once: {problem}")
