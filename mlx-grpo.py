@@ -166,8 +166,8 @@ class MLXGRPOConfig:
         default_factory=lambda: ["correctness", "xmlcount", "soft_format", "int"]
     )
     """Built-in names (correctness, int, strict_format, soft_format, xmlcount, math, cosine, length,
-    soft_overlong, repetition, remote_rm, judge), or module:function, or file.py:function with TRL's
-    interface. Reward files are code: they run with your rights."""
+    soft_overlong, repetition, remote_rm, reward_model, judge), or module:function, or
+    file.py:function with TRL's interface. Reward files are code: they run with your rights."""
     reward_weights: list[float] = field(default_factory=list)
     """One factor per reward function; empty: all 1."""
     reward_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -181,6 +181,9 @@ class MLXGRPOConfig:
     remote_rm_url: list[str] = field(default_factory=list)
     """Reward servers that the reward remote_rm asks (OpenRLHF's protocol). $NAME in a URL is an
     environment variable."""
+    reward_model: str = ""
+    """Model that the reward of this name scores with (a folder or a hub name): a classifier's head,
+    or how probable a Yes is."""
 
     num_generations: int = 64
     """Completions sampled per prompt: the group."""

@@ -785,6 +785,13 @@ FIELDS = {
         ["http://b.test/rm", "http://c.test/"],
         {"reward_funcs": ["remote_rm"]},
     ),
+    "reward_model": Watch(
+        "model",
+        "other-model",
+        lambda s: rewards(s)[0],
+        lambda a, b: 0 < a[0] < 1 and 0 < b[0] < 1,
+        {"reward_funcs": ["reward_model"], "reward_kwargs": {"reward_model": {"yes": "1"}}},
+    ),
     "num_generations": Watch(4, 3, lambda s: sum(size for size, _ in shapes(s)), 6),
     "batch_size": Watch(1, 2, prompts_and_batches, [4, 2, 6]),
     "gradient_accumulation_steps": Watch(2, 4, prompts_and_batches, [4, 4, 6]),

@@ -55,7 +55,7 @@ def test_the_quoted_reward_is_valid_and_used(grpo, tmp_path):
     assert reward(completions=[short, long]) == [0.5, 0.0]
 
 
-LINKING = [*DOCUMENTS, "models/tiny-math/README.md", "utils/README.md"]
+LINKING = [*DOCUMENTS, "docs/rewards.md", "models/tiny-math/README.md", "utils/README.md"]
 
 
 @pytest.mark.parametrize("name", [*LINKING, "docs/nanochat.md", "docs/litgpt.md"])

@@ -249,10 +249,9 @@ def test_rewards_begin_while_the_rest_is_sampled(model_dir, data_dir, tmp_path, 
         pulse(phase)
 
     trainer.sample, trainer.pulse = timed, slow
-    groups = trainer.roll_out(
-        [0, 1, 2], dict.fromkeys(("seconds_rollout", "seconds_rewards", "tokens_sampled"), 0.0)
-    )
-    done = [group.rewards[0] for group in groups]
+    responses = trainer.generate_responses([0, 1, 2])
+    rows = [trainer.train_dataset[n] for n in (0, 1, 2) for _ in range(4)]
+    done = trainer.compute_rewards(rows, responses)[0][::4].tolist()
     assert done[0] < sampled[0], "the first group was scored before the last was sampled"
     assert len({*done}) == 3
 

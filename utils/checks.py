@@ -125,6 +125,10 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
             not isinstance(given, dict),
         )
     yield (
+        "reward_model has no effect unless reward_funcs has reward_model",
+        bool(c.reward_model) and "reward_model" not in c.reward_funcs,
+    )
+    yield (
         "remote_rm_url has no effect unless reward_funcs has remote_rm",
         bool(c.remote_rm_url) and "remote_rm" not in c.reward_funcs,
     )

@@ -53,7 +53,8 @@ OF_A_RUN = (
     "reward_kwargs",
 )
 
-ELSEWHERE = ("remote_rm", "judge")  # rewards that send completions to a server
+# Rewards that send completions to a server, or load another model.
+ELSEWHERE = ("remote_rm", "judge", "reward_model")
 
 
 def number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from . import datafiles, loading, memory, runtime, settings
@@ -52,9 +53,15 @@ def plan_memory(
 
 
 def budget_bytes(config: Any) -> int:
-    """What the run may use: the device's memory, or memory_limit_gb where that is less."""
+    """What the run may use: the device's memory, or memory_limit_gb where that is less.
+
+    A reward model in a folder takes the size of its weights off, unless it is unloaded.
+    """
     device, limit = runtime.device_memory_bytes(), int(config.memory_limit_gb * memory.GB)
-    return min(device, limit) if limit else device
+    kept = not config.reward_kwargs.get("reward_model", {}).get("unload")
+    files = Path(config.reward_model).expanduser().glob("model*.safetensors")
+    scorer = sum(f.stat().st_size for f in files) if config.reward_model and kept else 0
+    return max(1, (min(device, limit) if limit else device) - scorer)
 
 
 def master_bytes(config: Any, shape: memory.ModelShape) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import UserError
 from .remote_rewards import Judge, RemoteReward
+from .reward_models import RewardModel
 
 WORDS = re.compile(r"[^\W\d_]{2,}(\s+[^\W\d_]+)*")
 
@@ -57,6 +58,7 @@ def table(
         "repetition": repetition_reward_func,
         "remote_rm": RemoteReward,
         "judge": Judge,
+        "reward_model": RewardModel,
     }
 
 

@@ -15,7 +15,12 @@ from .reward_calls import described, waits
 
 # Parameters of built-in rewards that settings fill: the first unless reward_kwargs does.
 FROM_SETTINGS = {"max_len": "max_new_tokens"}
-ONLY_SETTINGS = {"urls": "remote_rm_url", "timeout": "reward_timeout"}
+ONLY_SETTINGS = {
+    "urls": "remote_rm_url",
+    "timeout": "reward_timeout",
+    "reward_model": "reward_model",
+    "trust_remote_code": "trust_remote_code",
+}
 Rewards = dict[str, Callable[..., Any]]
 
 
@@ -31,7 +36,8 @@ def load_rewards(config: Any, builtin: Rewards) -> Rewards:
     }
     if config.reward_workers:
         rewards |= in_workers(config, rewards, builtin)
-    if "reward_timeout" in config.explicit and not any(map(waits, rewards.values())):
+    set_on_purpose = config.reward_timeout != type(config).reward_timeout
+    if set_on_purpose and not any(map(waits, rewards.values())):
         raise UserError("reward_timeout has no effect: none of reward_funcs waits for others")
     return rewards
 
