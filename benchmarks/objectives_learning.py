@@ -2,11 +2,13 @@
 
     uv run python benchmarks/objectives_learning.py                   all, one after the other
     uv run python benchmarks/objectives_learning.py gspo rloo         some of them
+    uv run python benchmarks/objectives_learning.py --far             further from the old policy
     uv run python benchmarks/objectives_learning.py --gradients       only the differences
     uv run python benchmarks/objectives_learning.py --table-only      RESULTS.md from the records
 
 Each run is configs/tiny_math.toml with the objective and num_iterations = 2, so that every other
-update is off-policy and clips or gates act; the budget in updates is the preset's. Records go to
+update is off-policy and clips or gates act; the budget in updates is the preset's. With --far it is
+ten times the learning rate and num_iterations = 4, where objectives part. Records go to
 benchmarks/records/objectives_learning.jsonl.
 """
 
@@ -31,7 +33,6 @@ from utils.script import load_script  # noqa: E402
 RECORDS = ROOT / "benchmarks/records/objectives_learning.jsonl"
 RESULTS = ROOT / "benchmarks/RESULTS.md"
 CONFIG = "configs/tiny_math.toml"
-STEPS = (1.0, 0.01)  # of the updates before gradients are compared, in peak learning rates
 ENOUGH = 0.75  # exact match on the test questions that an objective is to reach
 LOSSES = {
     "grpo": {},
@@ -46,10 +47,14 @@ LOSSES = {
     "sapo": {"loss_type": "sapo"},
     "reinforce": {"loss_type": "reinforce"},
 }
+FAR = (*LOSSES, "grpo, two-sided", "grpo, wide clip", "cispo, cap 1.2")  # where the clip matters
 ESTIMATORS = ("batch", "rloo", "reinforce", "reinforce_baseline", "gdpo")
 OBJECTIVES: dict[str, dict[str, str]] = {
     **LOSSES,
     **{f"grpo, {name} advantages": {"advantage_estimator": name} for name in ESTIMATORS},
+    "grpo, two-sided": {"delta": "1.5"},
+    "grpo, wide clip": {"clip_eps": "0.9", "clip_eps_high": "100"},
+    "cispo, cap 1.2": {"loss_type": "cispo", "clip_eps_high": "0.2"},
     "grpo, dynamic sampling": {"dynamic_sampling": "3"},
     "grpo, k2 in the loss": {"kl_coeff": "0.01", "kl_estimator": "k2"},
     "grpo, k1 in the reward": {
@@ -60,10 +65,13 @@ OBJECTIVES: dict[str, dict[str, str]] = {
 }
 
 
-def train(name: str) -> dict[str, Any]:
+def train(name: str, far: bool) -> dict[str, Any]:
     """One run; its record."""
-    output_dir = Path("outputs/objectives") / name.replace(", ", "-").replace(" ", "-")
+    output_dir = Path("outputs/objectives") / (name.replace(", ", "-").replace(" ", "-"))
     settings = {"num_iterations": "2", "eval_steps": "0", **OBJECTIVES[name]}
+    if far:
+        settings |= {"num_iterations": "4", "learning_rate": "2e-4"}
+        output_dir = output_dir.with_name(output_dir.name + "-far")
     command = [sys.executable, "mlx-grpo.py", "--config", CONFIG]
     for key, value in {**settings, "output_dir": str(output_dir)}.items():
         command += ["--set", f"{key}={value}"]
@@ -74,7 +82,7 @@ def train(name: str) -> dict[str, Any]:
     updates = [r for r in log if "loss" in r]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "objective": name,
+        "objective": f"{name}, far" if far else name,
         "settings": settings,
         "seconds": round(time.perf_counter() - start, 1),
         "machine": platform.machine(),
@@ -92,13 +100,12 @@ def mean(values: Any) -> float:
     return round(math.fsum(values) / len(values), 6)
 
 
-def gradients(step: float) -> dict[str, dict[str, float]]:
+def gradients() -> dict[str, dict[str, float]]:
     """|g/|g| - h/|h|| of the gradients g of one loss and h of another, off the policy.
 
-    All start from the same weights, rollouts and rewards: grpo makes two updates at `step` times
-    the peak learning rate, then each loss differentiates the same batch with the same old
-    log-probs. The optimizer is blind to the size of a gradient, so that directions are compared; a
-    gradient that is clipped away as a whole has none, and is at distance 1 from any other.
+    All start from the same weights, rollouts and rewards: grpo makes two updates at the peak
+    learning rate, then each loss differentiates the same batch with the same old log-probs. The
+    optimizer is blind to the size of a gradient, so that directions are compared.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -106,7 +113,6 @@ def gradients(step: float) -> dict[str, dict[str, float]]:
     grpo = load_script()
     output = ROOT / "outputs/objectives/gradients"
     base = ["num_iterations=3", "warmup_ratio=0", f"output_dir={output}", "max_updates=2"]
-    base.append(f"learning_rate={2e-5 * step}")
     trainer = grpo.build_trainer(grpo.read_config(str(ROOT / CONFIG), base), "")
     sampled, anchored, scored = [], [], []
 
@@ -132,8 +138,7 @@ def gradients(step: float) -> dict[str, dict[str, float]]:
             _, grads = loss_and_grad({**batch, "old_logprobs": old["old_logprobs"]})
             total.append(mx.concatenate([g.reshape(-1) for _, g in tree_flatten(grads)]))
             mx.eval(total)
-        norm = mx.linalg.norm(sum(total)).item()
-        found[name] = sum(total) / (norm or 1.0)
+        found[name] = sum(total) / mx.linalg.norm(sum(total))
     return {a: {b: mx.linalg.norm(g - found[b]).item() for b in found} for a, g in found.items()}
 
 
@@ -142,20 +147,20 @@ def newest_records() -> dict[str, dict[str, Any]]:
     return {r["objective"]: r for r in map(json.loads, lines)}
 
 
-def table(records: dict[str, dict[str, Any]]) -> list[str]:
+def table(records: dict[str, dict[str, Any]], suffix: str) -> list[str]:
     rows = [
-        "| objective | exact match before -> after | reached 0.75 | held back by clip or gate | "
-        "rollouts at the end | seconds |",
-        "|---|---|---|---|---|---|",
+        "| objective | exact match, greedy | reached 0.75 | sampled, last rollouts | "
+        "held back by clip or gate | prompts replaced | machine |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in OBJECTIVES:
-        if name not in records:
+        if name + suffix not in records:
             continue
-        r = records[name]
+        r = records[name + suffix]
         enough = "yes" if r["em"][-1] >= ENOUGH else "no"
         rows.append(
             f"| {name} | {r['em'][0]:.3f} -> {r['em'][-1]:.3f} | {enough} | "
-            f"{r['held_back']:.2%} | {r['sampled_em']:.3f} | {r['seconds']:.0f} |"
+            f"{r['sampled_em']:.3f} | {r['held_back']:.4%} | {r['resampled']:.0f} | {r['device']} |"
         )
     return rows
 
@@ -175,6 +180,7 @@ def write(record: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="OBJECTIVE", help=", ".join(OBJECTIVES))
+    parser.add_argument("--far", action="store_true", help="ten times the rate, four iterations")
     parser.add_argument("--gradients", action="store_true", help="only the gradients' differences")
     parser.add_argument("--table-only", action="store_true", help="only write RESULTS.md")
     arguments = parser.parse_args()
@@ -182,22 +188,20 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown objective {unknown[0]!r}; known: {', '.join(OBJECTIVES)}")
     if not arguments.table_only:
-        for step in [] if arguments.names else STEPS:
-            write({"objective": f"gradients {step:g}", "distance": gradients(step)})
-        for name in [] if arguments.gradients else arguments.names or OBJECTIVES:
-            record = train(name)
+        if not (arguments.names or arguments.far):
+            write({"objective": "gradients", "distance": gradients()})
+        names = arguments.names or (FAR if arguments.far else OBJECTIVES)
+        for name in [] if arguments.gradients else names:
+            record = train(name, arguments.far)
             write(record)
             print(name, record["em"], record["held_back"], record["seconds"], flush=True)
     records = newest_records()
     text = RESULTS.read_text(encoding="utf-8")
-    text = replaced(text, "objectives-learning", table(records))
-    for step in STEPS:
-        if f"gradients {step:g}" not in records:
-            continue
-        found = records[f"gradients {step:g}"]["distance"]
-        narrow = [name for name in found if step == 1 or name.startswith("gspo")]
-        rows = gradient_table({name: found[name] for name in narrow})
-        text = replaced(text, f"objectives-gradients-{step:g}", rows)
+    text = replaced(text, "objectives-learning", table(records, ""))
+    text = replaced(text, "objectives-far", table(records, ", far"))
+    if "gradients" in records:
+        rows = gradient_table(records["gradients"]["distance"])
+        text = replaced(text, "objectives-gradients", rows)
     RESULTS.write_text(text, encoding="utf-8")
     return 0
 
