@@ -1229,6 +1229,7 @@ class MLXGRPOTrainer:
         how: Sampling,
         after_batch: Callable[[list[Completion]], None],
     ) -> list[Completion]:
+        self.reward_calls.reset()  # what began on batches that did not fit
         model = views.joined(model, self.plan.spare_for_rollouts)
         stop = StopRule(self.tokenizer, how.stop_strings)
         prompts, group = [row["prompt_ids"] for row in rows], len(keys) // len(rows)
@@ -1259,17 +1260,15 @@ class MLXGRPOTrainer:
         """`num_generations` completions for each row (index) of the training set, in order."""
         self.refresh_old_policy()
         assert self.model_old is not None
+        size = self.args.num_generations
         keys = [
-            row_key(self.args.seed, 0, self.update_step, row, n)
-            for row in batch
-            for n in range(self.args.num_generations)
+            row_key(self.args.seed, 0, self.update_step, row, again * size + n)
+            for row, again in curriculum.occurrences(batch)  # a weighted prompt may come twice
+            for n in range(size)
         ]
         rows = [self.train_dataset[row] for row in batch]
-        unpack = (
-            not self.quantizes
-        )  # a base that was given in 4 bits, not a copy made to sample from
+        unpack = not self.quantizes  # a base given in 4 bits, not a copy made to sample from
         policy = views.merged(self.model_old, self.plan.spare_for_rollouts, unpack)
-        self.reward_calls.reset()
         return self.sample(policy, rows, keys, self.sampling, partial(self.score_ahead, rows))
 
     def compute_rewards(

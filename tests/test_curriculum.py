@@ -182,3 +182,10 @@ def test_a_mix_says_what_to_evaluate_on(grpo, tmp_path):
     with pytest.raises(UserError, match="set dataset too, on which the run is evaluated"):
         grpo.read_config(None, [mix])
     assert grpo.read_config(None, [mix, "eval_samples=0"]).dataset_mix
+
+
+def test_a_question_that_comes_twice_in_an_update_is_sampled_anew(model_dir, data_dir, tmp_path):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o")
+    ids = [c.ids for c in trainer.generate_responses([3, 5, 3])]
+    assert ids[:8] == [c.ids for c in trainer.generate_responses([3, 5])]
+    assert not any(first in ids[8:] for first in ids[:4])

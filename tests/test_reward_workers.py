@@ -256,6 +256,19 @@ def test_rewards_begin_while_the_rest_is_sampled(model_dir, data_dir, tmp_path, 
     assert len({*done}) == 3
 
 
+def test_what_began_before_a_second_try_is_dropped(model_dir, data_dir, tmp_path, own):
+    """A rollout that did not fit is sampled again, from its first batch on."""
+    settings = {"reward_funcs": [f"{own}:digest"], "reward_workers": 1, "rollout_batch_size": 4}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", None, **settings)
+    responses = trainer.generate_responses([5, 6])
+    assert trainer.reward_calls.parts
+    expected = trainer.generate_responses([0, 1])
+    rows = [trainer.train_dataset[n] for n in (0, 1) for _ in range(4)]
+    got = trainer.compute_rewards(rows, expected)[0]
+    assert (got == trainer.compute_rewards(rows, expected)[0]).all()
+    assert (got != trainer.compute_rewards(rows, responses)[0]).any()
+
+
 def test_workers_end_with_their_parent(tmp_path, own):
     """Also when it is killed."""
     program = (

@@ -66,3 +66,8 @@ def weighted_order(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
     start = np.repeat(rng.random(count), times)
     when = (copy + start) / np.repeat(times, times)  # within the epoch, from 0 to 1
     return np.repeat(rows, times)[np.argsort(when, kind="stable")]
+
+
+def occurrences(rows: list[int]) -> list[tuple[int, int]]:
+    """Each row with how often it came before in the list."""
+    return [(row, rows[:place].count(row)) for place, row in enumerate(rows)]
