@@ -20,6 +20,7 @@ from . import runtime, settings
 from .console import say
 from .errors import DiskError, RunError, UserError, disk_errors_named
 from .lock import RunLock
+from .text import shown
 
 CONFIG, PROVENANCE, LOG = "config.resolved.json", "provenance.json", "training_log.jsonl"
 RUN_FILES = (
@@ -97,11 +98,11 @@ def damage(folder: Path) -> str | None:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         sizes = {name: int(entry["bytes"]) for name, entry in entries.items()}
         sums = {name: str(entry["sha256"]) for name, entry in entries.items()}
+        return next(differences(folder, sizes, sums), None)
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    return next(differences(folder, sizes, sums), None)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with it, an older one may be whole
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {str(error)[:200]})"
 
 
 def differences(folder: Path, sizes: dict[str, int], sums: dict[str, str]) -> Iterator[str]:
@@ -446,12 +447,23 @@ def load(folder: Path, trainer: Any) -> None:
     """Bring a fresh trainer to where the checkpoint was written.
 
     Raises:
-        UserError: a setting that would change the rest of the run differs.
+        UserError: a setting that would change the rest of the run differs; a checkpoint that its
+            manifest calls whole, but that this trainer can't have written.
     """
     try:
-        counters, arrays = read_state(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"resume: checkpoint {folder} cannot be read: {error}") from None
+        restore(folder, trainer)
+    except UserError:
+        raise
+    except Exception as error:  # a manifest is no signature: anybody can write a checkpoint
+        detail = f"{type(error).__name__}: {str(error)[:500]}"
+        raise UserError(f"resume: checkpoint {folder} cannot be read: {detail}") from error
+
+
+def restore(folder: Path, trainer: Any) -> None:
+    import mlx.core as mx
+
+    counters, arrays = read_state(folder)
+    check_position(counters, trainer)
     refuse_changes(counters.pop("config"), trainer.args)
     if counters.pop("data_sha256") != trainer.data_sha256:
         raise UserError(
@@ -467,17 +479,38 @@ def load(folder: Path, trainer: Any) -> None:
     restore_random_states(counters["random"])
     kind = "model" if trainer.loaded.train_type == "full" else "adapters"
     for file in sorted(folder.glob(f"{kind}*.safetensors")):
-        trainer.model.load_weights(str(file), strict=False)
+        load_weights(trainer.model, dict(mx.load(str(file))))  # type: ignore[arg-type]
     parts: dict[str, dict] = {"optimizer": {}, "old": {}, "reference": {}}
     for name, value in arrays.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
     trainer.optimizer.load(parts["optimizer"])
     if parts["reference"]:
-        trainer.ref_model.load_weights(list(parts["reference"].items()), strict=False)
+        load_weights(trainer.ref_model, parts["reference"])
     if parts["old"]:
         trainer.model_old = trainer.copy_policy()
-        trainer.model_old.load_weights(list(parts["old"].items()), strict=False)
+        load_weights(trainer.model_old, parts["old"])
+
+
+def check_position(counters: dict[str, Any], trainer: Any) -> None:
+    """Raise ValueError where a counter is not of the kind that the trainer keeps, or impossible."""
+    for name in COUNTERS:
+        value, kind = counters[name], type(getattr(trainer, name))
+        right = type(value) is int if kind is int else isinstance(value, int | float)
+        if kind in (int, float) and not (right and 0 <= value < 2**31):
+            raise ValueError(f"{name} = {shown(value)}")
+    for name in ("history", "pending"):
+        if not all(isinstance(record, dict) for record in [*counters[name]]):
+            raise ValueError(f"{name} = {shown(counters[name])}")
+
+
+def load_weights(model: Any, weights: dict[str, Any]) -> None:
+    """MLX takes a matrix of another shape, and reads beyond it where ids are looked up in it."""
+    known = flat(model.parameters())
+    for name, value in weights.items():
+        if name not in known or value.shape != known[name].shape:
+            raise ValueError(f"{shown(name)} of shape {value.shape} is no part of the model")
+    model.load_weights(list(weights.items()), strict=False)
 
 
 def changes(before: dict[str, Any], config: Any) -> dict[str, tuple[Any, Any]]:

@@ -51,6 +51,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at least 0, below 1": (lambda v: 0 <= v < 1, "lora_dropout adam_beta1 adam_beta2"),
     "above 0, below 1": (lambda v: 0 < v < 1, "clip_eps"),
 }
+PATHS = "model_name output_dir dataset adapter_path resume chat_template train_split test_split"
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "moment_bits": (32, 8),
@@ -308,9 +309,7 @@ def check(c: Any) -> None:
     Raises:
         UserError: the first complaint.
     """
-    for name, value in vars(c).items():
-        if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
-            raise UserError(f"{name} = {shown(value)} must be below 2 ** 31")
+    check_sizes(c)
     for rule, (holds, names) in LIMITS.items():
         for name in names.split():
             if not holds(getattr(c, name)):
@@ -323,6 +322,17 @@ def check(c: Any) -> None:
     for complaint, wrong in contradictions(c):
         if wrong:
             raise UserError(complaint)
+
+
+def check_sizes(c: Any) -> None:
+    """Numbers that MLX can index with, and names that a file system takes."""
+    for name, value in vars(c).items():
+        if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
+            raise UserError(f"{name} = {shown(value)} must be below 2 ** 31")
+    for name in PATHS.split():
+        path = getattr(c, name).encode(errors="replace")
+        if len(path) > 3000 or any(len(part) > 240 for part in path.split(b"/")):
+            raise UserError(f"{name} = {shown(getattr(c, name))} is too long for a file name")
 
 
 def refuse_dead_settings(c: Any, train_type: str) -> None:

@@ -282,9 +282,12 @@ def read_hub_dataset(config: Any, split: str) -> list[dict[str, Any]]:
 
 def check_prompts(config: Any, rows: list[dict[str, Any]], what: str, vocabulary: Any) -> None:
     """Refuse token ids that the model lacks, and data in which no prompt is short enough."""
+    if not all(type(i) is int for row in rows for i in row["prompt_ids"]):
+        raise UserError(
+            f"the chat template of {config.model_name} gives no token ids (chat_template_kwargs "
+            "such as tokenize = false have that effect)"
+        )
     ids = {i for row in rows for i in row["prompt_ids"]}
-    if not all(isinstance(i, int) for i in ids):
-        raise UserError("chat_template_kwargs: the chat template gives no token ids with them")
     worst = max(ids, default=0) if min(ids, default=0) >= 0 else min(ids)
     if not 0 <= worst < vocabulary:  # MLX does not check: this would read foreign memory
         raise UserError(

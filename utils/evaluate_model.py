@@ -144,6 +144,8 @@ class Scores:
 
 def resolve(args: argparse.Namespace) -> tuple[Any, str]:
     """The trainer's configuration with the arguments on top, and where it is from."""
+    from .settings import replaced  # here: `--help` answers at once
+
     config, source = trainer_settings(args.config, args.set, args.models)
     changes: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     if args.data:
@@ -160,7 +162,7 @@ def resolve(args: argparse.Namespace) -> tuple[Any, str]:
         )
     if args.seed is not None:
         changes["seed"] = args.seed
-    return dataclasses.replace(config, **changes), source
+    return replaced(config, **changes), source
 
 
 def read_questions(args: argparse.Namespace, config: Any) -> list[dict[str, Any]]:
@@ -212,9 +214,11 @@ def evaluate(
     """Ask one model all questions, in batches; each completion is handed to `save`."""
     from tqdm import tqdm
 
+    from .settings import replaced
+
     scores, start = Scores(name), time.perf_counter()
     loaded = open_model(name, trust=args.trust_remote_code)
-    config = dataclasses.replace(config, model_name=name)
+    config = replaced(config, model_name=name)
     evaluator = make_evaluator(loaded, config, rewards, args.batch_size)
     how = evaluator.sampling_with(temperature_of(args, config), config.eval_max_new_tokens)
     number_of = {id(row["prompt"]): i for i, row in enumerate(questions)}

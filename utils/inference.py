@@ -157,7 +157,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -243,6 +243,8 @@ def settings_of_run(model: str) -> tuple[dict[str, Any], Path | None]:
     if not found:
         source = (run.parent if folder.name == "adapters" else run) / "config.resolved.json"
         found = read_object(source)
+    if not isinstance(found, dict):
+        raise UserError(f"{source}: config is no JSON object")
     types = typing.get_type_hints(load_script().MLXGRPOConfig)
     values = {k: settings.check_type(k, found[k], types[k]) for k in OF_A_RUN if k in found}
     return without_code(values), source if values else None

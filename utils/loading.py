@@ -61,7 +61,7 @@ def read_shape(model: Path | str) -> memory.ModelShape:
     """
     try:
         return memory.read_hub_shape(model) if isinstance(model, str) else memory.read_shape(model)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         kind = RunError if isinstance(model, str) else UserError
         raise kind(f"model {error}") from None
 
@@ -197,19 +197,52 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding table: MLX reads foreign memory for an id from there on."""
-        import mlx.nn as nn
-
-        tables = nn.Embedding | nn.QuantizedEmbedding
-        rows = [m.weight.shape[0] for _, m in self.model.named_modules() if isinstance(m, tables)]
-        return min([max(rows, default=2**31), self.config.get("vocab_size") or 2**31])
+        """The ids below this one are tokens that the model knows."""
+        return min(embeddings(self.model), self.config.get("vocab_size") or 2**31)
 
 
 def reason(error: Exception) -> str:
     """The message of someone else's error; its kind where that alone says what happened."""
     kinds = LookupError | AssertionError | RecursionError | ArithmeticError | MemoryError
     text = str(error).strip() or "no reason given"
+    text = text if len(text) <= 1000 else f"{text[:1000]}..."
     return f"{type(error).__name__}: {text}" if isinstance(error, kinds) else text
+
+
+def cast(model: Any, dtype: str) -> None:
+    """To `dtype`; "auto" is float32 on the CPU, where other types are slower, not faster."""
+    import mlx.core as mx
+
+    if dtype == "auto" and mx.default_device() == mx.cpu:
+        dtype = "float32"
+    if dtype != "auto":
+        model.set_dtype(getattr(mx, dtype))
+
+
+def try_out(model: Any, tokenizer: Any) -> None:
+    """One text and one token: what a folder says wrongly shows now, not in the midst of a run.
+
+    Raises:
+        ValueError: weights that are not finite, or scores for tokens that have no embedding.
+        Exception: whatever the model or the tokenizer raises.
+    """
+    import mlx.core as mx
+
+    tokenizer.decode(tokenizer.encode("1", add_special_tokens=False))
+    scores = model(mx.array([[0]]))
+    if not mx.isfinite(scores).all():
+        raise ValueError("its weights give no finite numbers")
+    if scores.shape[-1] > embeddings(model):
+        raise ValueError(f"it scores {scores.shape[-1]} tokens, but embeds {embeddings(model)}")
+
+
+def embeddings(model: Any) -> int:
+    """Rows of the embedding table: MLX reads foreign memory for an id from there on."""
+    import mlx.nn as nn
+
+    tables = nn.Embedding | nn.QuantizedEmbedding
+    rows = [m.weight.shape[0] for _, m in model.named_modules() if isinstance(m, tables)]
+    return max(rows, default=2**31)
 
 
 def load_model(config: Any) -> LoadedModel:
@@ -224,14 +257,11 @@ def load_model(config: Any) -> LoadedModel:
     local = find_model(config.model_name)
     try:
         model, tokenizer, model_config, folder = read_model(config, local)
+        cast(model, config.dtype)
+        try_out(model, tokenizer)
     except Exception as error:  # other libraries on untrusted files: they raise anything
         kind, where = (UserError, local) if local else (RunError, f"{config.model_name} (hub)")
         raise kind(f"model {where} cannot be loaded: {reason(error)}") from error
-    dtype = config.dtype
-    if dtype == "auto" and mx.default_device() == mx.cpu:
-        dtype = "float32"  # other types are slower on the CPU, not faster
-    if dtype != "auto":
-        model.set_dtype(getattr(mx, dtype))
     train_type = choose_train_type(config, model)
     loaded = LoadedModel(model, tokenizer, model_config, folder, train_type)
     if train_type != "full":

@@ -11,12 +11,13 @@ import asyncio
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from .errors import RunError, UserError
-from .text import without_secrets
+from .text import shown, without_secrets
 
 RETRIED = (408, 429, *range(500, 600))  # statuses that another attempt may change
 LONGEST_PAUSE = 30.0
@@ -194,7 +195,7 @@ class RemoteReward:
                 f"{where} answered {len(values)} rewards for {len(texts)} completions: {shown}"
             )
         for value, text in zip(values, texts, strict=True):
-            if not (isinstance(value, int | float) and math.isfinite(value)):
+            if not (isinstance(value, int | float) and abs(value) <= sys.float_info.max):
                 raise RunError(
                     f"{where} answered {value!r}, not a finite number, for the completion:\n"
                     f"{text[:2000]}"
@@ -283,7 +284,9 @@ class Judge:
         said = await asyncio.gather(*(one(*map(str, row)) for row in rows))
         grades = [grade(text, self.scale) for text in said]
         if said and not any(g is not None for g in grades):
-            raise RunError(f"none of {len(said)} answers of the judge holds a grade: {said[0]!r}")
+            raise RunError(
+                f"none of {len(said)} answers of the judge holds a grade: {shown(said[0])}"
+            )
         log_metric("judge_without_grade", sum(g is None for g in grades) / max(len(grades), 1))
         log_extra("judge", list(said))
         return [None if g is None else g / self.scale for g in grades]

@@ -81,6 +81,13 @@ def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T
     return result
 
 
+def replaced(config: Any, **changes: Any) -> Any:
+    """`dataclasses.replace`, after which only what was set on purpose counts as that."""
+    result = dataclasses.replace(config, **changes)
+    result.explicit = config.explicit
+    return result
+
+
 def _known(key: str, types: dict[str, Any], where: str) -> str:
     if key in types:
         return key

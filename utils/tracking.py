@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from .errors import UserError
 
@@ -82,24 +82,29 @@ class _CSVFile:
         self.path = path
         self.columns: list[str] = []
         if path.exists() and path.stat().st_size:  # a resumed run continues its file
-            with path.open(newline="") as file:
-                self.columns = next(csv.reader(file))
+            with self.open() as file:
+                self.columns = next(csv.reader(file), [])
+
+    def open(self) -> IO[str]:
+        """For reading: what a damaged disk made of it costs some cells, not the run."""
+        csv.field_size_limit(2**31 - 1)
+        return self.path.open(newline="", encoding="utf-8", errors="replace")
 
     def append(self, row: dict[str, Any]) -> None:
         if new := [key for key in row if key not in self.columns]:
             self._widen(new)
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
 
     def _widen(self, new: list[str]) -> None:
         rows: list[dict[str, str]] = []
         if self.columns:
-            with self.path.open(newline="") as file:
+            with self.open() as file:
                 rows = list(csv.DictReader(file))
         self.columns += new
         partial = self.path.with_suffix(".csv.partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(self.path)
