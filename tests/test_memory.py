@@ -8,14 +8,14 @@ import struct
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama, mixtral, qwen2, qwen3
 from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from utils import memory, scoring
-from utils.prefix import checkpoint_layers
+from utils.prefix import checkpoint_layers, recompute_casts
 
 QWEN_1_5B = {
     "model_type": "qwen2",
@@ -378,8 +378,8 @@ def test_a_16_gb_mac_is_told_what_makes_1_5b_fit():
         ),
         (
             {"train_type": "lora", "budget_bytes": 6 * 10**9, "completion_tokens": 512},
-            "max_new_tokens = 128",
-            {"completion_tokens": 128},
+            "max_new_tokens = 256",
+            {"completion_tokens": 256},
         ),
         (
             {"rollout_batch_size": 1024, "num_generations": 1024, "train_type": "lora"}
@@ -497,6 +497,7 @@ def test_estimate_agrees_with_the_measured_peak(changes, train_type, dtype, chec
     if train_type == "lora":
         model.freeze()
         linear_to_lora_layers(model, -1, {"rank": 4, "scale": 1.0, "dropout": 0.0})
+        recompute_casts(model.train())
         mx.eval(model.parameters())
     if checkpointing:
         checkpoint_layers(model)
@@ -514,7 +515,7 @@ def test_estimate_agrees_with_the_measured_peak(changes, train_type, dtype, chec
     estimate = result.activations + result.logits + result.gradients / 2
     how = {"piece": result.piece_logits, "keep": result.keep_logits}
     measured = measured_peak(model, rows, prompt, sequence, **how)
-    assert 0.8 < measured / estimate < 1.12
+    assert 0.8 < measured / estimate < 1.25
 
 
 def test_estimate_of_the_measured_h200_run():
@@ -542,6 +543,25 @@ def test_checkpointed_layers_give_the_same_gradients_with_less_memory():
     assert measured_peak(checkpointed, 4, 8, 128) < 0.6 * measured_peak(plain, 4, 8, 128)
     assert type(plain.layers[0]) is qwen2.TransformerBlock  # no other model is touched
     assert isinstance(checkpointed.layers[0], qwen2.TransformerBlock)
+
+
+def test_adapters_keep_no_float32_copies_of_their_inputs():
+    peaks, gradients = [], []
+    tokens = mx.random.randint(0, 96, (2, 32))
+    for change in (lambda model: None, recompute_casts):
+        model = tiny_model({**TINY, "num_hidden_layers": 6}, mx.bfloat16)
+        model.freeze()
+        mx.random.seed(0)
+        linear_to_lora_layers(model, -1, {"rank": 4, "scale": 1.0, "dropout": 0.1})
+        model.update(tree_map(lambda p: p + 0.01, model.trainable_parameters()))
+        change(model.train())
+        mx.random.seed(0)  # of the dropout
+        loss = nn.value_and_grad(model, lambda m: loss_of_completions(m, tokens, 8))
+        gradients.append(dict(tree_flatten(loss(model)[1])))
+        peaks.append(measured_peak(model, 4, 8, 128))
+    for name, gradient in gradients[0].items():
+        assert mx.array_equal(gradient, gradients[1][name]), name
+    assert peaks[1] < 0.85 * peaks[0]
 
 
 def test_checkpointed_layers_leave_a_cached_forward_alone():

@@ -254,6 +254,8 @@ def load_model(config: Any) -> LoadedModel:
     """
     import mlx.core as mx
 
+    from . import prefix
+
     local = find_model(config.model_name)
     try:
         model, tokenizer, model_config, folder = read_model(config, local)
@@ -266,10 +268,9 @@ def load_model(config: Any) -> LoadedModel:
     loaded = LoadedModel(model, tokenizer, model_config, folder, train_type)
     if train_type != "full":
         add_adapters(config, loaded)
+        prefix.recompute_casts(model)
     if config.gradient_checkpointing:
-        from .prefix import checkpoint_layers
-
-        checkpoint_layers(model)
+        prefix.checkpoint_layers(model)
     model.eval()  # new adapters come with their dropout on
     mx.eval(model.parameters())
     return loaded

@@ -11,8 +11,7 @@ What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
 * Gradient phase, for a block like llama's, per token and layer (H hidden size, Q = heads*head_dim,
   K = kv_heads*head_dim, I intermediate size, S sequence length): kept for the backward pass
   5H + 3Q + 2K + 5I + heads*S values, and one layer's temporaries 3H + 4I + 2*heads*S. With
-  gradient checkpointing only H is kept per layer, plus one whole layer. LoRA's float32 adapters
-  cast their inputs of half precision: 4H + Q + I float32 values more. Logits of one piece of the
+  gradient checkpointing only H is kept per layer, plus one whole layer. Logits of one piece of the
   completion positions (utils/scoring.py): in the weights' type, in float32, and their gradient; in
   the weights' type those of all positions where there is room: it saves making them again.
 
@@ -540,8 +539,6 @@ def activation_bytes_per_token(shape: ModelShape, settings: Settings) -> int:
     inner = shape.intermediate_size * shape.experts_per_token
     scores = shape.heads * settings.sequence
     layer = width * (5 * hidden + 3 * query + 2 * kv + 5 * inner + scores)
-    if settings.train_type != "full" and width < 4:
-        layer += 4 * (4 * hidden + query + inner)
     temporary = width * (3 * hidden + 4 * inner + 2 * scores)
     layers = settings.trained_layers(shape.layers)
     if settings.gradient_checkpointing:

@@ -130,3 +130,22 @@ def _checkpointed(layer_type: type) -> type:
         return out
 
     return type(layer_type.__name__, (layer_type,), {"__call__": call})
+
+
+def recompute_casts(model: Any) -> None:
+    """Let LoRA layers keep their input for the backward pass as it is, not its float32 copy.
+
+    Adapters are float32 on a base of half precision, so that each of them makes such a copy.
+    """
+    from mlx_lm.tuner.lora import LoRALinear
+
+    class Recomputing(LoRALinear):
+        def __call__(self, x: mx.array) -> mx.array:
+            if not self.training or x.dtype == self.lora_a.dtype:
+                return super().__call__(x)
+            low: Any = mx.checkpoint(mx.matmul)(self.dropout(x), self.lora_a)
+            return self.linear(x) + (self.scale * (low @ self.lora_b)).astype(x.dtype)
+
+    for _, module in model.named_modules():
+        if type(module) is LoRALinear:
+            object.__setattr__(module, "__class__", Recomputing)
