@@ -157,3 +157,15 @@ def spy_on_gradients(trainer):
 
     trainer.loss_and_grad, trainer.apply_gradients = loss_and_grad, apply_gradients
     return calls, gradients
+
+
+MEMORY = ("peak_memory_gb", "active_memory_gb", "cache_memory_gb")
+TIMES = ("seconds", "tokens_per_second", *MEMORY)  # what two equal runs differ in
+
+
+def timeless(output_dir):
+    """The log without what depends on the clock or on the memory of the moment."""
+    return [
+        {k: v for k, v in record.items() if not k.startswith(TIMES)}
+        for record in read_log(output_dir)
+    ]

@@ -20,6 +20,7 @@ from helpers import (
     run_training,
     spy_on_gradients,
     stop_after,
+    timeless,
 )
 from mlx.utils import tree_flatten, tree_map
 
@@ -651,17 +652,6 @@ def test_every_run_ends_with_before_and_after(model_dir, data_dir, tmp_path, cap
 
 
 # Stopping and going on.
-
-MEMORY = ("peak_memory_gb", "active_memory_gb", "cache_memory_gb")
-TIMES = ("seconds", "tokens_per_second", *MEMORY)
-
-
-def timeless(output_dir):
-    return [
-        {k: v for k, v in record.items() if not k.startswith(TIMES)}
-        for record in read_log(output_dir)
-    ]
-
 
 RESUMED = {
     "max_updates": 6,

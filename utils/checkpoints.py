@@ -367,6 +367,14 @@ def random_states() -> dict[str, Any]:
     }
 
 
+def seed_random_states(seed: int) -> None:
+    import mlx.core as mx
+
+    random.seed(seed)
+    np.random.seed(np.random.SeedSequence(seed).generate_state(8))
+    mx.random.seed(seed)
+
+
 def restore_random_states(states: dict[str, Any]) -> None:
     import mlx.core as mx
 
@@ -547,6 +555,8 @@ def open_run(trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path) 
         provenance["resumed"] = resumptions(trainer, resume_from, folder)
         if not trainer.log.path.exists() and (resume_from.parent / LOG).exists():
             shutil.copy(resume_from.parent / LOG, trainer.log.path)  # from another output_dir
+    else:
+        seed_random_states(config.seed)
     rewind_log(trainer.log.path, trainer.position.get("log_bytes", 0))
     write_json(folder / CONFIG, settings.recorded(config))
     write_json(folder / PROVENANCE, provenance)
