@@ -1059,6 +1059,7 @@ class MLXGRPOTrainer:
         self.bar = console.no_bar()
         self.saved_at = 0
         self.position: dict[str, Any] = {}
+        self.shown: list[tuple] = []
         self.unreported: tuple[tuple[int, int], list[dict]] | None = None
         self.data_sha256 = datafiles.fingerprint(self.train_dataset)
         self.log = RunLog(args)

@@ -214,11 +214,15 @@ def clear_leftovers(output_dir: Path, resume_from: Path | None) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         (output_dir / "final" / ENDED).unlink()
-    for folder in found(output_dir) if resume_from.parent.samefile(output_dir) else []:
+    for folder in found(output_dir) if in_folder(resume_from, output_dir) else []:
         if int(folder.name[11:]) > int(resume_from.name[11:]):
             aside = folder.with_name(f"{folder.name}.abandoned")
             shutil.rmtree(aside, ignore_errors=True)
             say(f"resume    {folder.rename(aside)} is set aside")
+
+
+def in_folder(path: Path, folder: Path) -> bool:
+    return path.resolve().parent == folder.resolve()
 
 
 def check_output(output_dir: Path, command: str, config: Any) -> None:
@@ -232,6 +236,11 @@ def check_output(output_dir: Path, command: str, config: Any) -> None:
         source = Path(getattr(config, name) or "/").resolve()
         if any(source.is_relative_to(path.resolve()) for path in old):
             raise UserError(f"overwrite would delete {name} = {source}: choose another output_dir")
+    elsewhere = config.resume not in ("", "auto") and not in_folder(Path(config.resume), output_dir)
+    if old and elsewhere and not config.overwrite:
+        raise UserError(
+            f"output_dir {output_dir} holds another run than {config.resume}: choose another one"
+        )
     if old and not (config.overwrite or config.resume):
         ways = f"Replace it:\n  {command} --set overwrite=true"
         if found(output_dir) and not reached_its_end(output_dir):
@@ -544,7 +553,8 @@ def refuse_changes(before: dict[str, Any], config: Any) -> None:
 def open_run(trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path) -> None:
     """Make the folder this run's: claim it, rewind its log, record settings and versions."""
     config, folder = trainer.args, trainer.output_dir
-    claim(folder, overwrite=config.overwrite and resume_from is None, lock=lock)
+    stays = resume_from is not None and in_folder(resume_from, folder)
+    claim(folder, overwrite=config.overwrite and not stays, lock=lock)
     clear_leftovers(folder, resume_from)
     provenance: dict[str, Any] = {
         **runtime.provenance(repo),

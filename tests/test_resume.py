@@ -1,0 +1,262 @@
+"""Resuming: the state of a run, what the log says afterwards, what may change, what is kept."""
+
+import json
+import random
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import read_log, run_training, stop_after, timeless
+from test_training import RESUMED, snapshot
+
+from utils import checkpoints
+from utils.errors import UserError
+
+
+def drawing(completion_ids, **_):
+    """A reward that draws from the random states of Python, NumPy and MLX."""
+    drawn = random.random() + np.random.rand() + mx.random.uniform().item()
+    return [float(len(ids) % 7) + drawn * n for n, ids in enumerate(completion_ids)]
+
+
+def drawn_reward(trainer):
+    trainer.reward_funcs = {"digest": drawing}
+
+
+def both(*prepares):
+    def prepare(trainer):
+        for one in prepares:
+            one(trainer)
+
+    return prepare
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"num_iterations": 2, "sync_every_updates": 3},
+        {"train_type": "lora", "lora_dropout": 0.1},
+        {"train_type": "lora", "num_iterations": 2, "sync_every_updates": 3},
+    ],
+    ids=["full", "full-2-3", "lora", "lora-2-3"],
+)
+def test_every_stop_leads_to_the_same_end(model_dir, data_dir, tmp_path, kind, stop):
+    """Stopped twice, with a reward that draws random numbers: the same weights, moments, log."""
+    settings = RESUMED | kind
+    if "train_type" not in kind:
+        del settings["lora_learning_rate"]
+    _, whole = run_training(model_dir, data_dir, tmp_path / "whole", drawn_reward, **settings)
+    parts = tmp_path / "parts"
+    stopped = both(drawn_reward, stop_after(stop))
+    assert run_training(model_dir, data_dir, parts, stopped, **settings)[0] == 130
+    again = both(drawn_reward, stop_after(stop + 1))
+    run_training(model_dir, data_dir, parts, again, resume="auto", **settings)
+    code, resumed = run_training(
+        model_dir, data_dir, parts, drawn_reward, resume="auto", **settings
+    )
+    assert code == 0
+    assert snapshot(resumed) == snapshot(whole)
+    assert timeless(parts) == timeless(tmp_path / "whole")
+    assert resumed.log.history == whole.log.history
+
+
+def test_without_the_random_states_the_end_would_differ(model_dir, data_dir, tmp_path, monkeypatch):
+    """The test above can fail."""
+    settings = {"max_updates": 3, "max_new_tokens": 6}
+    run_training(model_dir, data_dir, tmp_path / "whole", drawn_reward, **settings)
+    stopped = both(drawn_reward, stop_after(1))
+    run_training(model_dir, data_dir, tmp_path / "parts", stopped, **settings)
+    monkeypatch.setattr(checkpoints, "restore_random_states", lambda states: random.seed(7))
+    settings["resume"] = "auto"
+    run_training(model_dir, data_dir, tmp_path / "parts", drawn_reward, **settings)
+    assert timeless(tmp_path / "parts") != timeless(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_an_evaluation_that_was_cut_short_is_done_again(model_dir, data_dir, tmp_path, split):
+    """Ctrl-C while the evaluation after update 3 runs: it is neither lost nor written twice."""
+    settings = RESUMED | {"eval_steps": 6, "logging_steps": 1}
+    del settings["lora_learning_rate"]
+    _, whole = run_training(model_dir, data_dir, tmp_path / "whole", **settings)
+
+    def interrupt(trainer):
+        def evaluate(which="test", call=trainer.evaluate):
+            trainer.interrupted = trainer.update_step == 3 and which == split
+            return call(which)
+
+        trainer.evaluate = evaluate
+
+    parts = tmp_path / "parts"
+    code, stopped = run_training(model_dir, data_dir, parts, interrupt, **settings)
+    assert (code, stopped.update_step) == (130, 3)
+    done = [r["split"] for r in read_log(parts) if r["update"] == 3 and "split" in r]
+    assert done == ([] if split == "train" else ["train"]), "that one is not in the log yet"
+    _, resumed = run_training(model_dir, data_dir, parts, resume="auto", **settings)
+    assert timeless(parts) == timeless(tmp_path / "whole")
+    assert snapshot(resumed) == snapshot(whole)
+
+
+@pytest.mark.parametrize("train_type", ["full", "lora"])
+def test_a_stop_in_the_last_evaluation(model_dir, data_dir, tmp_path, train_type):
+    settings = {"max_updates": 2, "eval_samples": 3, "train_type": train_type, "logging_steps": 3}
+    _, whole = run_training(model_dir, data_dir, tmp_path / "whole", **settings)
+
+    def interrupt(trainer):
+        def evaluate(which="test", call=trainer.evaluate):
+            trainer.interrupted = trainer.update_step == 2
+            return call(which)
+
+        trainer.evaluate = evaluate
+
+    parts = tmp_path / "parts"
+    assert run_training(model_dir, data_dir, parts, interrupt, **settings)[0] == 130
+    assert not (parts / "final").exists()
+    code, resumed = run_training(model_dir, data_dir, parts, resume="auto", **settings)
+    assert code == 0
+    assert timeless(parts) == timeless(tmp_path / "whole")
+    assert snapshot(resumed) == snapshot(whole)
+
+
+def test_going_back_to_an_older_checkpoint(model_dir, data_dir, tmp_path, capsys):
+    """What came after it is set aside: a later resume must not jump ahead of the log."""
+    settings = {"max_updates": 4, "save_steps": 2, "save_total_limit": 0}
+    parts = tmp_path / "parts"
+    _, whole = run_training(model_dir, data_dir, parts, **settings)
+    log = timeless(parts)
+    older = str(parts / "checkpoint-2")
+    run_training(model_dir, data_dir, parts, stop_after(2), resume=older, **settings)
+    out = capsys.readouterr().out
+    assert "checkpoint-8.abandoned is set aside" in out
+    assert sorted(p.name for p in parts.glob("checkpoint-*")) == [
+        *("checkpoint-2", "checkpoint-4", "checkpoint-4.abandoned"),
+        *("checkpoint-6.abandoned", "checkpoint-8.abandoned"),
+    ]
+    _, resumed = run_training(model_dir, data_dir, parts, resume="auto", **settings)
+    assert "checkpoint-4 at update 2" in capsys.readouterr().out
+    assert timeless(parts) == log
+    assert snapshot(resumed) == snapshot(whole)
+
+
+def test_a_checkpoint_goes_on_in_another_folder_with_its_log(model_dir, data_dir, tmp_path):
+    settings = {"max_updates": 3, "save_steps": 2}
+    _, whole = run_training(model_dir, data_dir, tmp_path / "one", **settings)
+    from_there = str(tmp_path / "one" / "checkpoint-4")
+    _, moved = run_training(model_dir, data_dir, tmp_path / "two", resume=from_there, **settings)
+    assert timeless(tmp_path / "two") == timeless(tmp_path / "one")
+    assert snapshot(moved) == snapshot(whole)
+    with pytest.raises(UserError, match="holds another run"):
+        run_training(model_dir, data_dir, tmp_path / "two", resume=from_there, **settings)
+
+
+def test_what_changed_on_the_way_is_on_record(model_dir, data_dir, tmp_path, capsys):
+    settings = {"max_updates": 3, "max_new_tokens": 2}
+    run_training(model_dir, data_dir, tmp_path / "o", stop_after(1), **settings)
+    settings |= {"resume": "auto", "rollout_batch_size": 3}
+    run_training(model_dir, data_dir, tmp_path / "o", stop_after(2), **settings)
+    assert "rollout_batch_size was 0, is 3" in capsys.readouterr().out
+    assert run_training(model_dir, data_dir, tmp_path / "o", **settings)[0] == 0
+    provenance = json.loads((tmp_path / "o" / "provenance.json").read_text())
+    assert provenance["resumed"] == [
+        {"from": "checkpoint-2", "update": 1, "changed": {"rollout_batch_size": [0, 3]}},
+        {"from": "checkpoint-4", "update": 2, "changed": {}},
+    ]
+
+
+def test_training_data_that_changed_is_refused(model_dir, data_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    settings = {"max_updates": 2, "max_new_tokens": 2}
+    run_training(model_dir, data, tmp_path / "o", stop_after(1), **settings)
+    lines = (data / "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(UserError, match=r"has changed since .*checkpoint-2 was written"):
+        run_training(model_dir, data, tmp_path / "o", resume="auto", **settings)
+
+
+# What is kept.
+
+
+def scripted(*scores):
+    """Evaluations with given scores, as a `prepare`."""
+
+    def prepare(trainer):
+        left = iter(scores)
+        result = {"em_subset": 3, "truncation_rate": 0.0}
+        trainer.score = lambda dataset, samples=0, **how: {"em": next(left), **result}
+
+    return prepare
+
+
+EVALUATED = {"max_updates": 4, "eval_steps": 2, "eval_samples": 3, "max_new_tokens": 2}
+
+
+def test_the_best_model_is_kept(model_dir, data_dir, tmp_path, capsys):
+    import mlx_lm
+
+    weights = {}
+
+    def remember(trainer):
+        def evaluate(which="test", call=trainer.evaluate):
+            result = call(which)
+            weights[trainer.update_step] = snapshot(trainer)
+            return result
+
+        trainer.evaluate = evaluate
+
+    prepare = both(scripted(0.2, 0.1, 0.6, 0.6, 0.5), remember)
+    settings = EVALUATED | {"save_best": True, "learning_rate": 0.01}
+    run_training(model_dir, data_dir, tmp_path / "o", prepare, **settings)
+    best = tmp_path / "o" / "best"
+    assert json.loads((best / "evaluation.json").read_text())["update"] == 2
+    model, _ = mlx_lm.load(str(best))
+    name = "weights.model.norm.weight"
+    kept = np.array(model.model.norm.weight.astype(mx.float32)).tobytes()
+    assert kept == weights[2][name] != weights[3][name]
+    assert "best      exact match 60.0% at update 2" in capsys.readouterr().out
+
+
+def test_a_run_that_never_beats_its_start_has_no_best(model_dir, data_dir, tmp_path):
+    prepare = scripted(0.5, 0.1, 0.5, 0.2, 0.5)
+    run_training(model_dir, data_dir, tmp_path / "o", prepare, **EVALUATED, save_best=True)
+    assert not (tmp_path / "o" / "best").exists()
+
+
+def test_early_stopping_ends_well_and_can_be_taken_back(model_dir, data_dir, tmp_path, capsys):
+    settings = EVALUATED | {"max_updates": 6, "early_stopping_patience": 2}
+    prepare = scripted(0.1, 0.4, 0.2, 0.4, 0.3)
+    code, stopped = run_training(model_dir, data_dir, tmp_path / "o", prepare, **settings)
+    assert (code, stopped.update_step) == (0, 3)
+    reason = "2 evaluations without a better one than exact match 40.0% at update 1"
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"reason    early_stopping_patience: {reason}"
+    )
+    assert (tmp_path / "o" / "final").is_dir()
+    settings |= {"early_stopping_patience": 0, "resume": "auto"}
+    code, resumed = run_training(
+        model_dir, data_dir, tmp_path / "o", scripted(*[0.0] * 5), **settings
+    )
+    assert (code, resumed.update_step) == (0, 6)
+
+
+def test_checkpoints_within_so_many_gb(model_dir, data_dir, tmp_path):
+    settings = {"max_updates": 4, "save_steps": 2, "save_total_limit": 0, "max_new_tokens": 2}
+    run_training(model_dir, data_dir, tmp_path / "all", **settings)
+    sizes = [
+        sum(file.stat().st_size for file in folder.iterdir())
+        for folder in checkpoints.found(tmp_path / "all")
+    ]
+    assert len(sizes) == 4
+    limit = (sizes[-1] + sizes[-2]) * 1.2 / 1e9
+    run_training(model_dir, data_dir, tmp_path / "o", **settings, max_ckpt_gb=limit)
+    assert [f.name for f in checkpoints.found(tmp_path / "o")] == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_the_last_checkpoint_outlives_a_limit_that_is_too_small(model_dir, data_dir, tmp_path):
+    for folder in ("checkpoint-2", "checkpoint-4"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "big").write_bytes(bytes(1000))
+    checkpoints.prune(tmp_path, limit=1, max_gb=1e-9)
+    assert [f.name for f in checkpoints.found(tmp_path)] == ["checkpoint-4"]
