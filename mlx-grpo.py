@@ -512,9 +512,10 @@ REWARDS: dict[str, Callable[..., list]] = {
 class Scores:
     """What advantages are made of, for P groups of G completions and F reward functions."""
 
+    responses: np.ndarray  # (P, G) completions
     rewards: np.ndarray  # (P, G)
     lengths: np.ndarray  # (P, G) tokens
-    values: np.ndarray  # (F, P, G)
+    values: np.ndarray  # (P, G, F)
     weights: np.ndarray  # (F,)
     penalty: np.ndarray | float = 0.0  # (P, G) taken off the reward
     eps: float = 1e-4  # added to a standard deviation
@@ -553,7 +554,7 @@ def leave_one_out(centre: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 def gdpo_advantages(s: Scores) -> np.ndarray:
     """GDPO (arXiv:2601.05242): each reward normalised in its group, the sum over the batch."""
-    each = np.stack([group_advantages(values, s.eps) for values in s.values])  # (F, P, G)
+    each = [group_advantages(x, s.eps) for x in np.moveaxis(s.values, -1, 0)]  # F of (P, G)
     total = np.where(np.isnan(s.rewards), np.nan, np.tensordot(s.weights, each, axes=1))
     return np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + s.eps))
 
@@ -894,7 +895,7 @@ def clipped_policy_gradient(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.ar
 
 def capped_weight(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
     """CISPO (arXiv:2506.13585): every token keeps its gradient, its weight is capped."""
-    weight = mx.stop_gradient(mx.minimum(t.ratio, 1 + a.clip_eps_high))
+    weight = mx.stop_gradient(mx.minimum(t.ratio, 1 + (a.clip_eps_high or a.clip_eps)))
     return weight * t.advantages * t.logprobs, 1 - weight / t.ratio
 
 
@@ -1414,7 +1415,7 @@ class MLXGRPOTrainer:
             np.add.at(total, np.array(batch["row"], int), np.array(sums))
         return total
 
-    def select_tokens(self, batches: list[dict[str, mx.array]]) -> None:
+    def select_tokens(self, batches: list[dict[str, mx.array]]) -> list[dict[str, mx.array]]:
         """Mark the update's tokens of highest entropy (arXiv:2506.01939); share out the bonus."""
         a = self.args
         if a.top_entropy_quantile < 1:
@@ -1427,11 +1428,12 @@ class MLXGRPOTrainer:
         trained = sum((b["mask"] * b.get("selected", 1.0)).sum().item() for b in batches)
         for batch in batches if a.entropy_coeff else []:
             batch["entropy_weight"] = mx.array(a.entropy_coeff / trained)
+        return batches
 
-    def roll_out(self, batch: list[int], took: dict[str, float]) -> tuple[list[Completion], Scores]:
+    def roll_out(self, batch: np.ndarray, took: dict[str, float]) -> Scores:
         """Completions and their scores for each row (index) of the training set."""
         start, shape = time.perf_counter(), (len(batch), self.args.num_generations)
-        responses = self.generate_responses(batch)
+        responses = self.generate_responses(batch.tolist())
         sampled = time.perf_counter()
         rows = [self.train_dataset[i] for i in batch for _ in range(shape[1])]
         rewards, values = self.compute_rewards(rows, responses)
@@ -1439,44 +1441,42 @@ class MLXGRPOTrainer:
         took["seconds_rollout"] += sampled - start
         took["seconds_rewards"] += time.perf_counter() - sampled
         took["tokens_sampled"] += float(lengths.sum())
-        parts = np.stack(list(values.values())).reshape(-1, *shape)
-        weights = np.array(self.args.reward_weights or [1.0] * len(parts))
-        return responses, Scores(rewards.reshape(shape), lengths.reshape(shape), parts, weights)
+        parts = np.stack(list(values.values()), axis=-1).reshape(*shape, -1)
+        weights = np.array(self.args.reward_weights or [1.0] * len(values))
+        samples = np.array(responses, dtype=object).reshape(shape)
+        return Scores(samples, rewards.reshape(shape), lengths.reshape(shape), parts, weights)
 
-    def collect(self, batch: list[int]) -> tuple[list[Completion], Scores, dict[str, float], int]:
+    def collect(self, batch: np.ndarray) -> tuple[Scores, dict[str, float], int]:
         """Roll out the prompts of an update: also what that took, and the position in the stream.
 
         With dynamic sampling (DAPO), groups without variance give their places in `batch` to the
         next prompts of the stream, until none is left or the rounds are used up.
         """
         took = {"seconds_rollout": 0.0, "seconds_rewards": 0.0, "tokens_sampled": 0.0}
-        position, used, size = self.drawn, set(batch), self.args.num_generations
+        position, used = self.drawn, set(batch.tolist())
         if self.args.dynamic_sampling:
             position, took["resampled_prompts"] = self.draw(len(batch), position, set())[1], 0.0
-        responses, scores = self.roll_out(batch, took)
+        scores = self.roll_out(batch, took)
         for _ in range(self.args.dynamic_sampling):
             dull = np.flatnonzero(~has_signal(scores.rewards))
             rows, position = self.draw(len(dull), position, used)
             if not rows:
                 break
-            completions, found = self.roll_out(rows, took)
-            for n, (place, row) in enumerate(zip(dull, rows, strict=False)):
-                batch[place] = row
-                responses[place * size : (place + 1) * size] = completions[
-                    n * size : (n + 1) * size
-                ]
-                scores.rewards[place], scores.lengths[place] = found.rewards[n], found.lengths[n]
-                scores.values[:, place] = found.values[:, n]
+            places, found = dull[: len(rows)], self.roll_out(np.array(rows), took)
+            batch[places] = rows
+            for name in ("responses", "rewards", "lengths", "values"):
+                getattr(scores, name)[places] = getattr(found, name)
             took["resampled_prompts"] += len(rows)
             self.reward_calls.extras = {}  # they are of the rows of one round
-        return responses, scores, took, position
+        return scores, took, position
 
     def train_step(self, batch: list[int]) -> list[dict[str, Any]]:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
-        a, first, batch = self.args, self.update_step, [*batch]
+        a, first, prompts = self.args, self.update_step, np.array(batch)
         self.log.meter.start("rollout")
-        responses, scores, metrics, position = self.collect(batch)
-        rows = [self.train_dataset[i] for i in batch for _ in range(a.num_generations)]
+        scores, metrics, position = self.collect(prompts)
+        responses = scores.responses.reshape(-1).tolist()
+        rows = [self.train_dataset[i] for i in prompts for _ in range(a.num_generations)]
         self.log.meter.start("gradient")
         start = time.perf_counter()
         moments = running_moments(self.reward_moments, scores.rewards)
@@ -1485,13 +1485,15 @@ class MLXGRPOTrainer:
             scores.penalty = self.kl_coeff * kl.reshape(scores.rewards.shape)
             metrics["kl"] = kl.sum() / scores.lengths.sum()
         advantages = estimate_advantages(scores, moments, a)  # (P, G)
-        metrics |= rollout_metrics(responses, scores, advantages, self.reward_funcs)
+        metrics |= rollout_metrics(scores, advantages, self.reward_funcs)
         metrics |= self.reward_calls.metrics
         cut = [a.mask_truncated_completions and r.finish_reason == "length" for r in responses]
         trained = np.where(cut, np.nan, advantages.reshape(-1))
-        cut_up = partial(self.micro_batches, rows, responses, trained)
+
+        def cut_up() -> list[dict[str, mx.array]]:
+            return self.select_tokens(self.micro_batches(rows, responses, trained))
+
         micro_batches = cut_up()
-        self.select_tokens(micro_batches)
         left = min(a.num_iterations, self.total_updates - first)
         work = partial(self.update, micro_batches, tokens=metrics["tokens"])
         records = [
@@ -1513,7 +1515,7 @@ class MLXGRPOTrainer:
     def move_reference(self, first: int, records: list[dict[str, Any]], completions: int) -> None:
         """Adapt kl_coeff to the target, and bring the reference nearer where that is due."""
         a, kl = self.args, records[-1]["kl"]
-        if a.kl_target and kl is not None:
+        if a.kl_target and kl is not None and math.isfinite(kl):
             records[-1]["kl_coeff"] = self.kl_coeff
             self.kl_coeff = adapted(self.kl_coeff, kl, a.kl_target, completions / a.kl_horizon)
         if self.ref_model is not None and due(a.ref_sync_updates, first, self.update_step):

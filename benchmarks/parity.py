@@ -342,12 +342,13 @@ def our_result(case: Case, given: dict[str, Any]) -> dict[str, Any]:
 
 def our_scores(grpo: Any, given: dict[str, Any]) -> Any:
     """Totals as `compute_rewards` makes them: None adds nothing, a row of None is NaN."""
-    values = np.array(given["rewards"], np.float64).T  # (F, B)
-    totals = np.where(np.isnan(values).all(axis=0), np.nan, np.nansum(values, axis=0))
+    values = np.array(given["rewards"], np.float64)  # (B, F)
+    totals = np.where(np.isnan(values).all(axis=1), np.nan, np.nansum(values, axis=1))
     return grpo.Scores(
+        responses=np.full((PROMPTS, GROUP), None),
         rewards=totals.reshape(PROMPTS, GROUP),
         lengths=np.array(given["lengths"]).reshape(PROMPTS, GROUP),
-        values=values.reshape(2, PROMPTS, GROUP),
+        values=values.reshape(PROMPTS, GROUP, 2),
         weights=np.ones(2),
     )
 

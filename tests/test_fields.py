@@ -443,7 +443,7 @@ def estimated(settings):
     trainer = trainer_of(settings)
     with mock.patch.object(grpo, "rollout_metrics", wraps=grpo.rollout_metrics) as log:
         [[[scores, *_], _]] = calls(grpo, "estimate_advantages", lambda: trainer.train_step([0, 1]))
-    advantages = log.call_args.args[2]
+    advantages = log.call_args.args[1]
     penalty = np.zeros((2, 4)) + scores.penalty
     parts = (scores.rewards, advantages, scores.lengths, penalty)
     return [part.reshape(-1).tolist() for part in parts]

@@ -249,8 +249,9 @@ def test_equal_rewards_teach_nothing(model_dir, data_dir, tmp_path, estimator):
 def scores(grpo, rewards, lengths=None, **extra):
     rewards = np.array(rewards, float)
     lengths = np.ones_like(rewards) if lengths is None else np.array(lengths)
-    values = extra.pop("values", rewards[None])
-    return grpo.Scores(rewards, lengths, np.array(values), np.ones(len(values)), **extra)
+    values = np.stack(extra.pop("values", [rewards]), axis=-1)
+    weights = np.ones(values.shape[-1])
+    return grpo.Scores(np.full(rewards.shape, None), rewards, lengths, values, weights, **extra)
 
 
 def expected_gradient(grpo, estimator, outcomes, logits, group):
@@ -648,3 +649,36 @@ def test_a_stop_between_updates_is_enough_for_nothing_to_be_lost(model_dir, data
     _, resumed = run_training(model_dir, data_dir, tmp_path / "parts", resume="auto", **settings)
     assert snapshot(resumed) == snapshot(whole)
     assert extra_state(resumed) == extra_state(whole)
+
+
+def test_what_is_selected_is_selected_again_when_memory_runs_out(model_dir, data_dir, tmp_path):
+    """The update is cut up anew, in halves, and gives the same loss."""
+    records = []
+    for fails in (False, True):
+        trainer = make_trainer(
+            model_dir, data_dir, tmp_path / "o", top_entropy_quantile=0.5, entropy_coeff=0.1
+        )
+        inner, failures = trainer.loss_and_grad, [1] * fails
+
+        def loss_and_grad(batch, inner=inner, failures=failures):
+            if failures:
+                failures.pop()
+                raise RuntimeError("[malloc] unable to allocate")
+            return inner(batch)
+
+        trainer.loss_and_grad = loss_and_grad
+        records += trainer.train_step([0, 1])
+    whole, halves = records
+    assert halves["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert halves["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def test_a_kl_that_is_not_finite_does_not_reach_the_coefficient(model_dir, data_dir, tmp_path):
+    trainer = make_trainer(
+        model_dir, data_dir, tmp_path / "o", kl_coeff=0.1, kl_target=0.01, kl_horizon=8
+    )
+    for kl in (math.nan, math.inf, None):
+        trainer.move_reference(0, [{"kl": kl}], 8)
+        assert trainer.kl_coeff == 0.1
+    trainer.move_reference(0, [{"kl": 1.0}], 8)
+    assert trainer.kl_coeff == pytest.approx(0.12)

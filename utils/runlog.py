@@ -111,11 +111,10 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def rollout_metrics(
-    responses: list[Any], scores: Any, advantages: np.ndarray, names: Iterable[str]
-) -> dict[str, Any]:
-    """What the log says of a rollout: `scores` and (P, G) `advantages` of the `responses`."""
+def rollout_metrics(scores: Any, advantages: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
+    """What the log says of a rollout: `scores`, and the (P, G) `advantages` made of them."""
     rewards, lengths = scores.rewards, scores.lengths
+    responses = scores.responses.reshape(-1).tolist()
     logprobs = [logprob for response in responses for logprob in response.logprobs]
     valued = rewards[~np.isnan(rewards).any(axis=1)]
     metrics = {
@@ -128,8 +127,7 @@ def rollout_metrics(
         "entropy": -mean(np.array(logprobs)),  # of the sampler, estimated from what it sampled
         "tokens": lengths.sum(),
     }
-    each = zip(names, scores.values, strict=True)
-    metrics |= {f"reward/{name}": mean(values) for name, values in each}
+    metrics |= {f"reward/{name}": mean(scores.values[..., n]) for n, name in enumerate(names)}
     return {name: float(value) for name, value in metrics.items()}
 
 
