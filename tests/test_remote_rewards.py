@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from helpers import make_config, make_trainer, read_log, run_training, stop_after
+from hypothesis import given
+from hypothesis import strategies as st
 
 from utils import remote_rewards, reward_calls, rewarding, settings
 from utils.errors import RunError, UserError
@@ -223,10 +225,10 @@ def test_another_server_takes_over_from_one_that_died(serve):
     assert sorted(len(r["query"]) for r in alive.requests) == [1, 2]
 
 
-def test_the_key_of_the_answer_and_a_bearer_token(serve, monkeypatch):
+def test_the_field_of_the_answer_and_a_bearer_token(serve, monkeypatch):
     monkeypatch.setenv("RM_KEY", "sk-very-secret")
     server = serve(lambda body: (200, {"scores": [0.5] * len(body["query"])}))
-    assert ask([server.url], key="scores", api_key_env="RM_KEY") == [0.5] * 3
+    assert ask([server.url], field="scores", api_key_env="RM_KEY") == [0.5] * 3
     assert server.heads[0][1]["Authorization"] == "Bearer sk-very-secret"
 
 
@@ -335,7 +337,7 @@ def test_ctrl_c_does_not_wait_for_a_server(serve, model_dir, data_dir, tmp_path)
     assert time.perf_counter() - begin < 30
 
 
-SECRETS = ("hunter2", "t0ken", "sk-judge-key")
+SECRETS = ("hunter2", "t0ken", "sk-judge-key", "private-place")
 
 
 def test_secrets_are_neither_shown_nor_written(
@@ -347,7 +349,8 @@ def test_secrets_are_neither_shown_nor_written(
     judge = serve(lambda body: (200, {"choices": [{"message": {"content": "Score: 5"}}]}))
     dying = serve([scores, scores])
     dying.behaviours.append(lambda body: (400, b"bad token t0ken of anna:hunter2"))
-    url = f"http://anna:$RM_PASSWORD@{dying.address}/rm?token=t0ken"
+    monkeypatch.setenv("RM_PATH", "private-place")
+    url = f"http://anna:$RM_PASSWORD@{dying.address}/rm/${{RM_PATH}}?token=t0ken"
     kwargs = {"remote_rm": FAST, "judge": {"url": judge.url, "api_key_env": "JUDGE_KEY", **FAST}}
     arguments = {"output_dir": str(tmp_path / "o"), "report_to": ["csv"], "log_completions": 1}
     arguments |= {"reward_funcs": ["remote_rm", "judge"], "reward_kwargs": kwargs}
@@ -356,9 +359,9 @@ def test_secrets_are_neither_shown_nor_written(
     code, out, err, _ = shown[1]
     assert code == 1
     assert "answered status 400: 'bad token *** of ***'" in err
-    assert f"http://***@{dying.address}/rm?***" in err
-    assert f"--set 'remote_rm_url=http://***@{dying.address}/rm?***'" in out
-    assert dying.heads[0][0] == "/rm?token=t0ken"
+    assert f"http://***@{dying.address}/rm/${{RM_PATH}}?***" in err
+    assert "--set 'remote_rm_url=***'" in out
+    assert dying.heads[0][0] == "/rm/private-place?token=t0ken"
     assert dying.heads[0][1]["Authorization"].startswith("Basic ")
     assert judge.heads[0][1]["Authorization"] == "Bearer sk-judge-key"
     written = [p.read_bytes() for p in (tmp_path / "o").rglob("*") if p.is_file()]
@@ -376,8 +379,24 @@ def test_only_what_may_be_secret_is_left_out():
         "a": {"b": "https://***@h/"},
         "c": 3,
     }
-    assert settings.shown_override("remote_rm_url=http://u:p@h") == "remote_rm_url=http://***@h"
+    assert settings.shown_override("remote_rm_url=http://h:1/a") == "remote_rm_url=http://h:1/a"
     assert settings.shown_override("system_prompt=http://h?a=b") == "system_prompt=http://h?a=b"
+
+
+TOKEN = st.text("ab@:'\"[],{}=&;!*$~", min_size=3).filter(lambda t: t.strip(":@"))
+
+
+@given(TOKEN, TOKEN)
+def test_no_password_and_no_query_survives(password, query):
+    """Whatever they hold, short of what ends them in a URL."""
+    url = f"http://user:X{password}X@host:1/rm?key=Y{query}Y"
+    for text in (
+        str(settings.without_secrets([url, {"url": url}])),
+        settings.shown_override(f"remote_rm_url={url}"),
+        settings.shown_override(f"remote_rm_url={json.dumps([url, url])}"),
+    ):
+        assert "X" not in text
+        assert "Y" not in text
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from .text import shown, without_secrets
 
 RETRIED = (408, 429, *range(500, 600))  # statuses that another attempt may change
 LONGEST_PAUSE = 30.0
+VARIABLE = re.compile(r"\$\{?(\w+)")
 
 
 class Endpoint:
@@ -40,11 +41,13 @@ class Endpoint:
             UserError: no URL, or no key where one is named.
         """
         self.urls = [checked_url(url) for url in urls]
+        self.shown = [without_secrets(url) for url in urls]  # variables by their names
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         if retries < 0 or backoff < 0:
             raise UserError(f"retries = {retries} and backoff = {backoff} must be at least 0")
         self.headers = {}
         self.secrets = [s for url in self.urls for s in secrets_of(url)]
+        self.secrets += [os.environ[name] for url in urls for name in VARIABLE.findall(url)]
         if api_key_env:
             key = os.environ.get(api_key_env, "")
             if not key:
@@ -59,17 +62,17 @@ class Endpoint:
         Raises:
             RunError: no attempt brought an answer, or one that is not JSON.
         """
-        begin, problem, pause, url = time.monotonic(), "", self.backoff, ""
+        begin, problem, pause, place = time.monotonic(), "", self.backoff, 0
         for attempt in range(self.retries + 1):
             if attempt:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
-            url = self.urls[(first + attempt) % len(self.urls)]
-            response, problem = await self.ask(url, body)
+            place = (first + attempt) % len(self.urls)
+            response, problem = await self.ask(self.urls[place], body)
             if response is not None:
-                return self.content(url, response)
+                return self.content(self.shown[place], response)
         raise RunError(
-            f"{without_secrets(url)}: {problem}; given up after {self.retries + 1} attempts in "
+            f"{self.shown[place]}: {problem}; given up after {self.retries + 1} attempts in "
             f"{time.monotonic() - begin:.1f} s"
         )
 
@@ -88,16 +91,14 @@ class Endpoint:
             return None, f"status {response.status_code}: {self.hidden(response.text[:200])!r}"
         return response, ""
 
-    def content(self, url: str, response: Any) -> Any:
+    def content(self, shown_url: str, response: Any) -> Any:
         text = self.hidden(response.text[:200])
         if response.status_code != 200:
-            raise RunError(
-                f"{without_secrets(url)} answered status {response.status_code}: {text!r}"
-            )
+            raise RunError(f"{shown_url} answered status {response.status_code}: {text!r}")
         try:
             return response.json()
-        except ValueError:
-            raise RunError(f"{without_secrets(url)} answered no JSON: {text!r}") from None
+        except (ValueError, RecursionError):
+            raise RunError(f"{shown_url} answered no JSON: {text!r}") from None
 
     def client(self) -> Any:
         """Connections stay open between calls, as long as the event loop is the same."""
@@ -119,14 +120,14 @@ def checked_url(url: str) -> str:
     """The URL with environment variables filled in."""
     import httpx2
 
-    missing = [n for n in re.findall(r"\$\{?(\w+)", url) if n not in os.environ]
+    missing = [name for name in VARIABLE.findall(url) if name not in os.environ]
     if missing:
         raise UserError(f"{without_secrets(url)!r}: no environment variable {missing[0]}")
     full = os.path.expandvars(url)
     try:
         parts = httpx2.URL(full)
-    except httpx2.InvalidURL as error:
-        raise UserError(f"{without_secrets(url)!r} is no URL: {error}") from None
+    except httpx2.InvalidURL:
+        raise UserError(f"{without_secrets(url)!r} is no URL") from None
     if parts.scheme not in ("http", "https") or not parts.host:
         raise UserError(f"{without_secrets(url)!r} must start with http:// or https://")
     return full
@@ -157,16 +158,20 @@ class RemoteReward:
         retries: int = 5,
         backoff: float = 1.0,
         batch_size: int = 0,
-        key: str = "rewards",
+        field: str = "rewards",
         api_key_env: str = "",
     ) -> None:
-        """`batch_size`: completions of a request; 0 is all, divided by the number of URLs."""
+        """
+        Args:
+            batch_size: Completions of a request; 0 is all, divided by the number of URLs.
+            field: Where the answer has the rewards.
+        """
         if not urls:
             raise UserError('set remote_rm_url, such as ["http://localhost:5000/get_reward"]')
         self.endpoint = Endpoint(urls, timeout, retries, backoff, api_key_env)
         if batch_size < 0:
             raise UserError(f"batch_size = {batch_size} must be at least 0")
-        self.batch_size, self.key = batch_size, key
+        self.batch_size, self.field = batch_size, field
 
     async def __call__(
         self, completions: list, prompt_texts: list[str], answer: list[str]
@@ -185,19 +190,19 @@ class RemoteReward:
         query = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         body = {"query": query, "prompts": prompts, "labels": labels}
         answer = await self.endpoint.post(body, first=number)
-        where = without_secrets(self.endpoint.urls[number % len(self.endpoint.urls)])
-        shown = self.endpoint.hidden(repr(answer)[:200])
-        values = answer.get(self.key) if isinstance(answer, dict) else None
+        where = self.endpoint.shown[number % len(self.endpoint.urls)]
+        said = self.endpoint.hidden(shown(answer))
+        values = answer.get(self.field) if isinstance(answer, dict) else None
         if not isinstance(values, list):
-            raise RunError(f"{where} answered no list under {self.key!r}: {shown}")
+            raise RunError(f"{where} answered no list under {self.field!r}: {said}")
         if len(values) != len(texts):
             raise RunError(
-                f"{where} answered {len(values)} rewards for {len(texts)} completions: {shown}"
+                f"{where} answered {len(values)} rewards for {len(texts)} completions: {said}"
             )
         for value, text in zip(values, texts, strict=True):
             if not (isinstance(value, int | float) and abs(value) <= sys.float_info.max):
                 raise RunError(
-                    f"{where} answered {value!r}, not a finite number, for the completion:\n"
+                    f"{where} answered {shown(value)}, not a finite number, for the completion:\n"
                     f"{text[:2000]}"
                 )
         return [float(value) for value in values]
@@ -303,8 +308,8 @@ class Judge:
         try:
             return str(reply["choices"][0]["message"].get("content") or "")
         except (LookupError, TypeError, AttributeError):
-            shown = self.endpoint.hidden(repr(reply)[:200])
-            raise RunError(f"the judge answered no chat completion: {shown}") from None
+            said = self.endpoint.hidden(shown(reply))
+            raise RunError(f"the judge answered no chat completion: {said}") from None
 
 
 NUMBER = r"(-?\d+(?:\.\d+)?)"

@@ -23,7 +23,7 @@ BEARER = re.compile(r"(?i)\b(bearer) +[\w.~+/=-]{16,}")
 ISSUED = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[bp]-)[\w-]{20,}")  # by known services
 
 
-URL = re.compile(r"(?<=://)([^/?#\s@\"']*@)?([^?#\s\"']*)(\?[^#\s\"']*)?")
+URL = re.compile(r"(?<=://)([^/?#\s]*@)?([^?#\s]*)(\?[^#\s]*)?")  # up to the last @ of a host
 
 
 def is_unicode(text: str) -> bool:
