@@ -123,7 +123,7 @@ def tree(folder):
     found = {}
     for path in Path(folder).rglob("*"):
         if "__pycache__" not in path.parts:
-            stat = path.stat()
+            stat = path.lstat()
             is_file = path.is_file()
             touched = (stat.st_size, stat.st_mtime_ns) if is_file else "folder"
             found[str(path.relative_to(folder))] = touched

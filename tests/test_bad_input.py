@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import os
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
 from conftest import ROOT, make_model
 from helpers import read_log, tree, typed_in_a_shell, write_toml
@@ -285,6 +287,12 @@ def move_tensor(folder, start, **changes):
     weights.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
+def fill_weights(folder, value):
+    weights = mx.load(str(folder / "model.safetensors"))
+    filled = {name: mx.full(array.shape, value) for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), filled)
+
+
 BROKEN_MODELS = {
     "config.json is no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
@@ -334,6 +342,10 @@ BROKEN_MODELS = {
     "a shape without its bytes": (
         lambda folder: move_tensor(folder, None, shape=[384, 64, 1000]),
         "bad header entry for tensor 'model.embed_tokens.weight'",
+    ),
+    "weights that are not finite": (
+        lambda folder: fill_weights(folder, math.nan),
+        "its weights give no finite numbers",
     ),
     "a damaged tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}'),
@@ -506,6 +518,35 @@ def test_data_that_is_not_there(refused, tmp_path):
     assert_names(message, "no column 'prompt_text'; it has question, answer", "set question_column")
 
 
+def test_links_that_lead_nowhere(refused, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    for name in ("loop", "gone"):
+        assert_names(refused(dataset=name), f"dataset {name} is a link that leads nowhere")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").symlink_to("train.jsonl")
+    assert_names(refused(dataset="folder"), "dataset folder has no file train.jsonl")
+    (tmp_path / "around").mkdir()
+    (tmp_path / "around" / "again").symlink_to("..")
+    assert_names(refused(dataset="around/again/around"), "has no file train.jsonl")
+
+
+def test_names_that_no_file_system_takes(refused):
+    for key in ("model_name", "dataset", "output_dir", "chat_template", "resume"):
+        for path in ("x" * 300, "x/" * 2000):
+            assert_names(refused(**{key: path}), f"{key} = 'x", "is too long for a file name")
+
+
+def test_a_run_name_is_no_path_and_a_null_in_a_question_is_a_character(typed, tmp_path):
+    row = json.dumps({"question": "How many is 3\0 and 4?", "answer": "7"})
+    (tmp_path / "null.jsonl").write_text(f"{row}\n" * 4)
+    code, _, err, changed = typed(
+        dataset="null.jsonl", run_name="../../a/b", max_updates=1, report_to=["csv"]
+    )
+    assert code == 0, err
+    assert all(name == "out" or name.startswith("out/") for name in changed - {"settings.toml"})
+
+
 def test_one_row_is_too_few_to_hold_some_out(refused, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"question": "a", "answer": "1"}\n')
     message = refused(dataset="one.jsonl", eval_samples=1)
@@ -569,6 +610,11 @@ def test_an_output_folder_that_cannot_be(refused, tmp_path):
     (tmp_path / "file").touch()
     for place in ("file", "file/deeper/out"):
         assert_names(refused(output_dir=place), f"output_dir {place} is not writable", "(file)")
+
+
+def test_the_root_is_no_output_folder(refused):
+    for place in ("/", "/usr/.."):
+        assert_names(refused(output_dir=place), "is the root of the file system: name a folder")
 
 
 def lose_the_right_to_write_everywhere():

@@ -231,6 +231,8 @@ def check_output(output_dir: Path, command: str, config: Any) -> None:
     Raises:
         UserError: with the commands that continue or replace the other run.
     """
+    if output_dir.resolve().parent == output_dir.resolve():
+        raise UserError(f"output_dir {output_dir} is the root of the file system: name a folder")
     old = remains_of_run(output_dir)
     for name in ("model_name", "adapter_path", "dataset") if config.overwrite else ():
         source = Path(getattr(config, name) or "/").resolve()

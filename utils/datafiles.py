@@ -227,6 +227,8 @@ def local_path(dataset: str) -> Path | None:
     path = Path(dataset).expanduser()
     if path.exists():
         return path
+    if path.is_symlink():
+        raise UserError(f"dataset {dataset} is a link that leads nowhere")
     if path.suffix in SUFFIXES or dataset.startswith(("/", ".", "~")):
         raise UserError(f"dataset {dataset} does not exist")
     refuse_mistyped_path("dataset", dataset)

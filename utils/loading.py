@@ -230,6 +230,7 @@ def try_out(model: Any, tokenizer: Any) -> None:
 
     tokenizer.decode(tokenizer.encode("1", add_special_tokens=False))
     scores = model(mx.array([[0]]))
+    tokenizer.decode([scores.shape[-1] - 1])  # the highest id that can be sampled
     if not mx.isfinite(scores).all():
         raise ValueError("its weights give no finite numbers")
     if scores.shape[-1] > embeddings(model):

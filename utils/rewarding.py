@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import UserError
 from .reward_calls import described, waits
+from .text import shown
 
 # Parameters of built-in rewards that settings fill: the first unless reward_kwargs does.
 FROM_SETTINGS = {"max_len": "max_new_tokens"}
@@ -111,6 +112,8 @@ def load_reward(spec: str, builtin: Rewards) -> Callable[..., Any]:
     """
     if spec in builtin:
         return builtin[spec]
+    if len(spec) > 1000:
+        raise UserError(f"reward {shown(spec)} is too long for the name of a function")
     source, _, name = spec.rpartition(":")
     if not (source and name):
         near = difflib.get_close_matches(spec, builtin, n=1)
