@@ -221,15 +221,22 @@ class Rows:
             cache.keys = mx.where(inside, cache.keys, cache.keys[:, :, :1])
             cache.values = mx.where(inside, cache.values, mx.zeros_like(cache.values[:, :, :1]))
 
-    def real(self, values: Any) -> Any:
-        """Like `values`, (B, heads, end, size): 1, and 0 at padding."""
+    def real(self, stored: Any, end: int) -> Any:
+        """Like the first `end` of `stored` values, (B, heads, positions, size): 1, 0 at padding."""
         import mlx.core as mx
 
-        if self._real is None:
-            shown = self.mask(self.limit - 1, None).swapaxes(-1, -2).astype(values.dtype)
-            shape = (*values.shape[:2], self.limit, values.shape[-1])
-            self._real = mx.contiguous(mx.broadcast_to(shown, shape))
-        return self._real[:, :, : values.shape[2]]
+        if self._real is None or self._real.shape != stored.shape:
+            position = mx.arange(stored.shape[2])
+            shown = (position < self._ends[:, None]) | (position >= self.width)
+            shown = shown[:, None, :, None].astype(stored.dtype)
+            self._real = mx.contiguous(mx.broadcast_to(shown, stored.shape))
+        return self._real[:, :, :end]
+
+    def room(self, end: int) -> int:
+        """Positions to add to a cache of which `end` are in use."""
+        if attention.is_long(len(self.lengths), end):
+            return STEP - end % STEP  # a capacity of 256, 512, ... for cuDNN
+        return min(STEP, max(1, self.limit - end))
 
     def keep(self, keep: list[int]) -> slice:
         """Drop rows. Returns the positions that only padding is left at."""
@@ -258,11 +265,9 @@ class RowCache:
     def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
         """Store (B, heads, 1, head size) at the next position; returns all positions in use."""
         if self.keys is None or self.end == self.keys.shape[2]:
-            room = min(STEP, max(1, self.rows.limit - self.end))
-            self.keys, self.values = (
-                _grown(self.keys, keys, room),
-                _grown(self.values, values, room),
-            )
+            room = self.rows.room(self.end)
+            self.keys = _grown(self.keys, keys, room)
+            self.values = _grown(self.values, values, room)
         end = self.end = self.end + 1
         self.keys[:, :, end - 1 : end], self.values[:, :, end - 1 : end] = keys, values
         return self.keys[:, :, :end], self.values[:, :, :end]
