@@ -14,7 +14,7 @@ from conftest import make_model
 from helpers import flat, make_trainer
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
 
-from utils import attention, nucleus, views
+from utils import attention, caches, nucleus, views
 
 EOS = 2
 
@@ -232,6 +232,24 @@ def test_a_batch_of_ragged_prompts_is_each_prompt_alone(grpo, tmp_path, family):
         ids = together[n].ids
         forward = grpo.token_logprobs(model, mx.array([prompts[row] + ids]), len(ids), 1.0)[0][0]
         assert np.array(forward) == pytest.approx(together[n].logprobs, abs=1e-3)
+
+
+def test_a_mask_hides_padding_and_what_is_out_of_the_window():
+    """Against the tokens' true positions, before and after the longest prompt has left."""
+    rows = caches.Rows([5, 2, 9], 20)
+    for lengths, end in (([5, 2, 9], 9), ([5, 2, 9], 13), ([5, 2], 8)):
+        if len(lengths) == 2:
+            assert rows.keep([0, 1]) == slice(5, 9)
+        width = max(lengths)
+        for window in (None, 3, 6, 100):
+            mask = np.array(rows.mask(end, window))[:, 0, 0]
+            for row, length in enumerate(lengths):
+                true = [p if p < width else p - width + length for p in range(end + 1)]
+                real = [p < length or p >= width for p in range(end + 1)]
+                near = [true[end] - t < (window or 99) for t in true]
+                assert mask[row].tolist() == [r and n for r, n in zip(real, near, strict=True)]
+    assert caches.Rows([4, 4], 9).mask(6, None) is None
+    assert np.array(caches.Rows([4, 4], 9).mask(6, 3))[1, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["by_share", "by_products"])

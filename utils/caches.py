@@ -197,6 +197,8 @@ class Rows:
         """
         import mlx.core as mx
 
+        if window is not None:
+            self.padding_is_neutral = False  # `attention.by_share` knows of padding only
         if not self.padded and (window is None or end < window):
             return None
         if self._visible is None:
