@@ -222,14 +222,17 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     key = ("device", "shape", "dtype", "train_type", "stage", "rows", "tokens")
     newest = {tuple(r[name] for name in key): r for r in records}
     rows = [
-        "| machine | shape | training | stage | rows | tokens | ms | tokens/s | peak GB | date |",
-        "|---" * 10 + "|",
+        "| machine | shape | training | stage | rows x tokens | ms | tokens/s | peak GB | date |",
+        "|---" * 9 + "|",
     ]
     for r in newest.values():
         speed = f"{r['tokens_per_second']:,}" if r["tokens_per_second"] else ""
+        work = f"{r['rows']} x {r['tokens'] // r['rows']}" if r["tokens"] else r["rows"] or ""
+        if r["stage"] == "prefill":  # each prompt once
+            work = f"{r['tokens'] // r['prompt']} x {r['prompt']}, for {r['rows']} rows"
         rows.append(
             f"| {r['device']} | {r['shape']} {r['dtype']} | {r['train_type']} | {r['stage']} "
-            f"| {r['rows'] or ''} | {r['tokens'] or ''} | {r['ms']:,} | {speed} | {r['peak_gb']} "
+            f"| {work} | {r['ms']:,} | {speed} | {r['peak_gb']} "
             f"| {r['date']} |"
         )
     return rows
