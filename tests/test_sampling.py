@@ -205,6 +205,7 @@ STATE_SPACE = {
 FAMILIES = {
     "llama": {},
     "qwen2": {},
+    "qwen3": {},
     "gemma3_text": {"layers": 4, **SLIDING},  # rotating caches, 16 tokens wide
     "lfm2": {"layers": 3, **HYBRID},
     "mamba": STATE_SPACE,  # its state has no mask: padding in a prompt would enter it
@@ -477,6 +478,18 @@ def test_what_quantizing_costs_is_measured(model_dir, data_dir, tmp_path, monkey
     assert measure(trainer.model, 8, limit=0.0) is None, "too slow here to try the other"
     assert rows == [8] * 4
     assert trainer.model_old is None
+
+
+def test_a_model_that_cannot_mask_padding_reads_one_prompt_at_a_time(data_dir, tmp_path, capsys):
+    extra = {"query_pre_attn_scalar": 16, "sliding_window": 16}
+    folder = make_model(tmp_path / "gemma2", model_type="gemma2", **extra)
+    trainer = make_trainer(folder, data_dir, tmp_path / "o")
+    lengths = {len(row["prompt_ids"]) for row in trainer.train_dataset[:6]}
+    assert len(lengths) > 1
+    together = trainer.generate_responses(list(range(6)))
+    alone = [r for row in range(6) for r in trainer.generate_responses([row])]
+    assert [r.ids for r in together] == [r.ids for r in alone]
+    assert capsys.readouterr().out.count("gemma2 of mlx-lm can't mask") == 1
 
 
 # Where completions end.

@@ -35,9 +35,25 @@ def batches(model: Any, count: int, group: int, size: int) -> Iterator[range]:
 
 
 def _can_batch(model: Any) -> bool:
+    """Whether rows of prompts of different lengths can be in one batch."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    return all(map(_is_mergeable, make_prompt_cache(model)))
+    return all(map(_is_mergeable, make_prompt_cache(model))) and _takes_masks(model)
+
+
+def _takes_masks(model: Any) -> bool:
+    """Whether a batch with padding goes through; only shapes are checked, nothing is computed."""
+    import mlx.core as mx
+
+    try:
+        rows = [0, 1] * 11  # no number of heads, with which these could be confused
+        cache = prefill(model, [[0, 0, 0], [0, 0]], rows, 2)
+        model(mx.zeros((len(rows), 1), mx.int32), cache=cache)
+    except ValueError:  # gemma2 of mlx-lm 0.32: its own attention can't broadcast (B, 1, 1, N)
+        name = type(model).__module__.rpartition(".")[2]
+        _say_once(f"rollouts  one prompt at a time: {name} of mlx-lm can't mask a batch's padding")
+        return False
+    return True
 
 
 def _is_mergeable(layer: Any) -> bool:
@@ -64,7 +80,7 @@ def prefill(model: Any, prompts: list[list[int]], rows: list[int], max_tokens: i
     layers = make_prompt_cache(model)
     if all(type(layer) is KVCache for layer in layers):
         return _row_caches(model, layers, prompts, rows, max_tokens)
-    if _can_batch(model):
+    if all(map(_is_mergeable, layers)):
         return _merged_caches(model, prompts, rows)
     assert len(prompts) == 1, f"{type(layers[0]).__name__} can't hold several prompts"
     _read(model, layers, [prompts[0][:-1]])
