@@ -17,7 +17,7 @@ from typing import Any
 
 MANY = 2**15  # rows x keys from which on reading keys once a query head costs more than launches
 MANY_MASKED = 2**14  # the same where it is done twice
-LONG = 2**16  # rows x keys from which on cuDNN reads them fastest
+LONG = 2**17  # rows x keys from which on cuDNN reads them fastest
 FUSED_HEAD_SIZES = (64, 96, 128)
 
 
