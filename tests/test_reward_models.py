@@ -72,6 +72,41 @@ def test_a_classifier_scores_the_last_token_of_the_chat(tmp_path, bias):
         assert call(reward) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama"])
+def test_classifiers_score_as_transformers_does(tmp_path, kind):
+    """Saved by transformers 5, with rope_theta where mlx-lm's llama and qwen2 do not look."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    torch.manual_seed(0)
+    folder = make_model(tmp_path / "m")  # for its tokenizer
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=64,
+        num_hidden_layers=3,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=384,
+        num_labels=1,
+        rope_theta=50_000.0,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    expected = []
+    for prompt, completion in zip(COLUMNS["prompts"], COLUMNS["completions"], strict=True):
+        text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+        expected.append(model(ids).logits[0, 0].item())
+    assert np.std(expected) > 0.1
+    assert call(reward_models.RewardModel(str(folder))) == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_head_with_several_outputs_needs_a_label(tmp_path):
     folder = classifier(tmp_path / "c", labels=3, name="value_head")
 
