@@ -58,9 +58,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "best cpu": {"quantize_for_rollouts": False, "use_compile": False},
         "plain": {"quantize_for_rollouts": False, "shared_prompts": False},
         "small": {"quantize_for_rollouts": False, "gradient_checkpointing": True}
-        | {"micro_batch_tokens": 4400},
-        "16 GB": {"gradient_checkpointing": True, "micro_batch_tokens": 1500}
-        | {"cache_limit_gb": 0.5},
+        | {"memory_limit_gb": 30},
+        "16 GB": {"gradient_checkpointing": True, "memory_limit_gb": 5, "cache_limit_gb": 0.5},
         "default": {},
     },
     "mlx-lm": {
