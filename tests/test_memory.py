@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from utils import memory, scoring
-from utils.prefix import checkpoint_layers, recompute_casts
+from utils.prefix import checkpoint_layers, narrow_adapters
 
 QWEN_1_5B = {
     "model_type": "qwen2",
@@ -497,7 +497,7 @@ def test_estimate_agrees_with_the_measured_peak(changes, train_type, dtype, chec
     if train_type == "lora":
         model.freeze()
         linear_to_lora_layers(model, -1, {"rank": 4, "scale": 1.0, "dropout": 0.0})
-        recompute_casts(model.train())
+        narrow_adapters(model.train())
         mx.eval(model.parameters())
     if checkpointing:
         checkpoint_layers(model)
@@ -545,22 +545,26 @@ def test_checkpointed_layers_give_the_same_gradients_with_less_memory():
     assert isinstance(checkpointed.layers[0], qwen2.TransformerBlock)
 
 
-def test_adapters_keep_no_float32_copies_of_their_inputs():
+@pytest.mark.parametrize(("dtype", "apart"), [(mx.bfloat16, 0.03), (mx.float16, 0.0)])
+def test_adapters_keep_no_float32_copies_of_their_inputs(dtype, apart):
+    """float32 adapters on a base of half precision: less memory for the same gradients."""
     peaks, gradients = [], []
-    tokens = mx.random.randint(0, 96, (2, 32))
-    for change in (lambda model: None, recompute_casts):
-        model = tiny_model({**TINY, "num_hidden_layers": 6}, mx.bfloat16)
+    tokens = mx.random.randint(0, 96, (4, 32), key=mx.random.key(1))
+    for change in (lambda model: None, narrow_adapters):
+        model = tiny_model({**TINY, "num_hidden_layers": 6}, dtype)
         model.freeze()
         mx.random.seed(0)
-        linear_to_lora_layers(model, -1, {"rank": 4, "scale": 1.0, "dropout": 0.1})
+        linear_to_lora_layers(model, -1, {"rank": 4, "scale": 2.0, "dropout": 0.1})
         model.update(tree_map(lambda p: p + 0.01, model.trainable_parameters()))
         change(model.train())
         mx.random.seed(0)  # of the dropout
         loss = nn.value_and_grad(model, lambda m: loss_of_completions(m, tokens, 8))
         gradients.append(dict(tree_flatten(loss(model)[1])))
         peaks.append(measured_peak(model, 4, 8, 128))
-    for name, gradient in gradients[0].items():
-        assert mx.array_equal(gradient, gradients[1][name]), name
+    error = sum(mx.square(g - gradients[1][n]).sum().item() for n, g in gradients[0].items())
+    norm = sum(mx.square(g).sum().item() for g in gradients[0].values())
+    assert {g.dtype for g in gradients[1].values()} == {mx.float32}
+    assert error**0.5 <= apart * norm**0.5
     assert peaks[1] < 0.85 * peaks[0]
 
 

@@ -269,7 +269,7 @@ def load_model(config: Any) -> LoadedModel:
     loaded = LoadedModel(model, tokenizer, model_config, folder, train_type)
     if train_type != "full":
         add_adapters(config, loaded)
-        prefix.recompute_casts(model)
+        prefix.narrow_adapters(model)
     if config.gradient_checkpointing:
         prefix.checkpoint_layers(model)
     model.eval()  # new adapters come with their dropout on

@@ -132,20 +132,25 @@ def _checkpointed(layer_type: type) -> type:
     return type(layer_type.__name__, (layer_type,), {"__call__": call})
 
 
-def recompute_casts(model: Any) -> None:
-    """Let LoRA layers keep their input for the backward pass as it is, not its float32 copy.
+def narrow_adapters(model: Any) -> None:
+    """Let LoRA layers compute in the type of their base; their weights and gradients stay float32.
 
-    Adapters are float32 on a base of half precision, so that each of them makes such a copy.
+    mlx-lm's cast their input and write their output in float32: more than what the base does. One
+    H200, 1.5B bf16, blocks on 16 x 406 tokens: 191 ms compiled, where full fine-tuning takes 135.
+    In float16, whose range gradients leave, only the input is not kept in float32.
     """
     from mlx_lm.tuner.lora import LoRALinear
 
-    class Recomputing(LoRALinear):
+    class Narrow(LoRALinear):
         def __call__(self, x: mx.array) -> mx.array:
-            if not self.training or x.dtype == self.lora_a.dtype:
-                return super().__call__(x)
-            low: Any = mx.checkpoint(mx.matmul)(self.dropout(x), self.lora_a)
-            return self.linear(x) + (self.scale * (low @ self.lora_b)).astype(x.dtype)
+            if x.dtype == mx.bfloat16:
+                low = self.dropout(x) @ (self.scale * self.lora_a).astype(x.dtype)
+                return self.linear(x) + low @ self.lora_b.astype(x.dtype)
+            if x.dtype == mx.float16 and self.training:
+                low = mx.checkpoint(mx.matmul)(self.dropout(x), self.lora_a)
+                return self.linear(x) + (self.scale * (low @ self.lora_b)).astype(x.dtype)
+            return super().__call__(x)
 
     for _, module in model.named_modules():
         if type(module) is LoRALinear:
-            object.__setattr__(module, "__class__", Recomputing)
+            object.__setattr__(module, "__class__", Narrow)
