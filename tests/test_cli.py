@@ -310,6 +310,13 @@ def test_a_dry_run_names_the_updates_that_the_run_makes(typed, data_dir, tmp_pat
     assert f"plan      {planned} updates of" in out
 
 
+@pytest.mark.parametrize(("rounds", "times"), [(0, 1), (2, 3), (99, 12)])
+def test_a_dry_run_counts_what_dynamic_sampling_may_sample(typed, rounds, times):
+    """Every round could replace both prompts; none of the 24 comes twice in an update."""
+    _, out, _, _ = typed("--dry-run", dynamic_sampling=rounds, max_new_tokens=5)
+    assert planned_length(out) == (12, 12 * 2 * 4 * 5 * times)
+
+
 def test_a_dry_run_prints_the_settings_as_they_resolve(typed, grpo):
     code, out, _, _ = typed("--dry-run", "--set", "seed=7", temperature=0.5)
     assert code == 0

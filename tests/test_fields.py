@@ -1101,6 +1101,7 @@ PLANNED = [
     *("num_generations", "batch_size", "gradient_accumulation_steps", "num_epochs"),
     *("max_updates", "num_iterations", "sync_every_updates", "quantize_for_rollouts"),
     *("max_new_tokens", "max_completion_length", "kl_coeff", "gradient_checkpointing"),
+    "dynamic_sampling",
     *("rollout_batch_size", "micro_batch_tokens", "dtype", "master_weights", "moment_bits"),
     "memory_limit_gb",
 ]

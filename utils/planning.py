@@ -102,7 +102,10 @@ def planned_updates(config: Any) -> str:
     updates = config.num_epochs * math.ceil(questions / prompts) * config.num_iterations
     updates = min(updates, config.max_updates or updates)
     rollouts = math.ceil(updates / config.num_iterations)
-    completions = min(rollouts * prompts, config.num_epochs * questions) * config.num_generations
+    asked = min(rollouts * prompts, config.num_epochs * questions)
+    if config.dynamic_sampling:  # in every round, all of them could be replaced
+        asked = rollouts * min(prompts * (1 + config.dynamic_sampling), questions)
+    completions = asked * config.num_generations
     return (
         f"updates: {updates} on at most {questions} questions, "
         f"at most {completions * config.max_new_tokens:,} sampled tokens"
