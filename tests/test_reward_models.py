@@ -9,7 +9,7 @@ from conftest import make_model
 from helpers import make_config, make_trainer, read_log, run_training
 
 from utils import planning, reward_calls, reward_models, rewarding
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 
 
 def classifier(folder, labels=1, bias=False, name="score", **extra):
@@ -210,7 +210,8 @@ BAD = {
     "no folder": (lambda _: {"reward_model": "./nowhere"}, "reward_model = './nowhere' is neither"),
     "no model": (lambda f: {"reward_model": str(f.parent)}, "folder without config.json"),
     "no template": (no_template, "has no chat template"),
-    "damaged": (damaged, "cannot be loaded"),
+    "damaged": (damaged, "truncated, or not a safetensors file"),
+    "no word": (lambda _: {"yes": ""}, "'' is no token of"),
     "label": (lambda _: {"label": -2}, "label = -2"),
     "batch": (lambda _: {"batch_tokens": 0}, "batch_tokens at least 1"),
     "prompt": (lambda _: {"prompt": "Right?"}, "must contain {completion}"),
@@ -243,3 +244,12 @@ def test_a_model_may_judge_itself(model_dir, data_dir, tmp_path):
     before = call(reward)
     trainer.train_step([0, 1])
     assert (call(reward) == before).all()
+
+
+def test_a_token_id_beyond_its_vocabulary_does_not_reach_the_model(tmp_path):
+    folder, complaint = str(make_model(tmp_path / "small", vocab=100)), "its model knows only 100"
+    with pytest.raises(UserError, match=complaint):
+        reward_models.RewardModel(folder)
+    reward = reward_models.RewardModel(folder, yes="1", no="2")
+    with pytest.raises(RunError, match=complaint):
+        call(reward)

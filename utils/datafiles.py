@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -284,23 +285,29 @@ def read_hub_dataset(config: Any, split: str) -> list[dict[str, Any]]:
 
 def check_prompts(config: Any, rows: list[dict[str, Any]], what: str, vocabulary: Any) -> None:
     """Refuse token ids that the model lacks, and data in which no prompt is short enough."""
-    if not all(type(i) is int for row in rows for i in row["prompt_ids"]):
-        raise UserError(
-            f"the chat template of {config.model_name} gives no token ids (chat_template_kwargs "
-            "such as tokenize = false have that effect)"
-        )
-    ids = {i for row in rows for i in row["prompt_ids"]}
-    worst = max(ids, default=0) if min(ids, default=0) >= 0 else min(ids)
-    if not 0 <= worst < vocabulary:  # MLX does not check: this would read foreign memory
-        raise UserError(
-            f"the tokenizer of {config.model_name} gives token id {worst}, its model knows only "
-            f"{vocabulary}: they do not belong together"
-        )
+    check_ids(config.model_name, (i for row in rows for i in row["prompt_ids"]), vocabulary)
     lengths, limit = [len(row["prompt_ids"]) for row in rows], config.max_prompt_length
     if not any(0 < length <= limit for length in lengths):
         raise UserError(
             f"all {len(rows)} {what} prompts are empty or longer than max_prompt_length = {limit} "
             f"tokens: they have {min(lengths)} to {max(lengths)}"
+        )
+
+
+def check_ids(model: str, ids: Iterable[Any], vocabulary: int) -> None:
+    """Raise UserError for what is no id of a token that the model has: MLX does not check, and
+    would read foreign memory."""
+    found = list(ids)
+    if not all(type(i) is int for i in found):
+        raise UserError(
+            f"the chat template of {model} gives no token ids (chat_template_kwargs such as "
+            "tokenize = false have that effect)"
+        )
+    worst = max(found, default=0) if min(found, default=0) >= 0 else min(found)
+    if not 0 <= worst < vocabulary:
+        raise UserError(
+            f"the tokenizer of {model} gives token id {worst}, its model knows only "
+            f"{vocabulary}: they do not belong together"
         )
 
 

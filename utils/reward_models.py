@@ -9,10 +9,11 @@ verifier, arXiv:2408.15240). mlx-lm must know the architecture.
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from . import hf_config, loading
+from . import datafiles, hf_config, loading
 from .errors import RunError, UserError
 
 QUESTION = """Question:
@@ -92,8 +93,10 @@ class RewardModel:
             self.model, self.tokenizer, self.head = load_scorer(
                 self.folder, self.head_name, self.trust
             )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # on bad files
-            raise UserError(f"model {self.name} cannot be loaded: {error}") from error
+        except Exception as error:  # other libraries on untrusted files: they raise anything
+            raise UserError(
+                f"model {self.name} cannot be loaded: {loading.reason(error)}"
+            ) from error
         if not self.tokenizer.has_chat_template:
             raise UserError(f"the tokenizer of {self.name} has no chat template")
         count = 0 if self.head is None else self.head[0].shape[0]
@@ -109,7 +112,11 @@ class RewardModel:
             mx.clear_cache()
 
     def first_token(self, word: str) -> int:
-        return self.tokenizer.encode(word, add_special_tokens=False)[0]
+        ids = self.tokenizer.encode(word, add_special_tokens=False)
+        if not ids:
+            raise UserError(f"{word!r} is no token of {self.name}")
+        datafiles.check_ids(self.name, ids, loading.embeddings(self.model))
+        return ids[0]
 
     def asked(self, question: str, answer: str, completion: str) -> str:
         fields = {"question": str(question), "answer": str(answer), "completion": completion}
@@ -118,21 +125,20 @@ class RewardModel:
 
     def encode(self, messages: list[dict[str, str]], opened: bool) -> list[int]:
         """Token ids of a conversation, with the opening of an answer if one is to follow."""
-        import jinja2
-
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=opened
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is code, although in a sandbox
             raise RunError(
                 f"the chat template of {self.name} refuses the prompt: {error}"
-            ) from None
+            ) from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def scores(self, rows: list[list[int]]) -> list[float]:
         import mlx.core as mx
 
+        datafiles.check_ids(self.name, chain(*rows), loading.embeddings(self.model))
         values = [0.0] * len(rows)
         for batch in batches([len(row) for row in rows], self.batch_tokens):
             lengths = mx.array([len(rows[i]) for i in batch])
@@ -163,6 +169,7 @@ def find_folder(name: str) -> Path:
     from mlx_lm.utils import _download
 
     try:
+        loading.check_model(name)
         return loading.find_model(name) or _download(name)
     except UserError as error:
         raise UserError(str(error).replace("model_name", "reward_model")) from None
