@@ -52,8 +52,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     path = folder / "out" / "checkpoint-1"
     writing = [timed(trainer.save_checkpoint, path) for _ in range(arguments.saves)]
     hashing = [timed(checkpoints.seal, path) for _ in range(arguments.saves)]
+    start = time.perf_counter()
     assert checkpoints.damage(path) is None
-    verifying = timed(checkpoints.damage, path)
+    verifying = time.perf_counter() - start
     size = sum(file.stat().st_size for file in path.iterdir())
     loading = timed(checkpoints.load, path, trainer)
     seconds = statistics.median(writing)

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import runtime, settings
 from .console import say
-from .errors import DiskError, RunError, UserError, disk_errors_named
+from .errors import DiskError, RunError, UserError, disk_errors_named, readable
 from .lock import RunLock
 from .text import shown
 
@@ -143,7 +143,8 @@ def prune(output_dir: Path, limit: int, max_gb: float = 0.0) -> None:
     ):
         oldest = folders.pop(0)
         sizes.pop(0)
-        shutil.rmtree(oldest.rename(oldest.with_name(f".{oldest.name}.old")))
+        with disk_errors_named(oldest):
+            shutil.rmtree(oldest.rename(oldest.with_name(f".{oldest.name}.old")))
 
 
 def to_resume(output_dir: Path, resume: str) -> Path | None:
@@ -435,8 +436,7 @@ def refuse_full_disk(path: Path, needed: int) -> None:
         free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
     if free < needed:
         raise DiskError(
-            f"{path} cannot be written: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of the "
-            "disk are free"
+            f"{path} cannot be written: it needs {readable(needed)}, and {readable(free)} are free"
         )
 
 

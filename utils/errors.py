@@ -22,6 +22,11 @@ class DiskError(RunError):
     """The file system refused to write: full, read-only, gone. What stood there still does."""
 
 
+def readable(count: float) -> str:
+    """A number of bytes for a person."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
 @contextmanager
 def disk_errors_named(path: Path) -> Iterator[None]:
     """Turn a file system that refuses into one clear error.
@@ -38,4 +43,4 @@ def disk_errors_named(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
         reason = "the disk is full" if free < 2**20 else str(error)
-        raise DiskError(f"{path} cannot be written: {reason} ({free / 1e9:.2f} GB free)") from error
+        raise DiskError(f"{path} cannot be written: {reason} ({readable(free)} free)") from error

@@ -60,7 +60,10 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
             _own.discard(self.path)
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(
+                OSError
+            ):  # a folder that has turned read-only: it looks killed
+                self.path.unlink()
             self.file.close()
             self.file = None
 

@@ -87,11 +87,13 @@ def watched(state: dict[str, Any], records: list[dict[str, Any]], window: int) -
 
 
 def compared(start: dict[str, Any] | None, recent: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first window's level, and the best reward so far with its noise from update to update."""
+    """The first window's level (of the KL, the first record's, which is the error of a quantized
+    reference), and the best reward so far with its noise from update to update."""
     now = level(recent)
     rewards = [r["reward_mean"] for r in recent if is_known(r["reward_mean"])]
-    best = (start or {}).get("best_reward")
+    start = start or {**now, "kl": recent[0]["kl"], "best_reward": None, "reward_noise": 0.0}
+    best = start["best_reward"]
     if rewards and (best is None or now["reward_mean"] > best):
         noise = statistics.pstdev(rewards)
-        return {**(start or now), "best_reward": now["reward_mean"], "reward_noise": noise}
-    return start or {**now, "best_reward": None, "reward_noise": 0.0}
+        return {**start, "best_reward": now["reward_mean"], "reward_noise": noise}
+    return start
