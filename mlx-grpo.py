@@ -1053,6 +1053,7 @@ class MLXGRPOTrainer:
         self.step = self.update_step = self.rollout = 0
         self.elapsed = 0.0
         self.bad_updates = 0
+        self.measured_factor = 1.0  # of memory, from the first update
         self.drawn = 0  # prompts that dynamic sampling took from the stream
         self.reward_moments = [0.0, 0.0, 0.0]
         self.kl_coeff = args.kl_coeff
@@ -1099,6 +1100,7 @@ class MLXGRPOTrainer:
             self.loaded.train_type,
             prompt_tokens,
             self.sampling.max_tokens,
+            planning.trainable_parameters(self.model),
         )
 
     def set_up_optimizer(self) -> None:
@@ -1505,6 +1507,8 @@ class MLXGRPOTrainer:
             "seconds_gradient": time.perf_counter() - start,
         }
         records = [record | metrics for record in records]
+        if first == 0:
+            planning.recalibrate(self, micro_batches)
         # Nothing can stop this update any more: what the next one builds on changes now.
         self.drawn, self.reward_moments = position, moments
         self.move_reference(first, records, len(responses))

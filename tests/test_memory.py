@@ -4,18 +4,24 @@ import gc
 import json
 import re
 import struct
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from conftest import ROOT, make_model
+from helpers import digest, make_trainer
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama, mixtral, qwen2, qwen3
-from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
+from mlx_lm.models.cache import ConcatenateKVCache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from utils import memory, scoring
 from utils.prefix import checkpoint_layers, narrow_adapters
+
+sys.path.append(str(ROOT / "benchmarks"))
+import plan_accuracy
 
 QWEN_1_5B = {
     "model_type": "qwen2",
@@ -241,7 +247,8 @@ def plan(shape=QWEN, **changes):
 def test_full_fine_tuning_of_half_precision_keeps_float32_masters_and_moments():
     full = plan()
     assert (full.weights, full.master_weights, full.moments) == (2 * P, 2 * P, 8 * P)
-    assert full.gradients == 4 * P
+    assert (full.gradients, full.summed_gradients) == (2 * P, 0), "in one micro-batch"
+    assert plan(micro_batch_tokens=9000).summed_gradients == 4 * P, "in two"
     assert full.trainable_parameters == P
     assert plan(train_dtype_bytes=4).master_weights == 0
     assert plan(train_dtype_bytes=4).weights == 4 * P
@@ -284,14 +291,14 @@ def test_copies_follow_the_three_policies(shape, changes, rollout, reference):
     assert result.reference_copy == pytest.approx(reference, abs=1)
 
 
-def test_kv_cache_is_the_one_that_mlx_lm_allocates():
-    model = tiny_model()
-    cache = make_prompt_cache(model)
-    mx.eval(model(mx.zeros((3, 300), dtype=mx.int32), cache=cache))
+def test_a_kv_cache_is_counted_while_it_grows():
+    """It is copied every 256 positions: prompts of 200 tokens, then 456, then what is left."""
     shape = memory.shape_from_config(TINY, 4)
-    run = {"train_dtype_bytes": 4, "prompt_tokens": 200, "completion_tokens": 100}
-    rows = plan(shape, **run, prompts_per_update=1, num_generations=3)
-    assert rows.kv_cache == sum(c.keys.nbytes + c.values.nbytes for c in cache)
+    run = {"train_dtype_bytes": 4, "prompt_tokens": 200, "prompts_per_update": 1}
+    position = 3 * 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
+    for completion, positions in ((100, 300 + 200), (256, 456 + 200), (400, 600 + 344)):
+        rows = plan(shape, **run, completion_tokens=completion, num_generations=3)
+        assert rows.kv_cache == position * positions
 
 
 # Choosing batch sizes
@@ -300,10 +307,11 @@ def test_kv_cache_is_the_one_that_mlx_lm_allocates():
 def test_everything_is_one_batch_where_it_fits():
     roomy = plan(budget_bytes=10**13)
     assert roomy.rollout_batch_size == 64
-    assert roomy.micro_batch_tokens == memory.MAX_MICRO_BATCH_TOKENS
-    assert plan(budget_bytes=10**13, num_generations=2).micro_batch_tokens == 8 * 406
-    on_cpu = plan(budget_bytes=10**13, on_cpu=True)
-    assert on_cpu.micro_batch_tokens == memory.CPU_MICRO_BATCH_TOKENS
+    assert 0.8 < roomy.micro_batch_tokens / memory.MAX_MICRO_BATCH_TOKENS <= 1
+    small = plan(budget_bytes=10**13, num_generations=2)
+    assert small.micro_batch_tokens == 4 * 150 + 8 * 256, "each prompt once"
+    on_cpu = plan(budget_bytes=10**13, platform="cpu")
+    assert 0.7 < on_cpu.micro_batch_tokens / memory.CPU_MICRO_BATCH_TOKENS <= 1
 
 
 def test_automatic_batches_fill_the_budget_and_no_more():
@@ -311,11 +319,10 @@ def test_automatic_batches_fill_the_budget_and_no_more():
         result = plan(budget_bytes=budget, has_reference=True, prompts_per_update=256)
         assert result.fits
         assert result.rollout_batch_size % 16 == 0
-        one_more = result.micro_batch_tokens + 406
-        if one_more <= memory.MAX_MICRO_BATCH_TOKENS:
-            assert not plan(
-                budget_bytes=budget, has_reference=True, micro_batch_tokens=one_more
-            ).fits
+        more = int(1.2 * result.micro_batch_tokens)
+        if more <= memory.MAX_MICRO_BATCH_TOKENS:
+            given = {"budget_bytes": budget, "has_reference": True, "micro_batch_tokens": more}
+            assert not plan(**given, prompts_per_update=256).fits
 
 
 def test_rollouts_smaller_than_a_group_are_single_rows():
@@ -332,7 +339,8 @@ def test_rollouts_smaller_than_a_group_are_single_rows():
 def test_given_batch_sizes_are_kept():
     fixed = plan(rollout_batch_size=7, micro_batch_tokens=812)
     assert (fixed.rollout_batch_size, fixed.micro_batch_tokens) == (7, 812)
-    assert fixed.activations == 2 * plan(micro_batch_tokens=406).activations
+    more = plan(micro_batch_tokens=2 * 812).activations
+    assert fixed.activations == pytest.approx(more / 2, rel=0.2)
     long = plan(prompt_tokens=12_000, budget_bytes=10**9)
     assert long.micro_batch_tokens == 12_256  # one sequence at least
 
@@ -349,9 +357,42 @@ def test_peaks_are_sums_of_their_parts():
     result = plan(has_reference=True)
     shared = result.weights + result.master_weights + result.moments + result.reference_copy
     assert result.rollout_peak == shared + result.kv_cache + result.rollout_logits
-    gradient = result.gradients + result.activations + result.logits
-    assert result.gradient_peak == shared + gradient
+    begins = result.activations + result.logits
+    assert result.gradient_needed == shared + result.summed_gradients + begins
     assert result.peak == max(result.rollout_peak, result.gradient_peak)
+    parts = plan(gradient_checkpointing=True, micro_batch_tokens=2000)
+    ends = parts.gradients + parts.temporaries + parts.activations
+    assert parts.gradient_needed == parts.resident + parts.summed_gradients + ends
+
+
+def test_work_in_flight_fills_what_memory_there_is():
+    """On CUDA MLX runs ahead as far as memory allows; where it is short, it waits."""
+    roomy = plan(platform="cuda", budget_bytes=10**12)
+    assert roomy.gradient_peak == roomy.gradient_needed + roomy.in_flight > roomy.gradient_needed
+    tight = plan(platform="cuda", micro_batch_tokens=4000, budget_bytes=47 * 10**9)
+    assert tight.fits
+    assert tight.gradient_peak <= tight.budget_bytes
+
+
+def test_merged_weights_are_written_in_small_files():
+    lora = plan(QWEN_4_BIT, train_type="lora")
+    assert lora.writing_peak == lora.resident + memory.LARGEST_FILE < lora.resident + 2 * P
+    assert plan().writing_peak == plan().resident
+    assert not plan(QWEN_4_BIT, train_type="lora", budget_bytes=4 * 10**9).fits_with_final
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "expected"),
+    [
+        (QWEN, {"platform": "cuda"}, 1.72e9),  # q, k, v and gate, up of every block
+        (QWEN, {"platform": "metal"}, 0),
+        (QWEN, {"platform": "cuda", "budget_bytes": 22 * 10**9}, 0),
+        (QWEN, {"platform": "cuda", "train_type": "lora"}, 2.62e9 + 1.72e9),  # all linear layers
+        (QWEN_4_BIT, {"platform": "cuda", "train_type": "lora"}, 0),
+    ],
+)
+def test_views_for_sampling_are_counted_where_they_are_made(shape, changes, expected):
+    assert plan(shape, **changes).views == pytest.approx(expected, rel=0.01)
 
 
 # Suggestions
@@ -393,12 +434,12 @@ def test_a_16_gb_mac_is_told_what_makes_1_5b_fit():
             {"micro_batch_tokens": 0},
         ),
         (
-            {"has_reference": True, "budget_bytes": 32 * 10**9},
+            {"has_reference": True, "budget_bytes": 33 * 10**9},
             "quantize_for_rollouts = true",
             {"quantize_for_rollouts": True},
         ),
         (
-            {"has_reference": True, "budget_bytes": 31 * 10**9},
+            {"has_reference": True, "budget_bytes": 33 * 10**9},
             "kl_coeff = 0",
             {"has_reference": False},
         ),
@@ -477,50 +518,49 @@ def measured_peak(model, rows, prompt, sequence, **how):
 
 
 @pytest.mark.parametrize(
-    ("changes", "train_type", "dtype", "checkpointing"),
+    ("model", "settings"),
     [
-        ({"hidden_size": 256}, "full", mx.float32, False),
-        ({"intermediate_size": 512}, "full", mx.float32, False),
-        ({"num_attention_heads": 8, "head_dim": 8}, "full", mx.float32, False),
-        ({"intermediate_size": 512}, "full", mx.float32, True),
-        ({"hidden_size": 256}, "full", mx.float32, True),
-        ({"intermediate_size": 384}, "lora", mx.float32, False),
-        ({"intermediate_size": 384}, "lora", mx.bfloat16, False),
-        ({"vocab_size": 8000, "num_hidden_layers": 2}, "full", mx.float32, False),
-        ({"vocab_size": 2000, "num_hidden_layers": 2}, "lora", mx.bfloat16, False),
+        ({}, {}),
+        ({"layers": 6, "intermediate_size": 1024}, {}),
+        ({"layers": 6, "hidden": 128}, {"gradient_checkpointing": True}),
+        ({"layers": 6}, {"train_type": "lora"}),
+        ({"vocab": 16_000}, {}),
+        ({"layers": 4, "hidden": 128}, {"micro_batch_tokens": 400}),
     ],
 )
-def test_estimate_agrees_with_the_measured_peak(changes, train_type, dtype, checkpointing):
-    config = {**TINY, "num_hidden_layers": 6, **changes}
-    prompt, sequence, rows = 8, 128, 4
-    model = tiny_model(config, dtype)
-    if train_type == "lora":
-        model.freeze()
-        linear_to_lora_layers(model, -1, {"rank": 4, "scale": 1.0, "dropout": 0.0})
-        narrow_adapters(model.train())
-        mx.eval(model.parameters())
-    if checkpointing:
-        checkpoint_layers(model)
-    shape = memory.shape_from_config(config, dtype.size)
-    run = {"prompt_tokens": prompt, "completion_tokens": sequence - prompt, "lora_rank": 4}
-    result = plan(
-        shape,
-        **run,
-        train_type=train_type,
-        train_dtype_bytes=dtype.size,
-        gradient_checkpointing=checkpointing,
-        micro_batch_tokens=rows * sequence,
+def test_estimate_agrees_with_the_measured_peak(model, settings, data_dir, tmp_path):
+    """Of whole updates by the trainer; the CPU's queue alone moves the peak by 10 to 30 %."""
+    folder = make_model(tmp_path / "model", **{"hidden": 64, **model})
+    gc.collect()  # trainers of earlier tests
+    mx.clear_cache()
+    others = mx.get_active_memory()
+    trainer = make_trainer(
+        folder,
+        data_dir,
+        tmp_path / "out",
+        reward=digest,
+        stop_strings=[],
+        max_new_tokens=64,
+        num_generations=8,
+        **settings,
     )
-    # One micro-batch has no accumulated gradients, and its own come as the activations go.
-    estimate = result.activations + result.logits + result.gradients / 2
-    how = {"piece": result.piece_logits, "keep": result.keep_logits}
-    measured = measured_peak(model, rows, prompt, sequence, **how)
-    assert 0.8 < measured / estimate < 1.25
+    trainer.tokenizer._eos_token_ids = set()
+    assert trainer.sampling.max_tokens == 64
+    trainer.train_step(trainer.prompts_of_update(0)[0])
+    trainer.log.meter.start("other")
+    peaks = trainer.log.meter.peaks
+    measured = max(peaks["rollout"], peaks["gradient"]) - others
+    assert 0.6 < trainer.plan.peak / measured < 1.5
 
 
-def test_estimate_of_the_measured_h200_run():
-    result = plan(micro_batch_tokens=16 * 406, prompts_per_update=1)
-    assert result.weights + result.activations + result.logits == pytest.approx(36.9e9, rel=0.2)
+def h200_records():
+    return [r for r in plan_accuracy.newest() if r["device"] == "NVIDIA H200"]
+
+
+@pytest.mark.parametrize("record", h200_records(), ids=lambda r: json.dumps(r["case"]))
+def test_estimate_agrees_with_what_an_h200_measured(record):
+    measured = max(record["peaks"].values())
+    assert plan_accuracy.plan_of(record).peak == pytest.approx(measured, rel=0.15)
 
 
 # Gradient checkpointing

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import runtime, settings
+from . import planning, runtime, settings
 from .console import say
 from .errors import DiskError, RunError, UserError, disk_errors_named, readable
 from .lock import RunLock
@@ -27,6 +27,7 @@ RUN_FILES = (
     *(CONFIG, PROVENANCE, LOG, "traceback.txt"),
     *("metrics.csv", "metrics_eval.csv", "tensorboard"),  # what trackers write
 )
+SINGLE = "model.safetensors"
 STATE, ARRAYS, MANIFEST = "trainer_state.json", "trainer_state.safetensors", "manifest.json"
 ENDED = "run.json"  # in final/: how far the run had come
 
@@ -306,15 +307,44 @@ def rewind_log(path: Path, size: int) -> None:
             os.truncate(path, size)
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any, config: dict, source: Path) -> None:
-    """A complete model folder that `mlx_lm.load` reads: weights, config, tokenizer, custom code."""
+def write_model(
+    folder: Path, model: Any, tokenizer: Any, config: dict, source: Path, *, donate: bool = False
+) -> None:
+    """A complete model folder that `mlx_lm.load` reads: weights, config, tokenizer, custom code.
+
+    donate: the model is empty afterwards, and its files are small: of weights that were not
+    computed yet, those of one file exist at once.
+    """
     from mlx_lm.utils import save_config, save_model
 
-    save_model(folder, model, donate_model=False)
+    if donate:
+        write_lazy_weights(folder, model)
+    else:
+        save_model(folder, model, donate_model=False)
     save_config(dict(config), config_path=folder / "config.json")
     tokenizer.save_pretrained(str(folder))
     for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:
         shutil.copy(file, folder)
+
+
+def write_lazy_weights(folder: Path, model: Any) -> None:
+    """model*.safetensors of 1 GB with their index; leaves the model without weights."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+    from mlx_lm.utils import make_shards
+
+    shards = make_shards(flat(model.parameters()), max_file_size_gb=1)
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    files: dict[str, str] = {}
+    total = sum(weight.nbytes for shard in shards for weight in shard.values())
+    for number, count in enumerate([len(shards)] * len(shards), start=1):
+        name = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else SINGLE
+        shard = shards.pop(0)
+        mx.save_safetensors(str(folder / name), shard, metadata={"format": "mlx"})
+        files |= dict.fromkeys(shard, name)
+        del shard
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_adapters(folder: Path, model: Any, adapter_config: dict[str, Any]) -> None:
@@ -341,7 +371,7 @@ def write_stop_strings(folder: Path, stop_strings: list[str], eos_ids: Iterable[
 # change in between because no later update depends on them.
 COUNTERS = (
     *("step", "update_step", "rollout", "last_sync", "bad_updates", "elapsed", "unreported"),
-    *("drawn", "reward_moments", "kl_coeff"),
+    *("drawn", "reward_moments", "kl_coeff", "measured_factor"),
 )
 MAY_CHANGE = {
     *("resume", "overwrite", "max_hours", "logging_steps", "log_jsonl", "log_completions"),
@@ -495,6 +525,8 @@ def restore(folder: Path, trainer: Any) -> None:
     for name in COUNTERS:
         setattr(trainer, name, counters[name])
     trainer.saved_at = trainer.update_step
+    if trainer.measured_factor != 1:
+        planning.apply_factor(trainer)
     restore_random_states(counters["random"])
     kind = "model" if trainer.loaded.train_type == "full" else "adapters"
     for file in sorted(folder.glob(f"{kind}*.safetensors")):
@@ -603,13 +635,15 @@ def keep_best(trainer: Any) -> None:
     say(f"best      {score} at update {newest['update']}, kept in {trainer.output_dir / 'best'}")
 
 
-def write_trained_model(folder: Path, trainer: Any, model: Any, config: dict[str, Any]) -> None:
-    write_model(folder, model, trainer.tokenizer, config, trainer.loaded.folder)
+def write_trained_model(
+    folder: Path, trainer: Any, model: Any, config: dict[str, Any], *, donate: bool = False
+) -> None:
+    write_model(folder, model, trainer.tokenizer, config, trainer.loaded.folder, donate=donate)
     write_stop_strings(folder, trainer.args.stop_strings, trainer.tokenizer.eos_token_ids)
 
 
-def write_fused(folder: Path, trainer: Any) -> Any:
-    """Write and return the model with its adapters merged, at full precision.
+def write_fused(folder: Path, trainer: Any) -> None:
+    """Write the model with its adapters merged, at full precision.
 
     Merged into 4-bit weights again, most of what was learnt would be rounded away.
     """
@@ -623,6 +657,5 @@ def write_fused(folder: Path, trainer: Any) -> Any:
     config = dict(trainer.loaded.config)
     config.pop("quantization", None)
     config.pop("quantization_config", None)
-    write_trained_model(folder, trainer, fused, config)
+    write_trained_model(folder, trainer, fused, config, donate=True)
     write_adapters(folder / "adapters", trainer.model, trainer.loaded.adapter_config)
-    return fused

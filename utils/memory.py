@@ -11,9 +11,9 @@ What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
 * Gradient phase, for a block like llama's, per token and layer (H hidden size, Q = heads*head_dim,
   K = kv_heads*head_dim, I intermediate size, S sequence length): kept for the backward pass
   5H + 3Q + 2K + 5I + heads*S values, and one layer's temporaries 3H + 4I + 2*heads*S. With
-  gradient checkpointing only H is kept per layer, plus one whole layer. Logits of one piece of the
-  completion positions (utils/scoring.py): in the weights' type, in float32, and their gradient; in
-  the weights' type those of all positions where there is room: it saves making them again.
+  gradient checkpointing only H is kept per layer, plus one whole layer. LoRA's float32 adapters
+  cast their inputs of half precision: 4H + Q + I float32 values more. Logits of the completion
+  positions: 3 float32 copies, and 2 in the weights' type when that is narrower.
 
 heads*S are attention probabilities, kept on the CPU and on Metal (unfused when training); fused
 CUDA kernels keep less. Optimizer temporaries, one parameter at a time, are left out.
@@ -27,6 +27,7 @@ Qwen2.5-1.5B in bfloat16, 16 sequences of 150 + 256 tokens, no optimizer: 36.4 G
 rough estimates. `HEADROOM` is for the rest.
 """
 
+import bisect
 import json
 import math
 import struct
@@ -53,6 +54,8 @@ MAX_PIECE_LOGITS = 2**29
 MAX_LOGITS = 2**31 - 1
 KV_CACHE_STEP = 256  # mlx_lm.models.cache.KVCache.step
 ROLLOUT_LOGIT_COPIES = 4  # raw, tempered, Gumbel noise, log-probs; float32
+LARGEST_FILE = 2**30  # utils/checkpoints.py: merged weights that exist at once
+QUEUE_BYTES = 6 * GB  # see in_flight_bytes
 MAX_PARTS = 10_000  # layers or experts; the largest models have some hundreds
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 # Of the safetensors format; the last ones are packed in whole bytes.
@@ -358,6 +361,14 @@ class Settings:
     """Beside each half-precision weight in full fine-tuning (utils/optimizers.py): 2, 4 or 0."""
     moment_bytes: float = 8.0
     """Of both moments of a trained weight: 8, or about 2 when they are 8-bit."""
+    measured_factor: float = 1.0
+    """Measured over planned bytes of a micro-batch, from the first update of the run."""
+    compiled: bool = False
+    """use_compile."""
+    shares_prompts: bool = True
+    """Whether a prompt is read once for its group in the gradient phase (utils/scoring.py)."""
+    platform: str = "metal"
+    """"cpu", "metal" or "cuda": what MLX keeps for the backward pass differs."""
     lora_rank: int = 8
     lora_layers: int = -1
     """Blocks with adapters, counted from the last; -1 or 0 = all."""
@@ -367,12 +378,17 @@ class Settings:
     """Rows that are sampled together; 0 = as many as fit."""
     micro_batch_tokens: int = 0
     """Tokens in one forward and backward pass; 0 = as many as fit."""
-    on_cpu: bool = False
-    """Smaller micro-batches are faster there."""
 
     @property
     def sequence(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of a prompt and of a completion, padded as for a compiled step."""
+        step = 32 if self.compiled or self.platform == "cuda" else 1
+        prompt, completion = -(-self.prompt_tokens // step), -(-self.completion_tokens // step)
+        return prompt * step, completion * step
 
     @property
     def completions(self) -> int:
@@ -389,29 +405,41 @@ class Settings:
 class Plan:
     """Bytes by part, the batch sizes they were computed for, and the verdict."""
 
+    shape: ModelShape
+    settings: Settings
     weights: int
     master_weights: int
     moments: int
-    gradients: int
     rollout_copy: int
     reference_copy: int
-    kv_cache: int
-    """Of one rollout batch, at full length."""
-    rollout_logits: int
-    activations: int
-    """Of one micro-batch."""
-    logits: int
-    """Of one micro-batch: of one piece with gradients, and of all positions where they are kept."""
-    piece_logits: int
-    keep_logits: bool
     trainable_parameters: int
-    rollout_batch_size: int
-    micro_batch_tokens: int
     checkpoint_bytes: int
     """One checkpoint-N on disk: what is trained, its float32 master and moments."""
     final_bytes: int
     """`final/` on disk: the weights."""
     budget_bytes: int
+    gradients: int = 0
+    """Of one micro-batch."""
+    summed_gradients: int = 0
+    """The sum over several micro-batches, in float32."""
+    kv_cache: int = 0
+    """Of one rollout batch, at full length."""
+    rollout_logits: int = 0
+    views: int = 0
+    """Joined and merged weights for sampling, where there is room for them."""
+    activations: int = 0
+    """Of one micro-batch: what is kept for its backward pass."""
+    temporaries: int = 0
+    """Of the backward pass of one block."""
+    logits: int = 0
+    """Of the largest piece of a micro-batch's logits, with their gradients."""
+    piece_logits: int = 0
+    keep_logits: bool = False
+    """Whether the logits of all pieces are kept: made once instead of twice."""
+    in_flight: int = 0
+    """What operations that are not yet done still hold, beyond what the computation needs."""
+    rollout_batch_size: int = 0
+    micro_batch_tokens: int = 0
     suggestions: tuple[str, ...] = ()
     """Settings that would make it fit, each alone if one is enough. Empty when it fits."""
 
@@ -423,24 +451,56 @@ class Plan:
 
     @property
     def rollout_peak(self) -> int:
-        return self.resident + self.kv_cache + self.rollout_logits
+        return self.resident + self.kv_cache + self.rollout_logits + self.views
 
     @property
     def spare_for_rollouts(self) -> float:
         """What a view of the policy that samples faster may take (utils/views.py)."""
-        return HEADROOM * self.budget_bytes - self.rollout_peak
+        without = self.resident + self.kv_cache + self.rollout_logits
+        return HEADROOM * self.budget_bytes - without
+
+    @property
+    def gradient_needed(self) -> int:
+        """The backward pass begins with all activations, and ends with all gradients."""
+        begins = self.activations + max(self.logits, self.temporaries)
+        ends = self.gradients + self.temporaries
+        if self.settings.gradient_checkpointing:
+            ends += self.activations
+        return self.resident + self.summed_gradients + max(begins, ends)
 
     @property
     def gradient_peak(self) -> int:
-        return self.resident + self.gradients + self.activations + self.logits
+        """MLX lets work in flight take more, as far as there is memory."""
+        more = min(self.gradient_needed + self.in_flight, self.budget_bytes)
+        return max(self.gradient_needed, more)
+
+    @property
+    def writing_peak(self) -> int:
+        """Adapters are merged for `final/` one file after the other."""
+        merged = 0 if self.settings.train_type == "full" else min(self.final_bytes, LARGEST_FILE)
+        return self.resident + merged
+
+    @property
+    def fits_with_final(self) -> bool:
+        """Whether the merged model can be evaluated beside the run."""
+        return self.rollout_peak + self.final_bytes <= HEADROOM * self.budget_bytes
 
     @property
     def peak(self) -> int:
-        return max(self.rollout_peak, self.gradient_peak)
+        return max(self.rollout_peak, self.gradient_peak, self.writing_peak)
+
+    @property
+    def needed(self) -> int:
+        """The peak when MLX waits for work in flight, as it does where memory is short."""
+        return max(self.rollout_peak, self.gradient_needed, self.writing_peak)
+
+    @property
+    def by_phase(self) -> dict[str, int]:
+        return {"rollout": self.rollout_peak, "gradient": self.gradient_peak}
 
     @property
     def fits(self) -> bool:
-        return self.peak <= HEADROOM * self.budget_bytes
+        return self.needed <= HEADROOM * self.budget_bytes
 
     def table(self) -> str:
         """The plan as aligned plain text, several lines, in GB (10^9 bytes) or MB."""
@@ -449,7 +509,7 @@ class Plan:
         lines += [
             f"rollout batch {self.rollout_batch_size:,} completions, "
             f"micro-batch {self.micro_batch_tokens:,} tokens",
-            f"{'fits' if self.fits else 'DOES NOT FIT'}: {_readable(self.peak)} of "
+            f"{'fits' if self.fits else 'DOES NOT FIT'}: {_readable(self.needed)} of "
             f"{_readable(self.budget_bytes)}, of which {1 - HEADROOM:.0%} stay in reserve",
         ]
         if self.suggestions:
@@ -465,11 +525,16 @@ _TABLE = {
     "reference_copy": "reference copy",
     "kv_cache": "KV cache of one rollout batch",
     "rollout_logits": "logits of one rollout step",
+    "views": "weights joined for sampling",
     "gradients": "gradients",
+    "summed_gradients": "their sum over micro-batches",
     "activations": "activations of one micro-batch",
-    "logits": "logits of one micro-batch, with gradients",
+    "temporaries": "temporaries of one block",
+    "logits": "or logits of one piece, with gradients",
+    "in_flight": "held by work in flight",
     "rollout_peak": "peak of the rollout phase",
     "gradient_peak": "peak of the gradient phase",
+    "writing_peak": "peak while final/ is written",
     "checkpoint_bytes": "disk: one checkpoint",
     "final_bytes": "disk: final model",
 }
@@ -516,7 +581,6 @@ def _constant_parts(shape: ModelShape, settings: Settings) -> dict[str, Any]:
         "weights": weights + adapters,
         "master_weights": master,
         "moments": moments,
-        "gradients": 2 * trainable * (width if full else 4),
         "rollout_copy": rollout,
         "reference_copy": reference,
         "trainable_parameters": trainable,
@@ -527,23 +591,82 @@ def _constant_parts(shape: ModelShape, settings: Settings) -> dict[str, Any]:
 
 def _row_bytes(shape: ModelShape, settings: Settings) -> tuple[int, int]:
     """KV cache and logits of one row of a rollout batch."""
-    length = math.ceil(settings.sequence / KV_CACHE_STEP) * KV_CACHE_STEP
+    before = max(settings.prompt_tokens, settings.sequence - KV_CACHE_STEP)
+    length = settings.sequence + before  # a cache that grows is copied
     values = 2 * shape.layers * shape.kv_heads * shape.head_dim * length
     return values * settings.train_dtype_bytes, ROLLOUT_LOGIT_COPIES * 4 * shape.vocab_size
 
 
-def activation_bytes_per_token(shape: ModelShape, settings: Settings) -> int:
-    """Bytes that one token of a micro-batch keeps for the backward pass (module docstring)."""
+class MicroBatch(NamedTuple):
+    """Rows that are read in one forward and backward pass, each prompt once for its group."""
+
+    rows: int
+    prompts: int
+    settings: Settings
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the blocks compute."""
+        prompt, completion = self.settings.lengths
+        return self.prompts * prompt + self.rows * completion
+
+
+def _micro_batch(settings: Settings, rows: int) -> MicroBatch:
+    groups = -(-rows // settings.num_generations)
+    return MicroBatch(rows, groups if settings.shares_prompts else rows, settings)
+
+
+def block_bytes(shape: ModelShape, batch: MicroBatch) -> tuple[int, int]:
+    """What the blocks keep for the backward pass, and the temporaries of one (module docstring)."""
+    settings = batch.settings
     width, hidden = settings.train_dtype_bytes, shape.hidden_size
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = shape.intermediate_size * shape.experts_per_token
-    scores = shape.heads * settings.sequence
-    layer = width * (5 * hidden + 3 * query + 2 * kv + 5 * inner + scores)
-    temporary = width * (3 * hidden + 4 * inner + 2 * scores)
+    prompt, completion = settings.lengths
+    token = width * (4 * hidden + 3 * query + 2 * kv + 5 * inner)
+    temporary = width * (3 * hidden + 4 * inner)
+    if settings.train_type != "full" and width < 4:
+        temporary = 8 * (3 * hidden + 4 * inner)  # adapters compute in float32
+    # Attention: what a completion sees of its prompt is copied for each row.
+    joined = batch.rows * prompt * 2 * kv if settings.shares_prompts else 0
+    before = batch.prompts * prompt * (prompt if settings.shares_prompts else prompt + completion)
+    scores = shape.heads * (before + batch.rows * completion * (prompt + completion))
+    if settings.platform == "cuda":
+        scores = 0  # its kernels keep none
+    layer = token * batch.tokens + width * (joined + scores)
+    once = temporary * batch.tokens + width * 2 * scores
     layers = settings.trained_layers(shape.layers)
     if settings.gradient_checkpointing:
-        return width * hidden * layers + layer + temporary
-    return layer * layers + temporary
+        return width * hidden * batch.tokens * layers, layer + once
+    return layer * layers, once
+
+
+def piece_of_logits(settings: Settings) -> int:
+    """Logits of a piece of the scored positions (utils/scoring.py)."""
+    return min(settings.budget_bytes // PIECE_PART // _logit_bytes(settings), MAX_PIECE_LOGITS)
+
+
+def _logit_bytes(settings: Settings) -> int:
+    """Of a logit whose gradient is computed: float32, in place of which comes the gradient."""
+    width = settings.train_dtype_bytes
+    return 4 + (width if width < 4 else 0)
+
+
+def head_bytes(shape: ModelShape, batch: MicroBatch, keep: bool) -> int:
+    """Logits of a piece with their gradient, and those of all pieces if they are kept.
+
+    More than one piece of a head that is trained: also the gradient of a piece, and the old sum.
+    """
+    settings = batch.settings
+    width = settings.train_dtype_bytes
+    scored = batch.rows * settings.lengths[1]
+    every = scored * shape.vocab_size
+    made = min(every, piece_of_logits(settings))
+    matrix = shape.vocab_size * shape.hidden_size * width
+    sums = 2 * matrix if settings.train_type == "full" and made < every else 0
+    queue = 2 if settings.platform == "cpu" else 1
+    logits = queue * made * _logit_bytes(settings) + (every if keep else queue * made) * width
+    return logits + 2 * scored * shape.hidden_size * width + sums
 
 
 def _rollout_rows(settings: Settings, left: float, row: int) -> int:
@@ -554,54 +677,98 @@ def _rollout_rows(settings: Settings, left: float, row: int) -> int:
     return rows - rows % settings.num_generations if rows > settings.num_generations else rows
 
 
-def _micro_batch_tokens(settings: Settings, left: float, sequence: int) -> int:
-    """Tokens of as many sequences as fit: at least one, at most the cap or the whole update."""
-    if settings.micro_batch_tokens:
-        return settings.micro_batch_tokens
-    sequences = min(int(left // sequence), settings.completions)
-    limit = CPU_MICRO_BATCH_TOKENS if settings.on_cpu else MAX_MICRO_BATCH_TOKENS
-    return max(settings.sequence, min(sequences * settings.sequence, limit))
+def in_flight_bytes(shape: ModelShape, batch: MicroBatch, parts: tuple[int, int, int]) -> int:
+    """What MLX's CUDA queue holds at the peak beyond what the computation needs.
+
+    Measured on one H200 (benchmarks/RESULTS.md): 7 to 18 GB, little more with more tokens. The
+    CPU's queue is part of the other estimates.
+    """
+    kept, temporary, logits = parts
+    if batch.settings.platform != "cuda":
+        return 0
+    recomputed = batch.settings.gradient_checkpointing
+    layers = batch.settings.trained_layers(shape.layers)
+    everything = temporary * layers if recomputed else kept
+    return int(min(QUEUE_BYTES + 3 * temporary, 2 * everything + logits))
+
+
+def _plan_of(plan: Plan, batch: MicroBatch, keep: bool = False) -> Plan:
+    """The plan of the gradient phase with such micro-batches."""
+    shape, settings, trainable = plan.shape, plan.settings, plan.trainable_parameters
+    factor = settings.measured_factor
+    parts = (*block_bytes(shape, batch), head_bytes(shape, batch, keep))
+    kept, temporary, logits = (round(part * factor) for part in parts)
+    width = settings.train_dtype_bytes if settings.train_type == "full" else 4
+    return replace(
+        plan,
+        gradients=width * trainable,
+        summed_gradients=4 * trainable if batch.rows < settings.completions else 0,
+        activations=kept,
+        temporaries=temporary,
+        logits=logits,
+        piece_logits=piece_of_logits(settings),
+        keep_logits=keep,
+        in_flight=in_flight_bytes(shape, batch, (kept, temporary, logits)),
+        micro_batch_tokens=settings.micro_batch_tokens or batch.tokens,
+    )
+
+
+def _with_largest_micro_batch(plan: Plan) -> Plan:
+    """The most rows whose bytes and tokens fit: at least one, at most the whole update."""
+    settings = plan.settings
+    wanted, completions = settings.micro_batch_tokens, settings.completions
+    cap = CPU_MICRO_BATCH_TOKENS if settings.platform == "cpu" else MAX_MICRO_BATCH_TOKENS
+    limit = wanted or cap
+
+    def of(rows: int) -> Plan:
+        batch = _micro_batch(settings, rows)
+        kept = _plan_of(plan, batch, keep=True)
+        return kept if kept.fits else _plan_of(plan, batch)
+
+    def fits(rows: int) -> bool:
+        tokens = _micro_batch(settings, rows).tokens
+        return tokens <= limit and (bool(wanted) or of(rows).fits)
+
+    # Monotone but for the last step: a whole update needs no sum.
+    if fits(completions):
+        return of(completions)
+    most = 1 + bisect.bisect_left(range(2, completions), True, key=lambda r: not fits(r))
+    even = of(math.ceil(completions / math.ceil(completions / most)))  # as they will be cut
+    largest = of(most)
+    return replace(
+        even, micro_batch_tokens=largest.micro_batch_tokens, keep_logits=largest.keep_logits
+    )
 
 
 def _build(shape: ModelShape, settings: Settings) -> Plan:
     constant = _constant_parts(shape, settings)
-    plan = Plan(
-        **constant,
-        kv_cache=0,
-        rollout_logits=0,
-        activations=0,
-        logits=0,
-        piece_logits=0,
-        keep_logits=False,
-        rollout_batch_size=0,
-        micro_batch_tokens=0,
-        budget_bytes=settings.budget_bytes,
-    )
+    plan = Plan(shape, settings, **constant, budget_bytes=settings.budget_bytes)
+    cache, logits = _row_bytes(shape, settings)
     left = HEADROOM * settings.budget_bytes - plan.resident
-    cache, rollout_logits = _row_bytes(shape, settings)
-    rows = _rollout_rows(settings, left, cache + rollout_logits)
-    width = settings.train_dtype_bytes
-    each = 4 + (width if width < 4 else 0)  # float32, in place of which comes the gradient
-    piece = min(settings.budget_bytes // PIECE_PART // each, MAX_PIECE_LOGITS)
-    every = settings.completions * settings.completion_tokens * shape.vocab_size
-    left -= plan.gradients + min(piece, every) * (each + width)
-    activations = activation_bytes_per_token(shape, settings) * settings.sequence
-    tokens = _micro_batch_tokens(settings, left, activations)
-    sequences = max(1, min(tokens // settings.sequence, settings.completions))
-    scored = sequences * settings.completion_tokens * shape.vocab_size
-    keep = sequences * activations + scored * width <= left
-    made = min(piece, scored)
-    return replace(
-        plan,
-        kv_cache=rows * cache,
-        rollout_logits=rows * rollout_logits,
-        activations=sequences * activations,
-        logits=made * each + (scored if keep else made) * width,
-        piece_logits=piece,
-        keep_logits=keep,
-        rollout_batch_size=rows,
-        micro_batch_tokens=tokens,
+    rows = _rollout_rows(settings, left, cache + logits)
+    plan = _with_largest_micro_batch(plan)
+    plan = replace(
+        plan, kv_cache=rows * cache, rollout_logits=rows * logits, rollout_batch_size=rows
     )
+    return replace(plan, views=_views(plan))
+
+
+def _views(plan: Plan) -> int:
+    """Bytes of the views that utils/views.py makes of the policy that samples."""
+    shape, settings = plan.shape, plan.settings
+    packed = settings.quantize_for_rollouts or shape.quantized_bits is not None
+    width = QUANTIZED_BITS / 8 if packed else settings.train_dtype_bytes
+    kv = shape.kv_heads * shape.head_dim
+    together = shape.heads * shape.head_dim + 2 * kv
+    if shape.experts == 1:
+        together += 2 * shape.intermediate_size
+    joined = together * shape.hidden_size * shape.layers * width
+    matrices = sum(inputs * outputs for inputs, outputs in _projections(vars(shape)))
+    merged = matrices * settings.trained_layers(shape.layers) * width
+    merges = settings.train_type != "full" and not packed and merged <= plan.spare_for_rollouts
+    adapted = settings.train_type != "full" and not merges  # their linear layers are not alike
+    joins = settings.platform != "metal" and not adapted and joined <= plan.spare_for_rollouts
+    return int(merged * merges + joined * joins)
 
 
 class Case(NamedTuple):
@@ -625,6 +792,17 @@ def _halvings(case: Case, key: str, field: str, least: int) -> Iterator[Case]:
     while value >= least:
         yield _changed(case, f"{key} = {value}", **{field: value})
         value //= 2
+
+
+def _with_8_bit_moments(case: Case) -> Iterator[Case]:
+    if case.settings.moment_bytes > 3:
+        yield _changed(case, "moment_bits = 8", moment_bytes=2.03)
+
+
+def _without_masters(case: Case) -> Iterator[Case]:
+    s = case.settings
+    if s.train_type == "full" and s.train_dtype_bytes == 2 and s.master_bytes == 2:
+        yield _changed(case, "master_weights = false", master_bytes=0)
 
 
 def _as_lora(case: Case) -> Iterator[Case]:
@@ -683,6 +861,8 @@ _REMEDIES: tuple[Remedy, ...] = (
     _with_checkpointing,
     _with_other_rollout_copy,
     _without_reference,
+    _with_8_bit_moments,
+    _without_masters,
     _as_lora,
     _as_four_bit,
     _with_fewer_generations,
@@ -701,8 +881,8 @@ def _apply(case: Case, remedies: Sequence[Remedy]) -> tuple[Case, list[str]]:
     for remedy in remedies:
         if _fits(case):
             break
-        before = _build(case.shape, case.settings).peak
-        smaller = [c for c in remedy(case) if _build(c.shape, c.settings).peak < before]
+        before = _build(case.shape, case.settings).needed
+        smaller = [c for c in remedy(case) if _build(c.shape, c.settings).needed < before]
         if smaller:
             case = next(filter(_fits, smaller), smaller[-1])
             texts.append(case.text)
@@ -713,7 +893,7 @@ def _combined(start: Case) -> str:
     """A set of remedies that fits and from which none can be dropped, the costliest first."""
     case, texts = _apply(start, _REMEDIES)
     if not _fits(case):
-        needed = _readable(_build(case.shape, case.settings).peak / HEADROOM)
+        needed = _readable(_build(case.shape, case.settings).needed / HEADROOM)
         return f"a smaller model: even with {' and '.join(texts)} this one needs {needed}"
     chosen = list(_REMEDIES)
     for remedy in reversed(_REMEDIES):

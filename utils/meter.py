@@ -29,6 +29,11 @@ class Meter:
         mx.reset_peak_memory()
         self.phase, self.resident = phase, mx.get_active_memory()
 
+    def peak(self) -> int:
+        """Bytes at the peak of the phase so far."""
+        self._note()
+        return self.peaks[self.phase]
+
     def _note(self) -> None:
         import mlx.core as mx
 

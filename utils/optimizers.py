@@ -33,6 +33,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from .errors import UserError
 
 BLOCK = 256  # neighbours that share the scale of their 8-bit moments
+IN_FLIGHT = 2
 LEAST_QUANTIZED = 4096  # smaller arrays (norms, biases) keep float32 moments
 STEPS_PER_OCTAVE = 8
 LEVELS = {"m": 127, "v": 255}
@@ -63,6 +64,23 @@ def groups(arrays: Arrays) -> list[list[str]]:
     return result
 
 
+class Pipeline:
+    """Evaluates what it is given, and lets the host run no further ahead than IN_FLIGHT parts.
+
+    All at once, every part would have its temporaries at the same time; one by one, the device
+    would wait for the host in between.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Any] = []
+
+    def add(self, arrays: Any) -> None:
+        mx.async_eval(arrays)
+        self.parts.append(arrays)
+        if len(self.parts) > IN_FLIGHT:
+            mx.eval(self.parts.pop(0))
+
+
 def accumulate(total: Any | None, new: Any) -> Any:
     """The sum of gradients, in float32 from the second on; the first are taken as they are.
 
@@ -76,13 +94,15 @@ def accumulate(total: Any | None, new: Any) -> Any:
 def global_norm(gradients: Any, compiled: bool = False) -> float:
     """sqrt(sum of squares) over all gradients, in float32, without a float32 copy of them all."""
     arrays: Arrays = dict(tree_flatten(gradients))
-    squares = []
+    squares: list[mx.array] = []
+    pipeline = Pipeline()
     for names in groups(arrays):
+        first = len(squares)
         for piece in (piece for name in names for piece in cut(arrays[name])):
             squares.append(compiled_square(piece) if compiled else square(piece))
             if len(names) == 1:
-                mx.eval(squares[-1])
-        mx.eval(squares[-len(names) :])
+                pipeline.add(squares[-1])
+        pipeline.add(squares[first:])
     return float(mx.sqrt(mx.stack(squares).sum()))
 
 
@@ -311,22 +331,32 @@ class AdamW:
         keys = self._keys()
         weights: Arrays = dict(tree_flatten(model.trainable_parameters()))
         arrays: Arrays = dict(tree_flatten(gradients))
+        pipeline = Pipeline()
         for names in groups(weights):
-            new = {n: self._updated(n, weights.pop(n), arrays[n], keys, factors) for n in names}
-            mx.eval(new, [self.state[name] for name in names])
+            new = {}
+            for name in names:
+                parts = cut(weights.pop(name)), cut(arrays[name])
+                new[name] = self._updated(name, parts, keys, factors, pipeline)
             model.update(tree_unflatten(list(new.items())))
+            pipeline.add([new, [self.state[name] for name in names]])
+        mx.eval(model.parameters(), self.state)
 
     def _updated(
-        self, name: str, weight: mx.array, gradient: mx.array, keys: Any, factors: list
+        self,
+        name: str,
+        parts: tuple[list[mx.array], list[mx.array]],
+        keys: Iterator[mx.array],
+        factors: list[mx.array],
+        pipeline: Pipeline,
     ) -> mx.array:
         """One weight after the update; its state is replaced."""
         new = []
         state = self.state[name]
-        for i, (piece, slope) in enumerate(zip(cut(weight), cut(gradient), strict=True)):
+        for i, (piece, slope) in enumerate(zip(*parts, strict=True)):
             state[i], value = self.rule(piece, slope, state[i], next(keys), factors)
             new.append(value)
             if len(state) > 1:
-                mx.eval(state[i], value)
+                pipeline.add([state[i], value])
         return new[0] if len(new) == 1 else mx.concatenate(new)
 
     def _keys(self) -> Iterator[mx.array]:

@@ -1,7 +1,9 @@
 """The memory plan of a run on this machine, and `--dry-run`."""
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,24 @@ def plan_memory(
     train_type: str,
     prompt_tokens: int,
     completion_tokens: int,
+    trainable_parameters: int | None = None,
 ) -> memory.Plan:
     """What an update takes on this machine, and the batch sizes that fit.
 
     Raises:
         UserError: a micro-batch that MLX can't index (utils/memory.py, MAX_LOGITS).
     """
-    import mlx.core as mx
-
-    on_cpu = mx.default_device() == mx.cpu
-    auto = 4 if on_cpu else 2
+    platform = runtime.platform_name()
+    auto = 4 if platform == "cpu" else 2
     try:
         return memory.plan(
             shape,
             train_type=train_type,
             lora_rank=config.lora_rank,
             lora_layers=config.lora_layers,
+            trainable_parameters=trainable_parameters,
+            compiled=config.use_compile,
+            platform=platform,
             prompts_per_update=config.batch_size * config.gradient_accumulation_steps,
             num_generations=config.num_generations,
             prompt_tokens=prompt_tokens,
@@ -46,10 +50,16 @@ def plan_memory(
             budget_bytes=budget_bytes(config),
             rollout_batch_size=config.rollout_batch_size,
             micro_batch_tokens=config.micro_batch_tokens,
-            on_cpu=on_cpu,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def trainable_parameters(model: Any) -> int:
+    from mlx.utils import tree_flatten
+
+    weights: Any = tree_flatten(model.trainable_parameters())
+    return sum(weight.size for _, weight in weights)
 
 
 def budget_bytes(config: Any) -> int:
@@ -69,6 +79,81 @@ def master_bytes(config: Any, shape: memory.ModelShape) -> int:
     own = max(shape.bytes_by_dtype, key=lambda name: shape.bytes_by_dtype[name], default="")
     half = config.dtype == "float16" or (config.dtype == "auto" and own == "F16")
     return (4 if half else 2) if config.master_weights else 0
+
+
+def recalibrate(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:
+    """Plan again with what the first update took, and say so where that changes anything.
+
+    Micro-batches become smaller when such as these, at the planned size, would not fit the machine;
+    and larger when the plan had cut the update into more than fit.
+    """
+    plan = trainer.plan
+    used = max((tokens_read(batch) for batch in micro_batches), default=0)
+    if not used or plan.settings.micro_batch_tokens:
+        return
+    base = plan.resident + plan.summed_gradients
+    # Completions may have been shorter than they can be.
+    more = max(1.0, plan.micro_batch_tokens / used)
+    factor = (trainer.log.meter.peak() - base) / (plan.gradient_peak - base) * more
+    needed = base + factor * (plan.gradient_needed - base)
+    tight = needed > memory.HEADROOM * plan.budget_bytes
+    safe = len(micro_batches) > 1 and used > 0.8 * plan.micro_batch_tokens and factor < 0.9
+    if tight or safe:
+        trainer.measured_factor = round(min(max(factor, 0.5), 5.0), 2)
+        apply_factor(trainer)
+
+
+def tokens_read(batch: dict[str, Any]) -> int:
+    """Tokens that the blocks compute: with shared prompts, those once and the rows."""
+    names = ("prompts", "rows") if "prompts" in batch else ("tokens",)
+    return sum(batch[name].size for name in names)
+
+
+def apply_factor(trainer: Any) -> None:
+    """Plan with the trainer's `measured_factor`, which a checkpoint keeps."""
+    old = trainer.plan
+    wanted = dataclasses.replace(old.settings, measured_factor=trainer.measured_factor)
+    new = memory.plan(old.shape, **vars(wanted))
+    if new.micro_batch_tokens != old.micro_batch_tokens:
+        trainer.plan = new
+        say(
+            f"plan      the first update took {trainer.measured_factor:.2f} times what was planned "
+            f"for its micro-batches: {new.micro_batch_tokens:,} tokens each from here on, not "
+            f"{old.micro_batch_tokens:,}"
+        )
+
+
+OUT_OF_MEMORY = re.compile(
+    r"unable to allocate|out ?of ?memory|insufficient memory|attempting to allocate|"
+    r"maximum allowed buffer size",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether MLX's error (a RuntimeError whatever happened) says that memory ran out."""
+    return isinstance(error, MemoryError | RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def memory_advice(trainer: Any) -> str:
+    """What to set after memory ran out: the halves of what the phase had, then what saves more."""
+    plan, phase = trainer.plan, trainer.log.meter.phase
+    ways = []
+    if phase == "rollout" and plan.rollout_batch_size > 1:
+        ways.append(f"rollout_batch_size = {plan.rollout_batch_size // 2}")
+    elif phase == "gradient" and plan.micro_batch_tokens > plan.settings.sequence:
+        ways.append(f"micro_batch_tokens = {plan.micro_batch_tokens // 2}")
+    # Planned again for three quarters of it: the plan was too low, or the rest of the machine needs
+    # more than it leaves.
+    budget = int(0.75 * plan.needed / memory.HEADROOM)
+    smaller = dataclasses.replace(plan.settings, budget_bytes=min(budget, plan.budget_bytes))
+    ways += memory.plan(plan.shape, **vars(smaller)).suggestions
+    return (
+        f"out of memory in the {phase} phase of update {trainer.update_step + 1}: "
+        f"{trainer.log.meter.peak() / memory.GB:.1f} GB were in use, {plan.peak / memory.GB:.1f} "
+        f"GB were planned, of {plan.budget_bytes / memory.GB:.1f} GB. Any of these needs less:\n  "
+        + "\n  ".join(dict.fromkeys(ways))
+    )
 
 
 def dry_run(config: Any) -> int:

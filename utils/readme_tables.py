@@ -75,7 +75,7 @@ def fits(config: Any, four_bit: bool, ram_gb: float) -> str:
         plan = plan_for(changed, four_bit, ram_gb)
         if plan.fits:
             note = f" with `{name} = true`" if name else ""
-            return f"yes, {plan.peak / 1e9:.1f} GB{note}"
+            return f"yes, {plan.needed / 1e9:.1f} GB{note}"
     return "no"
 
 

@@ -188,6 +188,15 @@ def _physical_memory() -> int:
     return total if limit is None else min(total, limit)
 
 
+def platform_name() -> str:
+    """What MLX computes on: "cpu", "metal" or "cuda"."""
+    import mlx.core as mx
+
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
 def device_memory_bytes() -> int:
     """Bytes that a run may use on MLX's default device.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from . import checkpoints
+from . import checkpoints, planning
 from .console import say
 from .errors import RunError, UserError
 
@@ -99,6 +99,8 @@ class Guard:
             return True
         if isinstance(error, RunError | UserError):
             return False
+        if planning.is_out_of_memory(error):
+            raise RunError(planning.memory_advice(self.trainer)) from error
         raise unexpected(error, self.trainer.output_dir) from error
 
 
@@ -219,7 +221,8 @@ def finish(trainer: Any, early: str) -> None:
     final = trainer.output_dir / "final"
     with checkpoints.written_aside(final) as folder:
         if adapters:
-            compare_fused(trainer, checkpoints.write_fused(folder, trainer))
+            checkpoints.write_fused(folder, trainer)
+            compare_fused(trainer, folder)
         else:
             checkpoints.write_trained_model(folder, trainer, trainer.model, trainer.loaded.config)
         ended = {"updates": trainer.update_step, "of": trainer.total_updates, "reason": early}
@@ -231,9 +234,17 @@ def finish(trainer: Any, early: str) -> None:
     say(f"reason    {early}" if early else f"finished  all {trainer.total_updates} updates")
 
 
-def compare_fused(trainer: Any, fused: Any) -> None:
-    if trainer.eval_dataset:
-        samples = trainer.args.eval_samples
-        score = trainer.evaluate_em(trainer.eval_dataset, samples, model=fused)
-        unfused = trainer.log.history[-1]["em"]
-        say(f"fused     scores {score:.3f}, base with adapters {unfused:.3f}")
+def compare_fused(trainer: Any, folder: Path) -> None:
+    """Evaluate the model that was written, if there is memory for it beside the run."""
+    from mlx_lm.utils import load_model
+
+    if not trainer.eval_dataset:
+        return
+    if not trainer.plan.fits_with_final:
+        say(f"fused     not evaluated: {trainer.plan.final_bytes / 1e9:.1f} GB more do not fit")
+        return
+    fused, _ = load_model(folder, trust_remote_code=trainer.args.trust_remote_code)
+    fused.eval()
+    score = trainer.evaluate_em(trainer.eval_dataset, trainer.args.eval_samples, model=fused)
+    unfused = trainer.log.history[-1]["em"]
+    say(f"fused     scores {score:.3f}, base with adapters {unfused:.3f}")

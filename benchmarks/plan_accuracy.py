@@ -1,0 +1,174 @@
+"""The plan of `--dry-run` beside the peaks that MLX measures, by phase of the update.
+
+    uv run python benchmarks/plan_accuracy.py               the cases for this machine
+    uv run python benchmarks/plan_accuracy.py --only tiny   those of one shape
+    uv run python benchmarks/plan_accuracy.py --table-only
+
+Random weights in a named shape, prompts of about 150 tokens, stop tokens off. Appends a JSON record
+for each case to benchmarks/records/plan_accuracy.jsonl: what was planned for, and the peaks. The
+table in benchmarks/RESULTS.md plans again with the present code, and so does tests/test_memory.py.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import update_cost  # noqa: E402
+
+from utils import memory, runtime  # noqa: E402
+from utils.readme_tables import replaced  # noqa: E402
+from utils.script import load_script  # noqa: E402
+
+RECORDS = ROOT / "benchmarks/records/plan_accuracy.jsonl"
+RESULTS = ROOT / "benchmarks/RESULTS.md"
+SETTINGS = ("max_new_tokens=256", "num_generations=16", "quantize_for_rollouts=false")
+LONG = ("max_new_tokens=512", "num_generations=16", "gradient_accumulation_steps=1")
+CHECKPOINTED = "gradient_checkpointing=true"
+# Shape, bits of the base (0: bfloat16), training, settings.
+GPU_CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
+    ("1.5b", 0, "full", SETTINGS),
+    ("1.5b", 4, "lora", (*LONG, CHECKPOINTED)),
+    ("0.5b", 0, "full", SETTINGS),
+    ("0.5b", 0, "lora", SETTINGS),
+    ("tiny", 0, "full", SETTINGS),
+    ("tiny", 0, "lora", SETTINGS),
+    ("1.5b", 0, "lora", SETTINGS),
+    ("1.5b", 0, "full", (*SETTINGS, CHECKPOINTED, "micro_batch_tokens=4000")),
+    ("1.5b", 4, "lora", (*SETTINGS[:2], "micro_batch_tokens=4000")),
+    ("1.5b", 0, "full", (*SETTINGS, "micro_batch_tokens=6000", "use_compile=false")),
+    ("1.5b", 4, "lora", (*LONG, CHECKPOINTED, "memory_limit_gb=6", "cache_limit_gb=0.5")),
+    ("0.5b", 0, "full", (*SETTINGS, "master_weights=false", "moment_bits=8")),
+]
+SMALL = ("max_new_tokens=64", "num_generations=4", "quantize_for_rollouts=false")
+CPU_CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
+    ("tiny", 0, "full", SMALL),
+    ("tiny", 0, "lora", SMALL),
+    ("tiny", 0, "full", (*SMALL, CHECKPOINTED)),
+    ("tiny", 0, "full", (*SMALL, "micro_batch_tokens=600")),
+    ("tiny", 4, "lora", (*SMALL[:2], CHECKPOINTED)),
+]
+
+
+def measure(folder: Path, shape: str, bits: int, train_type: str, settings: tuple) -> dict:
+    """Two updates of one case; the peaks are the larger ones."""
+    import mlx.core as mx
+
+    gc.collect()
+    grpo = load_script()
+    cpu = mx.default_device() == mx.cpu
+    overrides = [f"model_name={folder}", f"dataset={folder}", f"output_dir={folder}/out"]
+    overrides += [f"train_type={train_type}", "stop_strings=[]", "eval_samples=0"]
+    overrides += ['system_prompt=""', *(["use_compile=false"] if cpu else []), *settings]
+    preset = str(ROOT / "configs/default.toml")
+    trainer = grpo.build_trainer(grpo.read_config(preset, overrides), "")
+    trainer.reward_funcs = {"reward": update_cost.reward}
+    trainer.tokenizer = update_cost.WithoutStop(trainer.tokenizer)
+    resident, seconds = mx.get_active_memory(), []
+    peaks: dict[str, int] = {}
+    for step in range(2):
+        start = time.perf_counter()
+        trainer.train_step(trainer.prompts_of_update(step)[0])
+        seconds.append(round(time.perf_counter() - start, 2))
+        trainer.log.meter.start("other")
+        for phase, peak in trainer.log.meter.peaks.items():
+            peaks[phase] = max(peaks.get(phase, 0), peak)
+    versions = runtime.provenance(ROOT)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        **{name: versions[name] for name in ("mlx", "mlx-lm", "device", "git_revision")},
+        "case": {"shape": shape, "bits": bits, "train_type": train_type, "settings": settings},
+        "model": dataclasses.asdict(trainer.plan.shape),
+        "planned_for": dataclasses.asdict(trainer.plan.settings),
+        "plan": trainer.plan.by_phase,
+        "peaks": {name: peaks[name] for name in ("rollout", "gradient")},
+        "cached": trainer.log.meter.cached,
+        "resident": resident,
+        "seconds": seconds,
+    }
+
+
+def plan_of(record: dict[str, Any]) -> memory.Plan:
+    """The plan of a recorded case by the present code."""
+    shape = memory.ModelShape(**record["model"])
+    known = {field.name for field in dataclasses.fields(memory.Settings)}
+    wanted = {name: x for name, x in record["planned_for"].items() if name in known}
+    return memory.plan(shape, **wanted)
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        "| machine | shape | training | settings | rollout GB: plan, measured "
+        "| gradient GB: plan, measured | plan / measured | cached GB | update s |",
+        "|---" * 9 + "|",
+    ]
+    for record in records:
+        case, plan, peaks = record["case"], plan_of(record), record["peaks"]
+        cells = [f"{plan.by_phase[name] / 1e9:.3g}, {peaks[name] / 1e9:.3g}" for name in peaks]
+        ratio = plan.peak / max(peaks.values())
+        weights = f"{case['bits']}-bit" if case["bits"] else "bfloat16"
+        if record["device"].startswith(("AMD", "Intel")):
+            weights = weights.replace("bfloat16", "float32")
+        rows.append(
+            f"| {record['device']} | {case['shape']} {weights} | {case['train_type']} "
+            f"| {', '.join(case['settings'])} | {cells[0]} | {cells[1]} | {ratio:.2f} "
+            f"| {record['cached'] / 1e9:.3g} | {record['seconds'][-1]} |"
+        )
+    return rows
+
+
+def newest() -> list[dict[str, Any]]:
+    """The last record of each case on each device, in the order of their first ones."""
+    records: dict[str, dict[str, Any]] = {}
+    for line in RECORDS.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        records[json.dumps([record["device"], record["case"]])] = record
+    return list(records.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--only", help="cases of one shape")
+    add("--seconds", type=float, default=1e9, help="start no case after so many seconds")
+    add("--table-only", action="store_true", help="rewrite RESULTS.md from the records")
+    arguments = parser.parse_args()
+    if not arguments.table_only:
+        run(arguments.only, arguments.seconds)
+    text = RESULTS.read_text(encoding="utf-8")
+    RESULTS.write_text(replaced(text, "plan-accuracy", table(newest())), encoding="utf-8")
+
+
+def run(only: str | None, seconds: float) -> None:
+    import mlx.core as mx
+
+    start, cpu = time.perf_counter(), mx.default_device() == mx.cpu
+    RECORDS.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as root:
+        for shape, bits, train_type, settings in CPU_CASES if cpu else GPU_CASES:
+            if (only and shape != only) or time.perf_counter() - start > seconds:
+                continue
+            folder = Path(root) / f"{shape}-{bits}"
+            if not folder.exists():
+                folder.mkdir()
+                update_cost.write_model(folder, shape, "float32" if cpu else "bfloat16", bits)
+                update_cost.write_questions(folder, 64)
+                gc.collect()
+                mx.clear_cache()
+            record = measure(folder, shape, bits, train_type, settings)
+            with RECORDS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            shown = ("case", "plan", "peaks", "cached", "resident", "seconds")
+            print(json.dumps({name: record[name] for name in shown}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

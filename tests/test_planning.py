@@ -1,0 +1,145 @@
+"""The plan meets the machine: corrected by the first update, advice when memory runs out."""
+
+import dataclasses
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from helpers import digest, make_trainer, run_training, stop_after
+
+from utils import memory, planning
+from utils.errors import RunError
+
+GB = 10**9
+
+
+def trainer_with(model_dir, data_dir, folder, **settings):
+    trainer = make_trainer(model_dir, data_dir, folder, reward=digest, **settings)
+    trainer.train_step(trainer.prompts_of_update(0)[0])
+    return trainer
+
+
+def given_budget(trainer, share):
+    """The trainer planned for `share` of the memory that it needs by the plan."""
+    budget = int(share * trainer.plan.needed / memory.HEADROOM)
+    wanted = dataclasses.replace(trainer.plan.settings, budget_bytes=budget)
+    trainer.plan = memory.plan(trainer.plan.shape, **vars(wanted))
+
+
+def after_a_peak(trainer, peak, monkeypatch):
+    """The micro-batch size after an update that is said to have taken `peak` bytes."""
+    rows, size = 8, trainer.plan.micro_batch_tokens
+    monkeypatch.setattr(trainer.log.meter, "peak", lambda: peak)
+    batch = {"tokens": mx.zeros((rows, -(-size // rows)))}
+    planning.recalibrate(trainer, [batch, batch])
+    return trainer.plan.micro_batch_tokens
+
+
+def test_micro_batches_shrink_when_the_measured_ones_would_not_fit(
+    model_dir, data_dir, tmp_path, monkeypatch, capsys
+):
+    trainer = trainer_with(model_dir, data_dir, tmp_path / "o")
+    assert trainer.measured_factor == 1, "as planned, nothing is said"
+    given_budget(trainer, 1.0)
+    before = trainer.plan.micro_batch_tokens
+    assert after_a_peak(trainer, 2 * trainer.plan.needed, monkeypatch) < before
+    out = capsys.readouterr().out
+    assert out.count("times what was planned") == 1
+    assert f"not {before:,}" in out
+
+
+def test_micro_batches_grow_only_where_the_plan_had_cut_them(
+    model_dir, data_dir, tmp_path, monkeypatch
+):
+    trainer = trainer_with(model_dir, data_dir, tmp_path / "o")
+    given_budget(trainer, 0.8)
+    plan, before = trainer.plan, trainer.plan.micro_batch_tokens
+    base = plan.resident + plan.summed_gradients
+    little = base + 0.6 * (plan.gradient_peak - base)
+    assert after_a_peak(trainer, little, monkeypatch) > before
+    given_budget(trainer, 100.0)
+    whole = trainer.plan.micro_batch_tokens
+    assert after_a_peak(trainer, little, monkeypatch) == whole
+
+
+def test_a_given_micro_batch_is_left_alone(model_dir, data_dir, tmp_path, monkeypatch):
+    trainer = trainer_with(model_dir, data_dir, tmp_path / "o", micro_batch_tokens=200)
+    assert after_a_peak(trainer, 100 * GB * GB, monkeypatch) == 200
+
+
+def test_a_correction_is_kept_over_a_stop(model_dir, data_dir, tmp_path):
+    def correct(trainer):
+        trainer.measured_factor = 2.5
+        stop_after(1)(trainer)
+
+    run_training(model_dir, data_dir, tmp_path / "o", correct, max_updates=2)
+    _, resumed = run_training(model_dir, data_dir, tmp_path / "o", resume="auto", max_updates=2)
+    assert resumed.measured_factor == 2.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [({}, "micro_batch_tokens = "), ({"micro_batch_tokens": 1}, "gradient_checkpointing = true")],
+)
+def test_running_out_of_memory_ends_with_what_to_set(
+    model_dir, data_dir, tmp_path, settings, advice
+):
+    def fail(trainer):
+        def loss_and_grad(batch):
+            raise RuntimeError("[malloc] Unable to allocate 12884901888 bytes.")
+
+        trainer.loss_and_grad = loss_and_grad
+
+    with pytest.raises(RunError, match="out of memory in the gradient phase of update 1") as info:
+        run_training(model_dir, data_dir, tmp_path / "o", fail, max_updates=2, **settings)
+    assert advice in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[metal::malloc] Attempting to allocate 9 bytes which is greater than", True),
+        ("[METAL] Command buffer execution failed: Insufficient Memory (00000008", True),
+        ("cudaMallocAsync(&data, size, stream) failed: out of memory", True),
+        ("[matmul] Last dimension of first input with shape", False),
+    ],
+)
+def test_errors_of_memory_are_told_from_others(text, expected):
+    assert planning.is_out_of_memory(RuntimeError(text)) == expected
+    assert not planning.is_out_of_memory(ValueError(text))
+
+
+def test_merged_weights_in_several_files_are_a_model(model_dir, data_dir, tmp_path, monkeypatch):
+    from mlx_lm import utils
+
+    one_each = {"max_file_size_gb": 0}
+    shards = utils.make_shards
+    monkeypatch.setattr(utils, "make_shards", lambda weights, **_: shards(weights, **one_each))
+    settings = {"train_type": "lora", "max_updates": 1, "eval_samples": 3}
+    _, trainer = run_training(model_dir, data_dir, tmp_path / "o", **settings)
+    final = tmp_path / "o" / "final"
+    assert len(list(final.glob("model-*.safetensors"))) > 10
+    tokens = mx.array([[5, 6, 7]])
+    loaded = mlx_lm.load(str(final))[0](tokens)
+    assert mx.allclose(loaded, trainer.model(tokens), atol=1e-4)
+
+
+def test_a_merged_model_that_does_not_fit_is_not_evaluated(model_dir, data_dir, tmp_path, capsys):
+    def tight(trainer):
+        trainer.plan = dataclasses.replace(trainer.plan, final_bytes=10**15)
+
+    settings = {"train_type": "lora", "max_updates": 1, "eval_samples": 3}
+    run_training(model_dir, data_dir, tmp_path / "o", tight, **settings)
+    out = capsys.readouterr().out
+    assert "fused     not evaluated: 1000000.0 GB more do not fit" in out
+
+
+def test_adapters_are_counted_as_they_are(model_dir, data_dir, tmp_path):
+    """Loaded ones may have another rank than lora_rank."""
+    settings = {"train_type": "lora", "lora_rank": 4, "max_updates": 1}
+    run_training(model_dir, data_dir, tmp_path / "o", **settings)
+    adapters = str(tmp_path / "o" / "final" / "adapters")
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "p", adapter_path=adapters)
+    expected = planning.trainable_parameters(trainer.model)
+    assert trainer.plan.trainable_parameters == expected
+    assert trainer.plan.moments == 8 * expected
