@@ -9,6 +9,7 @@ resumed run goes on from the last checkpoint.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from . import planning
 from .console import say
 from .errors import RunError
 
@@ -90,9 +91,9 @@ def updated(
         if trainer.update_step != begun or any("old_logprobs" in b for b in micro_batches[-1:]):
             raise RunError(f"out of memory after the first step of a rollout: {advice}")
         if all(len(batch["mask"]) < 2 for batch in micro_batches):
+            ways = planning.memory_advice(trainer) or "lower max_new_tokens"
             raise RunError(
-                "out of memory with one sequence at once: set gradient_checkpointing = true, or "
-                "lower max_new_tokens, and go on with --resume"
+                f"out of memory with one sequence at once: set {ways}, and go on with --resume"
             )
         tokens = max(1, max(map(tokens_read, micro_batches)) // 2)
         trainer.plan = resized(trainer.plan, micro_batch_tokens=tokens)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +86,8 @@ def recalibrate(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:
     Micro-batches become smaller when such as these, at the planned size, would not fit the machine;
     and larger when the plan had cut the update into more than fit.
     """
+    from .out_of_memory import tokens_read  # which imports this module
+
     plan = trainer.plan
     used = max((tokens_read(batch) for batch in micro_batches), default=0)
     if not used or plan.settings.micro_batch_tokens:
@@ -103,12 +104,6 @@ def recalibrate(trainer: Any, micro_batches: list[dict[str, Any]]) -> None:
         apply_factor(trainer)
 
 
-def tokens_read(batch: dict[str, Any]) -> int:
-    """Tokens that the blocks compute: with shared prompts, those once and the rows."""
-    names = ("prompts", "rows") if "prompts" in batch else ("tokens",)
-    return sum(batch[name].size for name in names)
-
-
 def apply_factor(trainer: Any) -> None:
     """Plan with the trainer's `measured_factor`, which a checkpoint keeps."""
     old = trainer.plan
@@ -123,37 +118,14 @@ def apply_factor(trainer: Any) -> None:
         )
 
 
-OUT_OF_MEMORY = re.compile(
-    r"unable to allocate|out ?of ?memory|insufficient memory|attempting to allocate|"
-    r"maximum allowed buffer size",
-    re.IGNORECASE,
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether MLX's error (a RuntimeError whatever happened) says that memory ran out."""
-    return isinstance(error, MemoryError | RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
-
-
 def memory_advice(trainer: Any) -> str:
-    """What to set after memory ran out: the halves of what the phase had, then what saves more."""
-    plan, phase = trainer.plan, trainer.log.meter.phase
-    ways = []
-    if phase == "rollout" and plan.rollout_batch_size > 1:
-        ways.append(f"rollout_batch_size = {plan.rollout_batch_size // 2}")
-    elif phase == "gradient" and plan.micro_batch_tokens > plan.settings.sequence:
-        ways.append(f"micro_batch_tokens = {plan.micro_batch_tokens // 2}")
+    """What to set after the gradient ran out of memory, from the mildest on."""
+    plan = trainer.plan
     # Planned again for three quarters of it: the plan was too low, or the rest of the machine needs
     # more than it leaves.
     budget = int(0.75 * plan.needed / memory.HEADROOM)
     smaller = dataclasses.replace(plan.settings, budget_bytes=min(budget, plan.budget_bytes))
-    ways += memory.plan(plan.shape, **vars(smaller)).suggestions
-    return (
-        f"out of memory in the {phase} phase of update {trainer.update_step + 1}: "
-        f"{trainer.log.meter.peak() / memory.GB:.1f} GB were in use, {plan.peak / memory.GB:.1f} "
-        f"GB were planned, of {plan.budget_bytes / memory.GB:.1f} GB. Any of these needs less:\n  "
-        + "\n  ".join(dict.fromkeys(ways))
-    )
+    return " or ".join(memory.plan(plan.shape, **vars(smaller)).suggestions)
 
 
 def dry_run(config: Any) -> int:

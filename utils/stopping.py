@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from . import checkpoints, planning
+from . import checkpoints
 from .console import say
 from .errors import RunError, UserError
 
@@ -99,8 +99,6 @@ class Guard:
             return True
         if isinstance(error, RunError | UserError):
             return False
-        if planning.is_out_of_memory(error):
-            raise RunError(planning.memory_advice(self.trainer)) from error
         raise unexpected(error, self.trainer.output_dir) from error
 
 
