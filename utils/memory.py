@@ -625,8 +625,6 @@ def block_bytes(shape: ModelShape, batch: MicroBatch) -> tuple[int, int]:
     prompt, completion = settings.lengths
     token = width * (4 * hidden + 3 * query + 2 * kv + 5 * inner)
     temporary = width * (3 * hidden + 4 * inner)
-    if settings.train_type != "full" and width < 4:
-        temporary = 8 * (3 * hidden + 4 * inner)  # adapters compute in float32
     # Attention: what a completion sees of its prompt is copied for each row.
     joined = batch.rows * prompt * 2 * kv if settings.shares_prompts else 0
     before = batch.prompts * prompt * (prompt if settings.shares_prompts else prompt + completion)
