@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import RunError, UserError
-from .text import shown, without_secrets
+from .text import filled, shown, without_secrets
 
 RETRIED = (408, 429, *range(500, 600))  # statuses that another attempt may change
 LONGEST_PAUSE = 30.0
@@ -297,12 +297,8 @@ class Judge:
         return [None if g is None else g / self.scale for g in grades]
 
     async def answer(self, question: str, answer: str, completion: str) -> str:
-        fields = {"question": question, "answer": answer, "scale": str(self.scale)}
-        # All at once, so that what a completion says is never taken for a field.
-        fields["completion"] = completion
-        prompt = re.sub(
-            r"\{(question|answer|completion|scale)\}", lambda m: fields[m[1]], self.prompt
-        )
+        fields = {"question": question, "answer": answer, "completion": completion}
+        prompt = filled(self.prompt, fields | {"scale": str(self.scale)})
         body = {"messages": [{"role": "user", "content": prompt}], **self.request}
         reply = await self.endpoint.post(body)
         try:

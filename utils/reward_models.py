@@ -7,7 +7,6 @@ the answer is right, and the reward is P(yes) / (P(yes) + P(no)) of its next tok
 verifier, arXiv:2408.15240). mlx-lm must know the architecture.
 """
 
-import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from . import datafiles, hf_config, loading
 from .errors import RunError, UserError
+from .text import filled
 
 QUESTION = """Question:
 {question}
@@ -120,8 +120,7 @@ class RewardModel:
 
     def asked(self, question: str, answer: str, completion: str) -> str:
         fields = {"question": str(question), "answer": str(answer), "completion": completion}
-        # All at once, so that what a completion says is never taken for a field.
-        return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda m: fields[m[1]], self.prompt)
+        return filled(self.prompt, fields)
 
     def encode(self, messages: list[dict[str, str]], opened: bool) -> list[int]:
         """Token ids of a conversation, with the opening of an answer if one is to follow."""

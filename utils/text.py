@@ -79,6 +79,12 @@ def redacted(value: Any) -> Any:
     return [redacted(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+def filled(template: str, fields: dict[str, str]) -> str:
+    """`template` with each {name} of `fields` replaced, all at once: what a field's text says is
+    never taken for another one, and other braces stay."""
+    return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda match: fields[match[1]], template)
+
+
 def without_secrets(value: Any) -> Any:
     """A copy of a value whose addresses lose password and query: for settings that hold some."""
     if isinstance(value, str):
