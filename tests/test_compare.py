@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, peers, trl_curves
+from benchmarks import compare, peers, targets, trl_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = {
@@ -110,6 +110,30 @@ def test_the_command_leaves_out_interpreter_and_run(monkeypatch):
     words = ["x", "--tool", "trl", "--python", "/p", "--setting", "best float32", "--run", "r"]
     monkeypatch.setattr(sys, "argv", words)
     assert compare.command_line() == "benchmarks/compare.py --tool trl --setting 'best float32'"
+
+
+def test_a_target_is_met_only_by_both_its_parts():
+    gpu = {"device": "NVIDIA H200", "shape": "1.5b"}
+    ours = record_of("ours", seconds=1.9, tokens_per_second=12_000.0, **gpu)
+    other = record_of("mlx-lm", tokens_per_second=8_000.0, **gpu)
+    trl = record_of("trl", seconds=5.0, **gpu)
+    slow = record_of("trl", "default", seconds=9.0, **gpu)  # the fastest of TRL's counts
+    rows = targets.table([ours, other, trl, slow])
+    assert rows[3].endswith("12,000 tok/s, 1.50x (8,000) | met |")
+    assert rows[4].endswith("1.90 s, 2.63x (TRL 5.00 s) | met |")
+    assert "not measured" in rows[5]
+    close = record_of("mlx-lm", tokens_per_second=9_000.0, **gpu)
+    assert "**not met**" in targets.table([ours, close])[3]
+
+
+def test_targets_take_the_newest_run_of_a_machine():
+    gpu = {"device": "NVIDIA H200", "shape": "1.5b"}
+    old = record_of("mlx-lm", run="a", tokens_per_second=1.0, **gpu)
+    new = record_of("ours", run="b", tokens_per_second=12_000.0, **gpu)
+    cpu = record_of("ours", run="c", device="x86, 2 cores")
+    assert targets.newest_run([old, new, cpu], on_cpu=False) == [new]
+    assert targets.newest_run([old, new, cpu], on_cpu=True) == [cpu]
+    assert "not measured" in targets.table([old, new])[3]
 
 
 def test_results_are_generated_from_the_records():
