@@ -1,5 +1,6 @@
 """The fast ways to score give the gradient of the plain one, or are left out and that is said."""
 
+import json
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -296,3 +297,19 @@ def test_adapters_on_a_quantized_base(grpo, quantized_dir, data_dir, tmp_path, t
     trainer.args.use_compile = False
     expected = gradient(trainer, [{k: v for k, v in b.items() if k != "window"} for b in batches])
     assert relative_difference(expected[1], fast) <= 1e-5
+
+
+def test_the_benchmark_measures_the_same_gradient_in_every_way(monkeypatch, tmp_path, capsys):
+    from benchmarks import scoring_ways
+
+    for name, value in {"PROMPT": 9, "COMPLETION": 12, "EACH": 2}.items():
+        monkeypatch.setattr(scoring_ways, name, value)
+    monkeypatch.setattr(scoring_ways, "RECORDS", tmp_path / "ways.jsonl")
+    monkeypatch.setitem(scoring_ways.WAYS["completions"], "length", 32)
+    options = {"shape": "tiny", "dtype": "float32", "compile": False, "repeats": 1}
+    ways = list(scoring_ways.WAYS)
+    scoring_ways.run(SimpleNamespace(**options, groups=[2], ways=ways))
+    records = [json.loads(line) for line in (tmp_path / "ways.jsonl").read_text().splitlines()]
+    assert [record["way"] for record in records] == ways
+    assert all(record["distance"] <= 1e-5 and record["ms"] > 0 for record in records)
+    assert len(scoring_ways.table(records)) == 2 + len(ways)
