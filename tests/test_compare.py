@@ -75,7 +75,13 @@ def record_of(tool, setting="best", **values):
         "blas": None,
     }
     stages = dict.fromkeys((*peers.STAGES, "seconds", "tokens_per_second"))
-    more = {"peak_bytes": 10**9, "raw": [{}], "versions": {"torch": "1"}, "command": "c"}
+    more = {
+        "parameters": 10**9,
+        "peak_bytes": 10**9,
+        "raw": [{}],
+        "versions": {"torch": "1"},
+        "command": "c",
+    }
     return {"tool": tool, "setting": setting, **work, **stages, **more, **values}
 
 
