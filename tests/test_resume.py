@@ -1,5 +1,6 @@
 """Resuming: the state of a run, what the log says afterwards, what may change, what is kept."""
 
+import csv
 import json
 import random
 import shutil
@@ -174,6 +175,30 @@ def test_training_data_that_changed_is_refused(model_dir, data_dir, tmp_path):
     (data / "train.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     with pytest.raises(UserError, match=r"has changed since .*checkpoint-2 was written"):
         run_training(model_dir, data, tmp_path / "o", resume="auto", **settings)
+
+
+def test_the_csv_files_have_each_record_once(model_dir, data_dir, tmp_path):
+    settings = {"max_updates": 4, "save_steps": 4, "eval_samples": 3, "eval_steps": 2}
+    settings |= {"report_to": ["csv"], "max_new_tokens": 2}
+    output = tmp_path / "o"
+
+    def fail(trainer):
+        def generate(rows, call=trainer.generate_responses):
+            if trainer.update_step == 3:
+                shutil.rmtree(output / "checkpoint-6", ignore_errors=True)
+                raise KeyboardInterrupt  # as a kill does: nothing is saved
+            return call(rows)
+
+        trainer.generate_responses = generate
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(model_dir, data_dir, output, fail, **settings)
+    assert run_training(model_dir, data_dir, output, resume="auto", **settings)[0] == 0
+    records = read_log(output)
+    for name, kind in (("metrics.csv", False), ("metrics_eval.csv", True)):
+        with (output / name).open(newline="") as file:
+            updates = [int(row["update"]) for row in csv.DictReader(file)]
+        assert updates == [r["update"] for r in records if ("split" in r) == kind]
 
 
 # What is kept.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import planning, runtime, settings
+from . import planning, runtime, settings, tracking
 from .console import say
 from .errors import DiskError, RunError, UserError, disk_errors_named, readable
 from .lock import RunLock
@@ -602,6 +602,8 @@ def open_run(trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path) 
     else:
         seed_random_states(config.seed)
     rewind_log(trainer.log.path, trainer.position.get("log_bytes", 0))
+    if trainer.log.path.exists():
+        tracking.rewind(folder, trainer.log.path)
     write_json(folder / CONFIG, settings.recorded(config))
     write_json(folder / PROVENANCE, provenance)
 

@@ -8,6 +8,7 @@ import csv
 import difflib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -114,7 +115,7 @@ class CSVTracker:
     """`metrics.csv` for training records, `metrics_eval.csv` for evaluations.
 
     Two files, because the two kinds share hardly a column. None is an empty cell, a list is JSON.
-    Every row is on disk when `log` returns. After a resume, rows of repeated updates are appended.
+    Every row is on disk when `log` returns.
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -131,6 +132,29 @@ class CSVTracker:
 
     def close(self) -> None:
         pass
+
+
+def rewind(output_dir: Path, log: Path) -> None:
+    """Drop the rows of the CSV files that a resumed run writes again: those not in its `log`."""
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    left = Counter((str(record["update"]), record.get("split", "")) for record in records)
+    for path in (output_dir / "metrics.csv", output_dir / "metrics_eval.csv"):
+        if not path.exists():
+            continue
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+        kept = []
+        for row in rows:
+            key = (row.get("update") or "", row.get("split") or "")
+            left[key] -= 1
+            kept += [row] if left[key] >= 0 else []
+        partial = path.with_suffix(".csv.partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+        partial.replace(path)
 
 
 class TensorBoardTracker:
