@@ -652,7 +652,8 @@ def output(rng: Random) -> str:
     made = text(rng, 12)
     if rng.random() < 0.06:
         unit = rng.choice((made, "<answer>", "</answer>", "<reasoning>", "<answer", "7", " "))
-        return ((unit or "\n") * 100_000)[: rng.choice((10_000, 100_000))]
+        length = rng.choice((10_000, 100_000))
+        return ((unit or "\n") * (length // max(len(unit), 1) + 1))[:length]
     return made
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import runtime
+from . import datafiles, loading, runtime
 from .errors import RunError
 
 PROMPT = "Two and two make"
@@ -57,6 +57,7 @@ def load_text_model(folder: Path, trust: bool, model_config: dict[str, Any]) -> 
         trust_remote_code=trust,
     )
     prompt = tokenizer.encode(PROMPT) or [0]
+    datafiles.check_ids(str(folder), prompt, loading.embeddings(model))
     return Loaded(
         model,
         tokenizer,
@@ -95,6 +96,7 @@ def read_fixed_text(
     tokens = list(loaded.tokenizer.encode(FIXED_TEXT))
     if len(tokens) < 2:
         raise RunError("the tokenizer makes less than two tokens of a text of 60 words")
+    datafiles.check_ids(str(folder), tokens, loading.embeddings(model))
     logits = loaded.forward(mx.array([tokens]))[0, :-1].astype(mx.float32)  # (T - 1, vocabulary)
     chosen = mx.take_along_axis(logits, mx.array(tokens[1:])[:, None], axis=-1)[:, 0]
     logprobs = chosen - mx.logsumexp(logits, axis=-1)  # (T - 1,)
