@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from helpers import QUIET, write_toml
 
-from utils import text
+from utils import stopping, text
 from utils.runlog import RunLog
 
 TOKEN, KEY = "hf_Zq8RtVw3XyPl0KmNb7GdSa2", "cafe0123-not-for-you"
@@ -103,6 +103,13 @@ def test_an_error_that_tells_a_secret_is_shown_without_it(run, words):
         done.stderr
     )
     assert_none_leaked(done, files)
+
+
+def test_a_traceback_that_is_kept_holds_no_secrets(tmp_path):
+    error = stopping.unexpected(ValueError(f"no answer from {URL}"), tmp_path)
+    assert "ValueError: no answer from https://***@" in (tmp_path / "traceback.txt").read_text()
+    assert not any(secret in (tmp_path / "traceback.txt").read_text() for secret in SECRETS)
+    assert "traceback in" in str(error)
 
 
 def test_a_setting_that_is_refused_or_planned_is_shown_without_secrets(run):

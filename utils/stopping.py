@@ -19,6 +19,7 @@ from typing import Any
 from . import checkpoints
 from .console import say
 from .errors import RunError, UserError
+from .text import redact
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 SLEPT = 60.0  # seconds by which the wall clock may run ahead before it is worth a line
@@ -164,7 +165,7 @@ def put_back(handlers: dict[signal.Signals, Any]) -> None:
 
 def unexpected(error: Exception, folder: Path) -> RunError:
     """One line for an error that nobody foresaw; its traceback goes into a file."""
-    text = "".join(traceback.format_exception(error))
+    text = redact("".join(traceback.format_exception(error)))
     path = folder / "traceback.txt"
     try:
         path.write_text(text, encoding="utf-8")
