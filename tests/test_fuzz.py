@@ -14,7 +14,15 @@ from fuzz_surfaces import SURFACES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils import checkpoints, datafiles, memory, remote_rewards, reward_calls, text
+from utils import (
+    checkpoints,
+    datafiles,
+    memory,
+    remote_rewards,
+    reward_calls,
+    reward_functions,
+    text,
+)
 from utils import settings as settings_module
 from utils.errors import UserError
 
@@ -159,6 +167,14 @@ def test_parsing_takes_linear_time(grpo, shape):
             if last > 0.05:
                 first, second = (seconds(parse, t) for t in texts[:2])
                 assert last < 3 * second < 9 * first, (name, first, second, last)
+
+
+@pytest.mark.parametrize("unit", ["1 / ", "7 ", "\\\\frac{", "("])
+def test_a_long_text_costs_math_verify_no_more_than_a_short_one(unit):
+    pytest.importorskip("math_verify")
+    start = time.process_time()
+    reward_functions.equivalent(unit * (100_000 // len(unit)), "7")
+    assert time.process_time() - start < 3
 
 
 def test_a_row_of_ten_million_characters_is_read_within_seconds(world):
