@@ -5,6 +5,7 @@ A run that ends between two updates is saved as it is. One that ends within an u
 it was before it, as long as no weight has moved; then the update is done again, to the same result.
 """
 
+import contextlib
 import math
 import signal
 import threading
@@ -50,7 +51,8 @@ class Guard:
             raise KeyboardInterrupt(number)
         self.trainer.interrupted = True
         self.signal = signal.Signals(number)
-        say("stopping  and saving the last finished update; once more leaves at once")
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+            say("stopping  and saving the last finished update; once more leaves at once")
 
     def seconds(self) -> float:
         """How long the run has been going, by a clock that nobody can set back.
