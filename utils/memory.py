@@ -4,27 +4,26 @@ The plan serves `--dry-run`, and chooses the rollout batch and the micro-batch w
 
 What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
 
-* Full fine-tuning: weights b*P, float32 master weights 4*P when b < 4, two float32 moments 8*P,
-  gradients 2*b*P (the accumulated ones and a micro-batch's; in half precision this is also what
-  the float32 copy for clipping takes). LoRA and DoRA: the same for the float32 adapters only.
-* Rollout phase: rollout copy, reference, KV cache in steps of 256 tokens, logits of one step.
-* Gradient phase, for a block like llama's, per token and layer (H hidden size, Q = heads*head_dim,
-  K = kv_heads*head_dim, I intermediate size, S sequence length): kept for the backward pass
-  5H + 3Q + 2K + 5I + heads*S values, and one layer's temporaries 3H + 4I + 2*heads*S. With
-  gradient checkpointing only H is kept per layer, plus one whole layer. LoRA's float32 adapters
-  cast their inputs of half precision: 4H + Q + I float32 values more. Logits of the completion
-  positions: 3 float32 copies, and 2 in the weights' type when that is narrower.
+* Full fine-tuning: weights b*P, what they lack of float32 masters 2*P when b < 4 (float16: 4*P; with
+  master_weights = false none), two float32 moments 8*P (8-bit: 2.03*P), gradients b*P, and their
+  float32 sum 4*P when an update has several micro-batches. LoRA and DoRA: the same for the float32
+  adapters only, which are counted when they are loaded.
+* Rollout phase: rollout copy, reference, views of joined or merged weights (utils/views.py) where
+  there is room, KV cache with its copy while it grows, logits of one step.
+* Gradient phase, for a block like llama's (H hidden size, Q = heads*head_dim, K = kv_heads*head_dim,
+  I intermediate size): kept for the backward pass 4H + 3Q + 2K + 5I values per token and layer, each
+  prompt counted once for its group, and for each row the keys and values of its prompt; temporaries
+  3H + 4I of one layer. Attention probabilities are kept on the CPU and on Metal, not by CUDA's
+  kernels. With gradient checkpointing H per layer, plus one whole layer. Logits of one piece of the
+  completion positions (utils/scoring.py), and of all in the weights' type where there is room. The
+  backward pass begins with all activations, and ends with all gradients.
+* Work in flight: CUDA's queue holds what operations that are not done yet still use, but MLX waits
+  where memory is short, so that it decides about the peak and not about what fits.
+* Writing `final/`: merged adapters, 1 GB at a time.
 
-heads*S are attention probabilities, kept on the CPU and on Metal (unfused when training); fused
-CUDA kernels keep less. Optimizer temporaries, one parameter at a time, are left out.
-
-Checked against mx.get_peak_memory of MLX 0.32.4 on the CPU (tests/test_memory.py: tiny qwen2
-shapes, forward and backward, full and LoRA, float32 and bfloat16). With serial dispatch the
-measured peak is 18 % below to 8 % above the estimate; with the default one, whose queue keeps more
-alive, 5 % below to 3 % above, but with gradient checkpointing 35 to 39 % above. One H200,
-Qwen2.5-1.5B in bfloat16, 16 sequences of 150 + 256 tokens, no optimizer: 36.4 GB by these formulas
-(weights, activations, logits), 39 GB measured. Mixtures of experts and blocks unlike llama's are
-rough estimates. `HEADROOM` is for the rest.
+Checked against mx.get_peak_memory of whole updates by benchmarks/plan_accuracy.py (RESULTS.md) and
+tests/test_memory.py. Mixtures of experts and blocks unlike llama's are rough estimates; `HEADROOM` is
+for the rest. The first update corrects the plan (utils/planning.py).
 """
 
 import bisect
