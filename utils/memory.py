@@ -4,27 +4,27 @@ The plan serves `--dry-run`, and chooses the rollout batch and the micro-batch w
 
 What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
 
-* Full fine-tuning: weights b*P, what they lack of float32 masters 2*P when b < 4 (float16: 4*P; with
-  master_weights = false none), two float32 moments 8*P (8-bit: 2.03*P), gradients b*P, and their
-  float32 sum 4*P when an update has several micro-batches. LoRA and DoRA: the same for the float32
-  adapters only, which are counted when they are loaded.
+* Full fine-tuning: weights b*P, what they lack of float32 masters 2*P when b < 4 (float16: 4*P;
+  with master_weights = false none), two float32 moments 8*P (8-bit: 2.03*P), gradients b*P, and
+  their float32 sum 4*P when an update has several micro-batches. LoRA and DoRA: the same for the
+  float32 adapters only, which are counted when they are loaded.
 * Rollout phase: rollout copy, reference, views of joined or merged weights (utils/views.py) where
   there is room, KV cache with its copy while it grows, logits of one step.
-* Gradient phase, for a block like llama's (H hidden size, Q = heads*head_dim, K = kv_heads*head_dim,
-  I intermediate size): kept for the backward pass 4H + 3Q + 2K + 5I values per token and layer, each
-  prompt counted once for its group, and for each row the keys and values of its prompt; temporaries
-  3H + 4I of one layer. Attention probabilities are kept on the CPU and on Metal, not by CUDA's
-  kernels. With gradient checkpointing H per layer, plus one whole layer. Logits of one piece of the
-  completion positions (utils/scoring.py), and of all in the weights' type where there is room. The
-  backward pass begins with all activations, and ends with all gradients.
+* Gradient phase, for a block like llama's (H hidden size, Q = heads*head_dim, K =
+  kv_heads*head_dim, I intermediate size): kept for the backward pass 4H + 3Q + 2K + 5I values per
+  token and layer, each prompt counted once for its group, and for each row the keys and values of
+  its prompt; temporaries 3H + 4I of one layer. Attention probabilities are kept on the CPU and on
+  Metal, not by CUDA's kernels. With gradient checkpointing H per layer, plus one whole layer.
+  Logits of one piece of the completion positions (utils/scoring.py), and of all in the weights'
+  type where there is room. The backward pass begins with all activations, and ends with all
+  gradients.
 * Work in flight: CUDA's queue holds what operations that are not done yet still use, but MLX waits
   where memory is short, so that it decides about the peak and not about what fits.
 * Writing `final/`: merged adapters, 1 GB at a time.
 
 Checked against mx.get_peak_memory of whole updates by benchmarks/plan_accuracy.py (RESULTS.md) and
-tests/test_memory.py. Mixtures of experts and blocks unlike llama's are rough estimates; `HEADROOM` is
-for the rest. The first update corrects the plan (utils/planning.py).
-"""
+tests/test_memory.py. Mixtures of experts and blocks unlike llama's are rough estimates; `HEADROOM`
+is for the rest. The first update corrects the plan (utils/planning.py)."""
 
 import bisect
 import json

@@ -17,12 +17,11 @@ random. 2.03 bytes for both instead of 8. (Dettmers et al., arXiv:2110.02861, qu
 logarithmic steps and random rounding are ours.)
 
 In place: every array of the state is an input that nothing else holds when it is computed anew, so
-MLX gives its memory to the result. Weights are taken in parts of CHUNK, a few at a time. Tried on one
-H200 with 1.5 B bfloat16 parameters: all at once is fastest (38 ms, and 20 ms with whole float32
-masters), but takes 15 to 25 GB more, because what several compiled kernels share is made as an array
-of its own; part by part with the host waiting for each, 66 ms and 1.4 GB; mlx.optimizers.AdamW over
-float32 masters with clip_grad_norm, 106 ms and 18 GB.
-"""
+MLX gives its memory to the result. Weights are taken in parts of CHUNK, a few at a time. Tried on
+one H200 with 1.5 B bfloat16 parameters: all at once is fastest (38 ms, and 20 ms with whole float32
+masters), but takes 15 to 25 GB more, because what several compiled kernels share is made as an
+array of its own; part by part with the host waiting for each, 66 ms and 1.4 GB;
+mlx.optimizers.AdamW over float32 masters with clip_grad_norm, 106 ms and 18 GB."""
 
 import math
 from collections.abc import Iterator
