@@ -85,7 +85,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "torch": {
         "best": {"micro_rows": 16},
-        "64 rows": {"micro_rows": 64},
+        "32 rows": {"micro_rows": 32},
         "compile": {"micro_rows": 16, "compile": True},
     },
     "limits": {"best": {}},
