@@ -267,7 +267,6 @@ def test_attention_for_cuda_is_mlxs(grpo, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     for name in ("MANY", "MANY_MASKED"):
         monkeypatch.setattr(attention, name, 0 if kind == "by_products" else 2**30)
-    monkeypatch.setattr(attention, "LONG", 40 if kind == "by_products" else 2**30)  # other capacity
     calls, function = [], getattr(attention, kind)
     monkeypatch.setattr(attention, kind, lambda *a: (calls.append(1), function(*a))[1])
     ours = sample(grpo, loaded, prompts, rows, stops=stops)

@@ -17,7 +17,6 @@ from typing import Any
 
 MANY = 2**15  # rows x keys from which on reading keys once a query head costs more than launches
 MANY_MASKED = 2**14  # the same where it is done twice
-LONG = 2**17  # rows x keys from which on cuDNN reads them fastest
 FUSED_HEAD_SIZES = (64, 96, 128)
 
 
@@ -39,13 +38,6 @@ def install(model: Any) -> bool:
     return True
 
 
-def is_long(rows: int, keys: int) -> bool:
-    """Whether to keep the keys in a way that cuDNN takes: a capacity that is a multiple of 256."""
-    import mlx.core as mx
-
-    return rows * keys >= LONG and mx.cuda.is_available()
-
-
 def dispatching(plain: Any) -> Any:
     """mlx-lm's attention function, but for caches with rows of their own."""
 
@@ -56,14 +48,11 @@ def dispatching(plain: Any) -> Any:
         rows = getattr(cache, "rows", None)
         if rows is None or sinks is not None:
             return plain(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
-        fused = queries.shape[-1] == values.shape[-1] and queries.shape[-1] in FUSED_HEAD_SIZES
-        fused = fused and (mask is None or rows.padding_is_neutral)
-        size = len(keys) * keys.shape[2]
-        many = size >= (MANY if mask is None else MANY_MASKED)
-        cudnn = size >= LONG and cache.keys.shape[2] % 256 == 0 and queries.itemsize == 2
-        if many and queries.shape[1] > keys.shape[1] and not (fused and cudnn):
+        many = len(keys) * keys.shape[2] >= (MANY if mask is None else MANY_MASKED)
+        if many and queries.shape[1] > keys.shape[1]:
             return by_products(queries, keys, values, scale, mask)
-        if mask is not None and fused:
+        fused = queries.shape[-1] == values.shape[-1] and queries.shape[-1] in FUSED_HEAD_SIZES
+        if mask is not None and fused and rows.padding_is_neutral:
             return by_share(queries, keys, values, scale, rows.real(cache.values, keys.shape[2]))
         return plain(queries, keys, values, cache, scale=scale, mask=mask)
 

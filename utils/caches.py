@@ -250,12 +250,6 @@ class Rows:
             self._real = mx.contiguous(mx.broadcast_to(shown, stored.shape))
         return self._real[:, :, :end]
 
-    def room(self, end: int) -> int:
-        """Positions to add to a cache of which `end` are in use."""
-        if attention.is_long(len(self.lengths), end):
-            return STEP - end % STEP  # a capacity of 256, 512, ... for cuDNN
-        return min(STEP, max(1, self.limit - end))
-
     def keep(self, keep: list[int]) -> slice:
         """Drop rows. Returns the positions that only padding is left at."""
         gap = slice(max(self.lengths[i] for i in keep), self.width)
@@ -283,7 +277,7 @@ class RowCache:
     def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
         """Store (B, heads, 1, head size) at the next position; returns all positions in use."""
         if self.keys is None or self.end == self.keys.shape[2]:
-            room = self.rows.room(self.end)
+            room = min(STEP, max(1, self.rows.limit - self.end))
             self.keys = _grown(self.keys, keys, room)
             self.values = _grown(self.values, values, room)
         end = self.end = self.end + 1
