@@ -293,6 +293,12 @@ def fill_weights(folder, value):
     mx.save_safetensors(str(folder / "model.safetensors"), filled)
 
 
+def change_tokenizer(folder, **changes):
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"] |= changes
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
 BROKEN_MODELS = {
     "config.json is no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
@@ -350,6 +356,12 @@ BROKEN_MODELS = {
     "a damaged tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}'),
         "model model cannot be loaded",
+    ),
+    "a tokenizer that panics": (
+        lambda folder: change_tokenizer(
+            folder, merges=[["a", "b"]], continuing_subword_prefix="long"
+        ),
+        "model model cannot be loaded: its tokenizer panics",
     ),
     "template without end": (
         lambda folder: change_json(

@@ -44,3 +44,18 @@ def disk_errors_named(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
         reason = "the disk is full" if free < 2**20 else str(error)
         raise DiskError(f"{path} cannot be written: {reason} ({readable(free)} free)") from error
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turn a panic of a Rust library (tokenizers, tiktoken), which is no Exception, into one.
+
+    Raises:
+        ValueError: with the panic's message.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"its tokenizer panics: {error}") from error

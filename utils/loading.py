@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checks, datafiles, hf_config, memory
-from .errors import RunError, UserError
+from .errors import RunError, UserError, panics_as_errors
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,9 +259,10 @@ def load_model(config: Any) -> LoadedModel:
 
     local = find_model(config.model_name)
     try:
-        model, tokenizer, model_config, folder = read_model(config, local)
-        cast(model, config.dtype)
-        try_out(model, tokenizer)
+        with panics_as_errors():
+            model, tokenizer, model_config, folder = read_model(config, local)
+            cast(model, config.dtype)
+            try_out(model, tokenizer)
     except Exception as error:  # other libraries on untrusted files: they raise anything
         kind, where = (UserError, local) if local else (RunError, f"{config.model_name} (hub)")
         raise kind(f"model {where} cannot be loaded: {reason(error)}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import datafiles, hf_config, loading
-from .errors import RunError, UserError
+from .errors import RunError, UserError, panics_as_errors
 from .text import filled
 
 QUESTION = """Question:
@@ -90,9 +90,9 @@ class RewardModel:
 
     def load(self) -> None:
         try:
-            self.model, self.tokenizer, self.head = load_scorer(
-                self.folder, self.head_name, self.trust
-            )
+            with panics_as_errors():
+                loaded = load_scorer(self.folder, self.head_name, self.trust)
+            self.model, self.tokenizer, self.head = loaded
         except Exception as error:  # other libraries on untrusted files: they raise anything
             raise UserError(
                 f"model {self.name} cannot be loaded: {loading.reason(error)}"

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, panics_as_errors
 
 SECONDS = 10.0  # for one prompt, which takes a template milliseconds
 
@@ -32,7 +32,7 @@ def chat_ids(tokenizer: Any, config: Any, messages: list[dict[str, str]]) -> lis
         )
     which = f"chat template ({config.chat_template or config.model_name})"
     try:
-        with time_limit(SECONDS, which):
+        with time_limit(SECONDS, which), panics_as_errors():
             return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
     except UserError:
         raise
