@@ -26,7 +26,7 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 
 from .errors import RunError, UserError
 from .script import load_script
-from .text import is_unicode, redact
+from .text import is_unicode, redact, shown
 
 COMMAND = "uv run python utils/inference.py"
 EXAMPLES = f"""examples:
@@ -321,8 +321,10 @@ def stop_strings_of(args: argparse.Namespace, loaded: Any) -> list[str]:
         found = settings_of_run(adapter)[0].get("stop_strings") or found
     found = [found] if isinstance(found, str) else found
     if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
-        raise UserError(f"generation_config.json of {base}: stop_strings = {found!r} is no list "
-                        "of texts; --stop TEXT takes its place")  # fmt: skip
+        raise UserError(
+            f"generation_config.json of {base}: stop_strings = {shown(found)} is no list of texts; "
+            "--stop TEXT takes its place"
+        )
     return found
 
 
