@@ -54,7 +54,7 @@ MAX_LOGITS = 2**31 - 1
 KV_CACHE_STEP = 256  # mlx_lm.models.cache.KVCache.step
 ROLLOUT_LOGIT_COPIES = 4  # raw, tempered, Gumbel noise, log-probs; float32
 LARGEST_FILE = 2**30  # utils/checkpoints.py: merged weights that exist at once
-QUEUE_BYTES = 6 * GB  # see in_flight_bytes
+QUEUE_BYTES = 5 * GB  # see in_flight_bytes
 MAX_PARTS = 10_000  # layers or experts; the largest models have some hundreds
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 # Of the safetensors format; the last ones are packed in whole bytes.
@@ -628,10 +628,11 @@ def block_bytes(shape: ModelShape, batch: MicroBatch) -> tuple[int, int]:
     joined = batch.rows * prompt * 2 * kv if settings.shares_prompts else 0
     before = batch.prompts * prompt * (prompt if settings.shares_prompts else prompt + completion)
     scores = shape.heads * (before + batch.rows * completion * (prompt + completion))
-    if settings.platform == "cuda":
-        scores = 0  # its kernels keep none
+    passing = 2 * scores
+    if settings.platform == "cuda":  # its fused kernels keep none, but take no masks
+        scores, passing = (2 * scores if settings.shares_prompts else 0), 0
     layer = token * batch.tokens + width * (joined + scores)
-    once = temporary * batch.tokens + width * 2 * scores
+    once = temporary * batch.tokens + width * passing
     layers = settings.trained_layers(shape.layers)
     if settings.gradient_checkpointing:
         return width * hidden * batch.tokens * layers, layer + once
@@ -677,8 +678,8 @@ def _rollout_rows(settings: Settings, left: float, row: int) -> int:
 def in_flight_bytes(shape: ModelShape, batch: MicroBatch, parts: tuple[int, int, int]) -> int:
     """What MLX's CUDA queue holds at the peak beyond what the computation needs.
 
-    Measured on one H200 (benchmarks/RESULTS.md): 7 to 18 GB, little more with more tokens. The
-    CPU's queue is part of the other estimates.
+    Fitted to the peaks of one H200 (benchmarks/plan_accuracy.py). The CPU's queue is part of the
+    other estimates.
     """
     kept, temporary, logits = parts
     if batch.settings.platform != "cuda":
@@ -686,7 +687,7 @@ def in_flight_bytes(shape: ModelShape, batch: MicroBatch, parts: tuple[int, int,
     recomputed = batch.settings.gradient_checkpointing
     layers = batch.settings.trained_layers(shape.layers)
     everything = temporary * layers if recomputed else kept
-    return int(min(QUEUE_BYTES + 3 * temporary, 2 * everything + logits))
+    return int(min(QUEUE_BYTES + 2 * temporary, everything // 10 + logits))
 
 
 def _plan_of(plan: Plan, batch: MicroBatch, keep: bool = False) -> Plan:
@@ -730,7 +731,8 @@ def _with_largest_micro_batch(plan: Plan) -> Plan:
     if fits(completions):
         return of(completions)
     most = 1 + bisect.bisect_left(range(2, completions), True, key=lambda r: not fits(r))
-    even = of(math.ceil(completions / math.ceil(completions / most)))  # as they will be cut
+    group = settings.num_generations  # which is cut evenly where it has to be
+    even = of(most // group * group or math.ceil(group / math.ceil(group / most)))
     largest = of(most)
     return replace(
         even, micro_batch_tokens=largest.micro_batch_tokens, keep_logits=largest.keep_logits
