@@ -1271,8 +1271,7 @@ class MLXGRPOTrainer:
             for n in range(size)
         ]
         rows = [self.train_dataset[row] for row in batch]
-        unpack = not self.quantizes  # a base given in 4 bits, not a copy made to sample from
-        policy = views.merged(self.model_old, self.plan.spare_for_rollouts, unpack)
+        policy = views.merged(self.model_old, self.plan.spare_for_rollouts)
         return self.sample(policy, rows, keys, self.sampling, partial(self.score_ahead, rows))
 
     def compute_rewards(

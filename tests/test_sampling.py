@@ -373,32 +373,6 @@ def unadapted(trainer):
     return sys.modules[type(trainer).__module__].without_adapters(trainer.model)
 
 
-def test_a_quantized_base_is_unpacked_on_cuda(quantized_dir, data_dir, tmp_path, monkeypatch):
-    """The same function, so the same tokens; a 4-bit copy that was asked for stays one."""
-    trainer = make_trainer(quantized_dir, data_dir, tmp_path / "o", stop_strings=["t", "0"])
-    for name, module in trainer.model.named_modules():
-        if "lora_b" in module:
-            module.lora_b = 0.05 * mx.random.normal(
-                module.lora_b.shape, key=mx.random.key(len(name))
-            )
-    expected, seen = trainer.generate_responses([0, 3]), []
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    sample = trainer.sample
-    monkeypatch.setattr(
-        trainer, "sample", lambda m, *a: (seen.append(m), sample(trainer.model, *a))[1]
-    )
-    trainer.generate_responses([0])
-    kinds = {type(module).__name__ for module in seen[0].modules()}
-    assert not kinds & {"QuantizedLinear", "QuantizedEmbedding", "LoRALinear"}
-    tokens = mx.array([[1, 2, 3, 4, 5]])
-    assert mx.abs(seen[0](tokens) - trainer.model(tokens)).max() < 1e-4
-    monkeypatch.undo()
-    monkeypatch.setattr(trainer, "model_old", seen[0])
-    assert [r.ids for r in trainer.generate_responses([0, 3])] == [r.ids for r in expected]
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    assert views.merged(trainer.model, 1e9, unpack=False) is trainer.model
-
-
 def test_a_small_adapter_is_not_rounded_away(model_dir, data_dir, tmp_path):
     """bfloat16, and an adapter far below half a step of the weights: it still acts on average."""
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", train_type="lora", dtype="bfloat16")

@@ -14,22 +14,18 @@ from typing import Any
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("c_q", "c_k", "c_v"))
 
 
-def merged(model: Any, room: float, unpack: bool = False) -> Any:
+def merged(model: Any, room: float) -> Any:
     """A view with the adapters multiplied out into the weights, which are rounded anew.
 
     Only for rollouts, whose importance weights correct for the rounding. The model itself where
-    nothing is merged, or where the new weights take more than `room` bytes. Quantized layers are
-    left as they are, unless they are to be unpacked, which is done on CUDA, where products with
-    4-bit weights are slow (64 rows on one H200: 42.7 against 4.0 ms a step).
+    nothing is merged, as in quantized layers, or where the new weights take more than half of
+    `room` bytes: joining them may take as much again.
     """
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_unflatten
-    from mlx_lm.utils import dequantize_model
 
     view = copy.deepcopy(model)  # shares arrays, and what follows is not computed yet
-    if unpack and mx.cuda.is_available():
-        dequantize_model(view)
     adapters = [
         (name, module)
         for name, module in view.named_modules()
@@ -39,7 +35,7 @@ def merged(model: Any, room: float, unpack: bool = False) -> Any:
     layers = [(name, _with_adapter(m, key)) for (name, m), key in zip(adapters, keys, strict=False)]
     view.update_modules(tree_unflatten(layers))
     new = _new_arrays(view, model)
-    if not new or sum(x.nbytes for x in new) > room:
+    if not new or 2 * sum(x.nbytes for x in new) > room:
         return model
     for array in new:  # one by one, for each takes float32 copies while it is made
         mx.eval(array)
@@ -69,13 +65,13 @@ def _with_adapter(adapter: Any, key: Any) -> Any:
 
 
 def _new_arrays(view: Any, model: Any) -> list[Any]:
-    """The view's arrays that the model has not: under another name (no `linear`), or packed."""
+    """The view's arrays that the model has not: those under another name, without `linear`."""
     from mlx.utils import tree_flatten
 
     pairs: Any = tree_flatten(model.parameters())
     old = dict(pairs)
     pairs = tree_flatten(view.parameters())
-    return [x for name, x in pairs if name not in old or x.shape != old[name].shape]
+    return [x for name, x in pairs if name not in old]
 
 
 def joined(model: Any, room: float) -> Any:
