@@ -13,13 +13,15 @@ What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
 * Gradient phase, for a block like llama's (H hidden size, Q = heads*head_dim, K =
   kv_heads*head_dim, I intermediate size): kept for the backward pass 4H + 3Q + 2K + 5I values per
   token and layer, each prompt counted once for its group, and for each row the keys and values of
-  its prompt; temporaries 3H + 4I of one layer. Attention probabilities are kept on the CPU and on
-  Metal, not by CUDA's kernels. With gradient checkpointing H per layer, plus one whole layer.
+  its prompt; temporaries 3H + 4I of one layer. Attention probabilities are kept, but not by
+  CUDA's fused kernels, which take no masks of shared prompts. With gradient
+  checkpointing H per layer, plus one whole layer.
   Logits of one piece of the completion positions (utils/scoring.py), and of all in the weights'
   type where there is room. The backward pass begins with all activations, and ends with all
   gradients.
 * Work in flight: CUDA's queue holds what operations that are not done yet still use, but MLX waits
   where memory is short, so that it decides about the peak and not about what fits.
+  Not counted: the 5 GB more that sampling from 4-bit weights took on one H200.
 * Writing `final/`: merged adapters, 1 GB at a time.
 
 Checked against mx.get_peak_memory of whole updates by benchmarks/plan_accuracy.py (RESULTS.md) and
