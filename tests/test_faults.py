@@ -119,10 +119,18 @@ def test_a_signal_saves_the_last_update(
     ends_well()
 
 
-def test_a_closed_terminal_is_a_signal_too(model_dir, data_dir, tmp_path, ends_well):
-    act = before(2, "update", lambda: os.kill(os.getpid(), signal.SIGHUP))
-    assert run_training(model_dir, data_dir, tmp_path / "o", act, **RUN)[0] == 129
-    ends_well()
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_is_a_signal_too(model_dir, data_dir, tmp_path, ends_well, nohup):
+    """Unless the run was started by `nohup`, which ignores it, and then so does the run."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        act = before(2, "update", lambda: os.kill(os.getpid(), signal.SIGHUP))
+        code, _ = run_training(model_dir, data_dir, tmp_path / "o", act, **RUN)
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    assert code == (0 if nohup else 129)
+    if not nohup:
+        ends_well()
 
 
 HANGING = """
