@@ -1331,7 +1331,7 @@ class MLXGRPOTrainer:
         """The update cut into padded batches of at most `micro_batch_tokens` tokens that are read.
 
         Where only the advantage has a gradient, sequences with advantage 0 are left out; the
-        weights were fixed before, so they stay in the normaliser. NaN: out of that too.
+        weights were fixed before, so they stay in the normaliser. NaN: its tokens are not in it.
         """
         lengths = np.array([len(response.ids) for response in responses])
         lengths = np.where(np.isnan(advantages), 0, lengths)
@@ -1419,7 +1419,7 @@ class MLXGRPOTrainer:
     def select_tokens(self, batches: list[dict[str, mx.array]]) -> list[dict[str, mx.array]]:
         """Mark the update's tokens of highest entropy (arXiv:2506.01939); share out the bonus."""
         a = self.args
-        if a.top_entropy_quantile < 1:
+        if a.top_entropy_quantile < 1 and batches:
             entropies = [self.rescored(self.model, batch, True)[1] for batch in batches]
             pairs = list(zip(entropies, batches, strict=True))
             every = np.concatenate([np.array(e)[np.array(b["mask"]) > 0] for e, b in pairs])

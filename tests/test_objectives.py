@@ -222,6 +222,20 @@ def test_the_quantile_is_that_of_the_whole_update(model_dir, data_dir, tmp_path)
     assert max(shares) - min(shares) > 0.1, "not a quarter of each micro-batch"
 
 
+def test_the_quantile_of_an_update_without_tokens(model_dir, data_dir, tmp_path):
+    """Every completion is truncated and left out: nothing to train on, no error."""
+    settings = {"mask_truncated_completions": True, "top_entropy_quantile": 0.5}
+    trainer = make_trainer(
+        model_dir, data_dir, tmp_path / "o", max_new_tokens=1, stop_strings=[], **settings
+    )
+    trainer.tokenizer.eos_token_ids = set()
+    before = flat(tree_map(mx.array, trainer.master))
+    [record] = trainer.train_step([0, 1])
+    assert (record["truncation_rate"], record["skipped"]) == (1, 0)
+    after = flat(trainer.master)
+    assert all(mx.array_equal(after[name], value) for name, value in before.items())
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_equal_rewards_teach_nothing(model_dir, data_dir, tmp_path, estimator):
     funcs = ["helpers:vowels", "helpers:digest"]

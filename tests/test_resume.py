@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import random
 import shutil
 
@@ -247,6 +248,14 @@ def test_a_run_that_never_beats_its_start_has_no_best(model_dir, data_dir, tmp_p
     prepare = scripted(0.5, 0.1, 0.5, 0.2, 0.5)
     run_training(model_dir, data_dir, tmp_path / "o", prepare, **EVALUATED, save_best=True)
     assert not (tmp_path / "o" / "best").exists()
+
+
+def test_an_evaluation_without_a_value_is_beaten_by_any(model_dir, data_dir, tmp_path):
+    """No reward applied to any answer: NaN, to which no number compares as greater."""
+    prepare = scripted(math.nan, 0.1, 0.3, math.nan, 0.2)
+    run_training(model_dir, data_dir, tmp_path / "o", prepare, **EVALUATED, save_best=True)
+    best = tmp_path / "o" / "best" / "evaluation.json"
+    assert json.loads(best.read_text())["em"] == 0.3
 
 
 def test_early_stopping_ends_well_and_can_be_taken_back(model_dir, data_dir, tmp_path, capsys):

@@ -313,3 +313,20 @@ def test_the_benchmark_measures_the_same_gradient_in_every_way(monkeypatch, tmp_
     assert [record["way"] for record in records] == ways
     assert all(record["distance"] <= 1e-5 and record["ms"] > 0 for record in records)
     assert len(scoring_ways.table(records)) == 2 + len(ways)
+
+
+def test_a_way_that_is_refused_leaves_the_weights_alone(model_dir, data_dir, tmp_path):
+    """Whether a model can share prompts is found out by the errors of its code, while its weights
+    are replaced by what has a gradient."""
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o")
+    before = dict(tree_flatten(trainer.model.parameters()))
+
+    def refused(model, *_):
+        model(mx.zeros((1, 3), mx.int32))
+        raise ValueError("cannot broadcast")
+
+    batch = {"mask": mx.ones((1, 2))}
+    with pytest.raises(ValueError, match="broadcast"):
+        scoring.gradient_of_first(trainer.model, refused, batch)
+    after = dict(tree_flatten(trainer.model.parameters()))
+    assert all(after[name] is value for name, value in before.items())

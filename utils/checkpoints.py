@@ -5,6 +5,7 @@ import copy
 import fcntl
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -625,7 +626,8 @@ def resumptions(trainer: Any, resume_from: Path, folder: Path) -> list[dict[str,
 def keep_best(trainer: Any) -> None:
     """Write `best/` if the newest evaluation beats all before it, the one before training too."""
     *earlier, newest = trainer.log.history
-    if not earlier or not newest["em"] > max(record["em"] for record in earlier):
+    known = [record["em"] for record in earlier if not math.isnan(record["em"])]
+    if not earlier or not newest["em"] > max(known, default=-math.inf):
         return
     with written_aside(trainer.output_dir / "best") as folder:
         if trainer.loaded.train_type == "full":

@@ -98,7 +98,6 @@ def updated(
         tokens = max(1, max(map(tokens_read, micro_batches)) // 2)
         trainer.plan = resized(trainer.plan, micro_batch_tokens=tokens)
         micro_batches[:] = cut_up()
-        trainer.select_tokens(micro_batches)
         return record(trainer, f"micro_batch_tokens = {tokens}")
 
     advice = (

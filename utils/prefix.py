@@ -119,8 +119,10 @@ def _checkpointed(layer_type: type) -> type:
             self.update(parameters)
             if cache is not None:
                 cache.state = state
-            out = layer_type.__call__(self, *args, **kwargs)
-            self.update(own)
+            try:
+                out = layer_type.__call__(self, *args, **kwargs)
+            finally:
+                self.update(own)
             return out, cache.state if cache is not None else ()
 
         state = cache.state if cache is not None else ()

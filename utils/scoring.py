@@ -234,9 +234,10 @@ def with_parameters(
     """call() while the named trainable parameters are `values`; then the model has its own back."""
     own = dict(named(model.trainable_parameters())) if names else {}
     model.update(tree_unflatten(list(zip(names, values, strict=True))))
-    result = call()
-    model.update(tree_unflatten([(name, own[name]) for name in names]))
-    return result
+    try:
+        return call()
+    finally:  # what is not supported is found out by its errors
+        model.update(tree_unflatten([(name, own[name]) for name in names]))
 
 
 def shared_hidden_states(
