@@ -48,8 +48,9 @@ if TYPE_CHECKING or not __package__:
     from utils.console import say
     from utils.errors import RunError, UserError
     from utils.loading import LoadedModel, load_model
-    from utils.reward_calls import RewardCalls, TrainerState, takes_parts
+    from utils.reward_calls import RewardCalls
     from utils.runlog import RunLog, rollout_metrics
+    from utils.stop_rule import StopRule
     from utils.text import redact
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
@@ -60,8 +61,9 @@ else:  # installed: this file is mlx_grpo/__init__.py
     from .utils.console import say
     from .utils.errors import RunError, UserError
     from .utils.loading import LoadedModel, load_model
-    from .utils.reward_calls import RewardCalls, TrainerState, takes_parts
+    from .utils.reward_calls import RewardCalls
     from .utils.runlog import RunLog, rollout_metrics
+    from .utils.stop_rule import StopRule
     from .utils.text import redact
     from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 
@@ -73,9 +75,9 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 if TYPE_CHECKING or not __package__:  # these import MLX
-    from utils import optimizers
+    from utils import drawing, optimizers
 else:
-    from .utils import optimizers
+    from .utils import drawing, optimizers
 
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
 # `--help` and a mistyped setting answer at once.
@@ -658,46 +660,6 @@ class Completion:
     text: str = ""  # reasoning prefix + text up to the end of the stop string
 
 
-class StopRule:
-    """Decides on the host where a completion ends: at an EOS token, or within a stop string."""
-
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
-        self.eos_ids = set(tokenizer.eos_token_ids)
-        self.stop_strings = stop_strings
-        # A stop string of n bytes can't be spread over more than n tokens.
-        self.reach = max((len(s.encode()) for s in stop_strings), default=0)
-        self.last_characters = {s[-1] for s in stop_strings}
-        self.may_end: dict[int, bool] = {}  # token -> whether it has one of them
-
-    def length(self, ids: list[int], checked: int) -> int | None:
-        """How many of `ids` to keep if they reach an end; the first `checked` hold none."""
-        ends = [n for n, token in enumerate(ids[checked:], checked + 1) if token in self.eos_ids]
-        limit = ends[0] if ends else len(ids)
-        start = max(0, checked - self.reach)
-        if any(map(self._may_end, ids[checked:limit])) and self._stops(ids[start:limit]):
-            return next(n for n in range(checked + 1, limit + 1) if self._stops(ids[start:n]))
-        return limit if ends else None
-
-    def _may_end(self, token: int) -> bool:
-        """False if no stop string can be complete with this token: spares decoding most rows."""
-        if token not in self.may_end:
-            text = self.tokenizer.decode([token])
-            unclear = "\ufffd" in text or any(c.isspace() for c in self.last_characters)
-            self.may_end[token] = unclear or not self.last_characters.isdisjoint(text)
-        return self.may_end[token]
-
-    def _stops(self, ids: list[int]) -> bool:
-        text = self.tokenizer.decode(ids) if self.stop_strings else ""
-        return any(stop in text for stop in self.stop_strings)
-
-    def text(self, ids: list[int]) -> str:
-        """What rewards read: without the EOS token, cut right after the first stop string."""
-        text = self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
-        cuts = [text.index(s) + len(s) for s in self.stop_strings if s in text]
-        return text[: min(cuts)] if cuts else text
-
-
 def row_key(*stream: int) -> np.ndarray:
     """(2,) uint32 random key of one completion, from (seed, update, prompt, row).
 
@@ -722,39 +684,9 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
         kept = mx.where(kept >= nucleus.threshold(kept, how.top_p), kept, 0)
     if how.min_p > 0:
         kept = mx.where(kept >= how.min_p, kept, 0)
-    tokens = draw(kept, keys) if how.temperature else mx.argmax(logits, axis=-1)
+    tokens = drawing.draw(kept, keys) if how.temperature else mx.argmax(logits, axis=-1)
     chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)
     return tokens, (chosen - best - mx.log(weights.sum(axis=-1, keepdims=True)))[:, 0]
-
-
-def draw(weights: mx.array, keys: mx.array) -> mx.array:
-    """(B, V) weights, (B, 2) keys -> (B,) entries, each drawn in proportion to its weight.
-
-    Inverse transform sampling: where the running sum of the weights passes a uniform share of
-    their total. Blocks of the vocabulary first, then the entries of one block: a running sum over
-    150,000 float32 numbers would be too rough, and slower.
-    """
-    uniform = mx.vmap(lambda key: mx.random.uniform(key=key))(keys)  # (B,)
-    padding = -weights.shape[-1] % DRAW_BLOCK
-    weights = mx.pad(weights, [(0, 0), (0, padding)]) if padding else weights
-    weights = weights.reshape(len(weights), -1, DRAW_BLOCK)
-    totals = weights.sum(axis=-1)  # (B, blocks)
-    block, left = passed(totals, uniform * totals.sum(axis=-1))
-    entries = mx.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]  # (B, DRAW_BLOCK)
-    return block * DRAW_BLOCK + passed(entries, left)[0]
-
-
-DRAW_BLOCK = 128
-
-
-def passed(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
-    """(B, N), (B,) -> where each running sum passes its target, and how far the target is in it."""
-    running = mx.cumsum(weights, axis=-1)
-    # Rounding must not put the target before the first or behind the last positive weight.
-    target = mx.clip(target[:, None], 0, running[:, -1:] * (1 - 2**-23))
-    index = (running <= target).sum(axis=-1, keepdims=True)  # (B, 1)
-    before = mx.take_along_axis(running - weights, index, axis=-1)
-    return index[:, 0], (target - before)[:, 0]
 
 
 # Decode steps between looks at the tokens on the host. A look costs a GPU more than a few steps for
@@ -1174,24 +1106,12 @@ class MLXGRPOTrainer:
         """Rows of the training set for the nth rollout, and how many batches they make."""
         size = self.args.batch_size * self.args.gradient_accumulation_steps
         if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
-            return self.draw(size, self.drawn, set())[0], self.args.gradient_accumulation_steps
+            return self.order.draw(size, self.drawn, set())[
+                0
+            ], self.args.gradient_accumulation_steps
         epoch, position = divmod(rollout, self.rollouts_per_epoch)
         rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
         return rows, math.ceil(len(rows) / self.args.batch_size)
-
-    def draw(self, count: int, position: int, used: set[int]) -> tuple[list[int], int]:
-        """The next rows of the shuffled stream, which wraps, that are not `used` in this update,
-        and the position after them."""
-        rows: list[int] = []
-        end = position + 2 * len(self.train_dataset)  # nothing is new after that
-        while len(rows) < count and position < end:
-            epoch, place = divmod(position, len(self.train_dataset))
-            row = int(self.order(epoch)[place])
-            position += 1
-            if row not in used:
-                used.add(row)
-                rows.append(row)
-        return rows, position
 
     def refresh_old_policy(self) -> None:
         """Bring the sampling copy up to date; with adapters, only they are copied."""
@@ -1272,7 +1192,7 @@ class MLXGRPOTrainer:
         ]
         rows = [self.train_dataset[row] for row in batch]
         policy = views.merged(self.model_old, self.plan.spare_for_rollouts)
-        return self.sample(policy, rows, keys, self.sampling, partial(self.score_ahead, rows))
+        return self.sample(policy, rows, keys, self.sampling, partial(rewarding.ahead, self, rows))
 
     def compute_rewards(
         self, rows: list[dict[str, Any]], responses: list[Completion]
@@ -1281,49 +1201,11 @@ class MLXGRPOTrainer:
 
         None from a function (NaN here) adds nothing; a row that no function values is NaN.
         """
-        values = self.call_rewards(self.reward_funcs, rows, responses)
+        values = rewarding.call(self, self.reward_funcs, rows, responses)
         stacked = np.stack(list(values.values()))  # (F, B)
         weights = np.array(self.args.reward_weights or [1.0] * len(values))[:, None]
         totals = np.nansum(stacked * weights, axis=0)
         return np.where(np.isnan(stacked).all(axis=0), np.nan, totals), values
-
-    def call_rewards(
-        self, functions: dict[str, Callable], rows: list[dict], responses: list[Completion]
-    ) -> dict[str, np.ndarray]:
-        """(B,) values per function, called with TRL's keywords."""
-        columns = self.reward_columns(rows, responses)
-        pulse = partial(self.pulse, "rewards")
-        return self.reward_calls(functions, columns, self.trainer_state(), pulse)
-
-    def score_ahead(self, rows: list[dict], responses: list[Completion]) -> None:
-        """Let rewards that wait for others begin on whole groups while the next are sampled."""
-        functions, size = takes_parts(self.reward_funcs), self.args.num_generations
-        whole = len(responses) // size
-        if functions and 0 < whole < len(rows):
-            repeated = [row for row in rows[:whole] for _ in range(size)]
-            columns = self.reward_columns(repeated, responses[: whole * size])
-            self.reward_calls.ahead(functions, columns, self.trainer_state())
-
-    def trainer_state(self) -> TrainerState:
-        epoch = self.rollout / self.rollouts_per_epoch
-        return TrainerState(self.update_step, self.total_updates, epoch, self.args.num_epochs)
-
-    def reward_columns(self, rows: list[dict], responses: list[Completion]) -> dict[str, list]:
-        """TRL's keywords for B row-completion pairs."""
-        names = {name for row in rows for name in row} - {"prompt_ids", "prompt"}
-        columns: dict[str, list] = {n: [row.get(n) for row in rows] for n in sorted(names)}
-        columns["prompts"] = [row["prompt"] for row in rows]
-        columns["completions"] = [[{"role": "assistant", "content": r.text}] for r in responses]
-        columns["completion_ids"] = [response.ids for response in responses]
-        columns["prompt_texts"] = self.prompt_texts(rows)
-        return columns
-
-    def prompt_texts(self, rows: list[dict[str, Any]]) -> list[str]:
-        """Prompts as the model reads them, up to the reasoning prefix; each is decoded once."""
-        distinct = {id(row): row["prompt_ids"] for row in rows}
-        end = -len(self.prefix_ids) or None
-        texts = {key: self.tokenizer.decode(ids[:end]) for key, ids in distinct.items()}
-        return [texts[id(row)] for row in rows]
 
     def micro_batches(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
@@ -1456,11 +1338,12 @@ class MLXGRPOTrainer:
         took = {"seconds_rollout": 0.0, "seconds_rewards": 0.0, "tokens_sampled": 0.0}
         position, used = self.drawn, set(batch.tolist())
         if self.args.dynamic_sampling:
-            position, took["resampled_prompts"] = self.draw(len(batch), position, set())[1], 0.0
+            _, position = self.order.draw(len(batch), position, set())
+            took["resampled_prompts"] = 0.0
         scores = self.roll_out(batch, took)
         for _ in range(self.args.dynamic_sampling):
             dull = np.flatnonzero(~has_signal(scores.rewards))
-            rows, position = self.draw(len(dull), position, used)
+            rows, position = self.order.draw(len(dull), position, used)
             if not rows:
                 break
             places, found = dull[: len(rows)], self.roll_out(np.array(rows), took)
@@ -1610,7 +1493,7 @@ class MLXGRPOTrainer:
         else:
             name = self.args.eval_metric
             functions = {name: self.reward_funcs[name]}
-            scores = self.call_rewards(functions, rows, responses)[name].tolist()
+            scores = rewarding.call(self, functions, rows, responses)[name].tolist()
         cut = float(np.mean([r.finish_reason == "length" for r in responses]))
         return {"em": float(np.nanmean(scores)), "em_subset": len(rows), "truncation_rate": cut}
 

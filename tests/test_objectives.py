@@ -502,7 +502,7 @@ def test_dull_groups_are_replaced_from_the_stream(grpo, model_dir, data_dir, tmp
     trainer = make_trainer(
         model_dir, data_dir, tmp_path / "o", sometimes_dull, log_completions=99, **DYNAMIC
     )
-    stream, _ = trainer.draw(24, 0, set())
+    stream, _ = trainer.order.draw(24, 0, set())
     number = [int(row["question"].rstrip("?").split()[-1]) for row in trainer.train_dataset]
     bright = [row for row in stream if number[row] % 3]
     batch, batches = trainer.prompts_of_update(0)
@@ -544,11 +544,11 @@ def test_dynamic_sampling_is_bounded_and_the_schedule_stays(model_dir, data_dir,
 
 def test_the_stream_wraps_with_a_new_order_each_time(model_dir, data_dir, tmp_path):
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **DYNAMIC)
-    first, position = trainer.draw(24, 0, set())
-    second, position = trainer.draw(24, position, set())
+    first, position = trainer.order.draw(24, 0, set())
+    second, position = trainer.order.draw(24, position, set())
     assert (sorted(first), sorted(second), position) == ([*range(24)], [*range(24)], 48)
     assert first != second
-    across, _ = trainer.draw(6, 21, set())
+    across, _ = trainer.order.draw(6, 21, set())
     assert len(set(across)) == 6, "no row twice in an update, also where two passes meet"
     assert across[:3] == first[21:]
 

@@ -132,12 +132,12 @@ def test_no_token_without_weight_is_drawn(grpo):
     weights[2, [1, 500]] = [1e30, 1e-30]
     weights[3, 3:] = np.random.default_rng(0).random(997)
     many = np.repeat(weights, 2000, axis=0)
-    tokens = np.array(grpo.draw(mx.array(many), mx.array(keys_for(grpo, len(many)))))
+    tokens = np.array(grpo.drawing.draw(mx.array(many), mx.array(keys_for(grpo, len(many)))))
     assert (many[np.arange(len(many)), tokens] > 0).all()
     assert set(tokens[:2000].tolist()) == {0, 127, 128, 999}
     assert chi_square(tokens[:2000] // 128, np.array([0.5, 0.25, 0, 0, 0, 0, 0, 0.25]) + 1e-12) < 14
     zero_and_one = mx.array([0.0, float(weights[3].sum())])
-    index, _ = grpo.passed(mx.array(weights[[3, 3]]), zero_and_one)
+    index, _ = grpo.drawing.passed(mx.array(weights[[3, 3]]), zero_and_one)
     assert index.tolist() == [3, 999], "both ends of the uniform number"
 
 

@@ -26,6 +26,20 @@ class PromptOrder:
             self.last = epoch, self.order(np.random.default_rng([self.seed, epoch]))
         return self.last[1]
 
+    def draw(self, count: int, position: int, used: set[int]) -> tuple[list[int], int]:
+        """The next rows of the shuffled stream, which wraps, that are not `used` in this update,
+        and the position after them."""
+        rows: list[int] = []
+        end = position + 2 * self.count  # nothing is new after that
+        while len(rows) < count and position < end:
+            epoch, place = divmod(position, self.count)
+            row = int(self(epoch)[place])
+            position += 1
+            if row not in used:
+                used.add(row)
+                rows.append(row)
+        return rows, position
+
     def order(self, rng: np.random.Generator) -> np.ndarray:
         if self.weights is not None:
             return weighted_order(rng, self.weights)
