@@ -1,6 +1,7 @@
 """Fixtures: the script as a module, and a random model in real shapes with a toy tokenizer."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ import mlx.core as mx  # noqa: E402
 
 # Equality to 1e-5 is a matter of float32 on the CPU; tests/test_device.py compares a GPU with it.
 mx.set_default_device(mx.cpu)
+# A shell that starts the tests in the background ignores Ctrl-C for them, and so would the programs
+# that they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
