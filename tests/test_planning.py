@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx_lm
 from helpers import digest, make_trainer, run_training, stop_after
 
-from utils import memory, planning
+from utils import memory, out_of_memory, planning
 
 GB = 10**9
 
@@ -58,6 +58,21 @@ def test_micro_batches_grow_only_where_the_plan_had_cut_them(
     given_budget(trainer, 100.0)
     whole = trainer.plan.micro_batch_tokens
     assert after_a_peak(trainer, little, monkeypatch) == whole
+
+
+def test_what_ran_out_of_memory_stays_halved(model_dir, data_dir, tmp_path, monkeypatch):
+    trainer = trainer_with(model_dir, data_dir, tmp_path / "o")
+    given_budget(trainer, 0.8)
+    plan = trainer.plan
+    sizes = {"rollout_batch_size": plan.rollout_batch_size // 2}
+    trainer.plan = out_of_memory.resized(plan, **sizes)
+    base = plan.resident + plan.summed_gradients
+    after_a_peak(trainer, base + 0.6 * (plan.gradient_peak - base), monkeypatch)
+    assert trainer.plan.micro_batch_tokens > plan.micro_batch_tokens, "it was planned anew"
+    assert trainer.plan.rollout_batch_size == plan.rollout_batch_size // 2
+    trainer.plan = out_of_memory.resized(plan, micro_batch_tokens=plan.micro_batch_tokens // 2)
+    planning.apply_factor(trainer)
+    assert trainer.plan.micro_batch_tokens == plan.micro_batch_tokens // 2
 
 
 def test_a_given_micro_batch_is_left_alone(model_dir, data_dir, tmp_path, monkeypatch):

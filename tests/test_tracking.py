@@ -171,3 +171,18 @@ def test_a_folder_of_an_earlier_run_is_no_package(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(tracking.MissingExtra, match="--extra wandb"):
         tracking.check_available(["wandb"])
+
+
+def test_a_resumed_run_reads_its_log_whatever_is_in_it(tmp_path):
+    """Names and notes may hold what Python takes for the end of a line, and JSON does not."""
+    log = tmp_path / "training_log.jsonl"
+    record = {"update": 1, "metric/a\u2028b": 1.0}
+    log.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    tracker = tracking.CSVTracker(tmp_path)
+    tracker.log(record)
+    tracker.log(record | {"update": 2})
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes() + b"\xff\n")
+    tracking.rewind(tmp_path, log)
+    with metrics.open(newline="", encoding="utf-8") as file:
+        assert [row["update"] for row in csv.DictReader(file)] == ["1"]

@@ -10,6 +10,8 @@ from . import datafiles, loading, memory, runtime, settings
 from .console import say
 from .errors import UserError
 
+SIZES = ("rollout_batch_size", "micro_batch_tokens")
+
 
 def plan_memory(
     config: Any,
@@ -109,6 +111,11 @@ def apply_factor(trainer: Any) -> None:
     old = trainer.plan
     wanted = dataclasses.replace(old.settings, measured_factor=trainer.measured_factor)
     new = memory.plan(old.shape, **vars(wanted))
+    # Sizes that ran out of memory and were halved stay so.
+    planned = memory.plan(old.shape, **vars(old.settings))
+    halved = [n for n in SIZES if getattr(old, n) < getattr(planned, n)]
+    kept = {name: min(getattr(old, name), getattr(new, name)) for name in halved}
+    new = dataclasses.replace(new, **kept)
     if new.micro_batch_tokens != old.micro_batch_tokens:
         trainer.plan = new
         say(

@@ -136,12 +136,13 @@ class CSVTracker:
 
 def rewind(output_dir: Path, log: Path) -> None:
     """Drop the rows of the CSV files that a resumed run writes again: those not in its `log`."""
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    with log.open(encoding="utf-8") as lines:  # `splitlines` would also cut at U+2028
+        records = [json.loads(line) for line in lines]
     left = Counter((str(record["update"]), record.get("split", "")) for record in records)
     for path in (output_dir / "metrics.csv", output_dir / "metrics_eval.csv"):
         if not path.exists():
             continue
-        with path.open(newline="") as file:
+        with _CSVFile(path).open() as file:
             reader = csv.DictReader(file)
             rows, columns = list(reader), reader.fieldnames or []
         kept = []
@@ -150,7 +151,7 @@ def rewind(output_dir: Path, log: Path) -> None:
             left[key] -= 1
             kept += [row] if left[key] >= 0 else []
         partial = path.with_suffix(".csv.partial")
-        with partial.open("w", newline="") as file:
+        with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
