@@ -884,6 +884,18 @@ def token_mean(values: mx.array, mask: mx.array) -> mx.array:
     return total / mx.maximum(mask.sum(axis=1, keepdims=True), 1)
 
 
+def policy_ratio(
+    logprobs: mx.array, log_ratio: mx.array, mask: mx.array, a: MLXGRPOConfig
+) -> mx.array:
+    """pi / pi_old of (B, T) tokens, or one for each sequence, (B, 1)."""
+    if a.importance_sampling_level == "sequence":  # GSPO eq. 7
+        return mx.exp(token_mean(log_ratio, mask))
+    if a.loss_type == "gspo":  # GSPO-token, eq. 14: the value of the sequence, a token's gradient
+        of_sequence = mx.stop_gradient(token_mean(log_ratio, mask))
+        return mx.exp(of_sequence + logprobs - mx.stop_gradient(logprobs))
+    return mx.exp(log_ratio)
+
+
 def importance_weights(
     mismatch: mx.array, mask: mx.array, a: MLXGRPOConfig
 ) -> tuple[mx.array, mx.array]:
@@ -924,12 +936,7 @@ def grpo_loss(
     mask, advantages = batch["mask"], batch["advantages"][:, None]
     old = batch.get("old_logprobs", mx.stop_gradient(logprobs))
     log_ratio = mx.clip(logprobs - old, -20, 20)
-    ratio = mx.exp(log_ratio)
-    if a.importance_sampling_level == "sequence":  # GSPO eq. 7
-        ratio = mx.exp(token_mean(log_ratio, mask))  # (B, 1)
-    elif a.loss_type == "gspo":  # GSPO-token, eq. 14: the value of the sequence, a token's gradient
-        of_sequence = mx.stop_gradient(token_mean(log_ratio, mask))
-        ratio = mx.exp(of_sequence + logprobs - mx.stop_gradient(logprobs))
+    ratio = policy_ratio(logprobs, log_ratio, mask, a)
     terms = Terms(logprobs, old, log_ratio, ratio, advantages, mask)
     objective, held_back = LOSSES[a.loss_type][0](terms, a)
     # Rollouts may come from a 4-bit or stale sampler.
@@ -1223,12 +1230,12 @@ class MLXGRPOTrainer:
         always = kl_in_loss or a.entropy_coeff > 0 or a.top_entropy_quantile < 1
         idle = np.isnan(advantages) | ((advantages == 0) & (not always))
         used = np.flatnonzero(~idle).tolist()
+        per_row = {"advantages": advantages, "weights": weights, "row": np.arange(len(rows))}
         return [
             self.pad_batch(
                 [rows[i] for i in pack.rows],
                 [responses[i] for i in pack.rows],
-                {"advantages": advantages[pack.rows], "weights": weights[pack.rows]}
-                | {"row": pack.rows},
+                {name: values[pack.rows] for name, values in per_row.items()},
                 pack,
             )
             for pack in self.scorer.pack(self.model, pairs, used, self.plan)
