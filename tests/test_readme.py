@@ -89,3 +89,20 @@ def test_presets_in_the_readme_are_those_in_configs():
 def test_no_placeholder_was_left():
     for name in DOCUMENTS:
         assert not re.search(r"@[A-Z]+@", text_of(name))
+
+
+def test_the_lines_of_the_script_are_counted():
+    stated = re.search(r"lines that hold GRPO \| ([\d,]+), one script", text_of("README.md"))[1]
+    counted = len(text_of("mlx-grpo.py").splitlines())
+    assert abs(int(stated.replace(",", "")) - counted) <= 0.05 * counted
+
+
+def test_the_speed_beside_peers_is_that_of_the_results():
+    """Every figure is of a row of RESULTS.md: the update's seconds, then its peak in GB."""
+    block = text_of("README.md").partition("<!-- speed -->")[2].partition("<!-- /speed -->")[0]
+    figures = re.findall(r"([\d.]+) s(?:, ([\d.]+) GB)?", block)
+    assert len(figures) > 8
+    rows = text_of("benchmarks/RESULTS.md").splitlines()
+    for seconds, peak in figures:
+        cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+        assert any(seconds in row and peak in ["", *row] for row in cells), (seconds, peak)
