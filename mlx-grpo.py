@@ -1554,7 +1554,7 @@ class MLXGRPOTrainer:
         self.log.pending += records
         self.log.watch(records)
         self.bar.update(self.update_step - update)
-        self.bar.set_postfix_str(console.progress_text(records[-1], self.log.history))
+        self.bar.set_postfix_str(console.progress_text(records[-1], self.log))
         if due(a.logging_steps, step, self.step):
             self.log.training(self.step, self.elapsed)
             self.log.completions(self.shown, self.reward_calls.extras)

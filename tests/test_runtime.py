@@ -9,8 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from utils import runtime
+from utils import console, runtime
 from utils.errors import UserError
+from utils.runlog import RunLog
 
 ROOT = Path(__file__).parents[1]
 
@@ -265,3 +266,12 @@ def test_provenance_of_a_checkout(tmp_path):
     (tmp_path / "file").write_text("two")
     assert runtime.provenance(tmp_path)["git_dirty"] is True
     assert runtime.provenance(inside)["git_revision"] is None
+
+
+def test_the_progress_bar_shows_the_metric_that_is_evaluated(tmp_path):
+    """A mean reward is no share of answers: 2.3 is not 230 %."""
+    record = {"reward_mean": 1.0, "completion_length": 9.0, "kl": None}
+    for metric, text in (("em", "exact match 230.0%"), ("correctness", "correctness 2.300")):
+        log = RunLog(types.SimpleNamespace(output_dir=tmp_path, eval_metric=metric))
+        log.history = [{"em": 2.3}]
+        assert console.progress_text(record, log).endswith(f", {text}")

@@ -51,11 +51,11 @@ def no_bar() -> tqdm:
     return tqdm(disable=True)
 
 
-def progress_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+def progress_text(record: dict[str, Any], log: Any) -> str:
     text = f"reward {record['reward_mean']:.2f}, length {record['completion_length']:.0f}"
     if record["kl"] is not None:
         text += f", kl {record['kl']:.3f}"
-    return text + (f", EM {history[-1]['em']:.1%}" if history else "")
+    return text + (f", {log.score_text(log.history[-1]['em'])}" if log.history else "")
 
 
 def warn_of_kl(kl: float | None) -> None:
