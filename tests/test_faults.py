@@ -650,6 +650,12 @@ def test_a_second_run_in_one_process_is_refused(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
+def test_a_lock_that_cannot_be_opened_is_said(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock cannot be opened \(Is a directory\)"):
+        lock.RunLock(tmp_path).__enter__()
+
+
 def test_a_process_number_that_was_used_again_is_not_the_holder():
     me = {"pid": os.getpid(), "host": lock.socket.gethostname(), "began": lock.began(os.getpid())}
     assert lock.alive(me)

@@ -60,9 +60,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
             _own.discard(self.path)
-            with contextlib.suppress(
-                OSError
-            ):  # a folder that has turned read-only: it looks killed
+            with contextlib.suppress(OSError):  # in a folder that turned read-only: looks killed
                 self.path.unlink()
             self.file.close()
             self.file = None
@@ -71,7 +69,13 @@ class RunLock:
         if self.path in _own:
             raise UserError(f"output_dir {self.folder}: this process is already training there")
         while True:
-            file = self.path.open("a+", encoding="utf-8")
+            try:
+                file = self.path.open("a+", encoding="utf-8")
+            except (IsADirectoryError, PermissionError) as error:
+                raise UserError(
+                    f"{self.path} cannot be opened ({error.strerror}): it says which run uses the "
+                    "folder; delete it if none does, or choose another output_dir"
+                ) from None
             with contextlib.ExitStack() as stack:
                 stack.callback(file.close)
                 self._lock(file)
