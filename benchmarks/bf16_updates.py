@@ -17,8 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import results  # noqa: E402
 from utils import runtime  # noqa: E402
-from utils.readme_tables import replaced  # noqa: E402
 
 runtime.preload_blas()
 
@@ -30,7 +30,6 @@ from mlx.utils import tree_flatten  # noqa: E402
 from utils.optimizers import AdamW  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/bf16_updates.jsonl"
-RESULTS = ROOT / "benchmarks/RESULTS.md"
 MODEL = ROOT / "models/tiny-math"
 KINDS: dict[str, dict[str, Any] | None] = {
     "plain bfloat16 weights and moments (mlx.optimizers.AdamW)": None,
@@ -146,11 +145,9 @@ def main() -> None:
         for kind in KINDS:
             record["kinds"][kind] = measure(kind, data, arguments.learning_rate, marks)
             print(kind, record["kinds"][kind], flush=True)
-        with RECORDS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    newest = json.loads(RECORDS.read_text(encoding="utf-8").splitlines()[-1])
-    text = RESULTS.read_text(encoding="utf-8")
-    RESULTS.write_text(replaced(text, "bf16-updates", table(newest)), encoding="utf-8")
+        results.append(RECORDS, record)
+    newest = results.read(RECORDS)[-1]
+    results.write_section("bf16-updates", table(newest))
 
 
 if __name__ == "__main__":

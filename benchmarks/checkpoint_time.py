@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import update_cost  # noqa: E402
 
+from benchmarks import results  # noqa: E402
 from utils import checkpoints, runtime  # noqa: E402
-from utils.readme_tables import replaced  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/checkpoint_time.jsonl"
@@ -105,17 +105,12 @@ def main() -> None:
     add("--folder", help="on the disk to measure (default: the temporary directory)")
     add("--table-only", action="store_true", help="rewrite RESULTS.md from the records")
     arguments = parser.parse_args()
-    RECORDS.parent.mkdir(exist_ok=True)
     if not arguments.table_only:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             record = measure(arguments, Path(folder))
-        with RECORDS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        results.append(RECORDS, record)
         print(json.dumps(record))
-    records = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
-    text = update_cost.RESULTS.read_text(encoding="utf-8")
-    new = replaced(text, "checkpoint-time", table(records))
-    update_cost.RESULTS.write_text(new, encoding="utf-8")
+    results.write_section("checkpoint-time", table(results.read(RECORDS)))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import results  # noqa: E402
 from benchmarks.peers import STAGES  # noqa: E402
 from benchmarks.update_cost import SHAPES, write_model  # noqa: E402
-from utils.readme_tables import replaced  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/compare.jsonl"
-RESULTS = ROOT / "benchmarks/RESULTS.md"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-grpo-benchmarks"
 MLX = ["mlx[cpu]==0.32.4; sys_platform == 'linux'", "mkl; platform_machine == 'x86_64'"]
 TORCH = ["torch==2.13.0", "transformers>=5.5,<6", "accelerate", "datasets", "peft"]
@@ -239,9 +238,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_records() -> list[dict[str, Any]]:
-    if not RECORDS.exists():
-        return []
-    return [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
+    return results.read(RECORDS) if RECORDS.exists() else []
 
 
 def newest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -348,9 +345,7 @@ def commands(records: list[dict[str, Any]]) -> list[str]:
 
 def write_results() -> None:
     records = newest(read_records())
-    rows = [*tables(records), *commands(records)]
-    text = RESULTS.read_text(encoding="utf-8")
-    RESULTS.write_text(replaced(text, "compare", rows), encoding="utf-8")
+    results.write_section("compare", [*tables(records), *commands(records)])
 
 
 def main() -> None:
@@ -379,9 +374,7 @@ def main() -> None:
         parser.error(f"{arguments.tool} has the settings {', '.join(SETTINGS[arguments.tool])}")
     if not arguments.table_only:
         record = measure(arguments)
-        RECORDS.parent.mkdir(exist_ok=True)
-        with RECORDS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        results.append(RECORDS, record)
         print({k: v for k, v in record.items() if k not in ("raw", "command")})
     write_results()
 

@@ -10,7 +10,6 @@ benchmarks/records/micro.jsonl; the tables in benchmarks/RESULTS.md are made fro
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,13 +22,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import results  # noqa: E402
 from benchmarks.update_cost import SHAPES, WithoutStop, write_model, write_questions  # noqa: E402
 from utils import caches, runtime, views  # noqa: E402
-from utils.readme_tables import replaced  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/micro.jsonl"
-RESULTS = ROOT / "benchmarks/RESULTS.md"
 STAGES = ("prefill", "decode", "peer", "4-bit", "sampler", "log-probs", "gradient", "optimizer")
 STAGES += ("re-quantization",)
 Stage = tuple[str, int, int, Callable[[], Any]]  # name, rows, tokens a call, and the call
@@ -253,16 +251,13 @@ def main() -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the trainer")
     add("--table-only", action="store_true", help="rewrite RESULTS.md from the records")
     arguments = parser.parse_args()
-    RECORDS.parent.mkdir(exist_ok=True)
     for record in () if arguments.table_only else measure(arguments):
-        with RECORDS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    records = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
+        results.append(RECORDS, record)
+    records = results.read(RECORDS)
     short = [r for r in records if r["stage"] != "long completions"]
     long = [r for r in records if r["stage"] == "long completions"]
-    text = RESULTS.read_text(encoding="utf-8")
-    text = replaced(text, "micro", table(short))
-    RESULTS.write_text(replaced(text, "long-completions", table(long)), encoding="utf-8")
+    results.write_section("micro", table(short))
+    results.write_section("long-completions", table(long))
 
 
 if __name__ == "__main__":

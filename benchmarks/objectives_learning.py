@@ -26,12 +26,11 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import results  # noqa: E402
 from utils import runtime  # noqa: E402
-from utils.readme_tables import replaced  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/objectives_learning.jsonl"
-RESULTS = ROOT / "benchmarks/RESULTS.md"
 CONFIG = "configs/tiny_math.toml"
 ENOUGH = 0.75  # exact match on the test questions that an objective is to reach
 LOSSES = {
@@ -143,8 +142,7 @@ def gradients() -> dict[str, dict[str, float]]:
 
 
 def newest_records() -> dict[str, dict[str, Any]]:
-    lines = RECORDS.read_text(encoding="utf-8").splitlines()
-    return {r["objective"]: r for r in map(json.loads, lines)}
+    return {r["objective"]: r for r in results.read(RECORDS)}
 
 
 def table(records: dict[str, dict[str, Any]], suffix: str) -> list[str]:
@@ -172,11 +170,6 @@ def gradient_table(found: dict[str, dict[str, float]]) -> list[str]:
     return rows
 
 
-def write(record: dict[str, Any]) -> None:
-    with RECORDS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="OBJECTIVE", help=", ".join(OBJECTIVES))
@@ -189,20 +182,18 @@ def main() -> int:
         parser.error(f"unknown objective {unknown[0]!r}; known: {', '.join(OBJECTIVES)}")
     if not arguments.table_only:
         if not (arguments.names or arguments.far):
-            write({"objective": "gradients", "distance": gradients()})
+            results.append(RECORDS, {"objective": "gradients", "distance": gradients()})
         names = arguments.names or (FAR if arguments.far else OBJECTIVES)
         for name in [] if arguments.gradients else names:
             record = train(name, arguments.far)
-            write(record)
+            results.append(RECORDS, record)
             print(name, record["em"], record["held_back"], record["seconds"], flush=True)
     records = newest_records()
-    text = RESULTS.read_text(encoding="utf-8")
-    text = replaced(text, "objectives-learning", table(records, ""))
-    text = replaced(text, "objectives-far", table(records, ", far"))
+    results.write_section("objectives-learning", table(records, ""))
+    results.write_section("objectives-far", table(records, ", far"))
     if "gradients" in records:
         rows = gradient_table(records["gradients"]["distance"])
-        text = replaced(text, "objectives-gradients", rows)
-    RESULTS.write_text(text, encoding="utf-8")
+        results.write_section("objectives-gradients", rows)
     return 0
 
 

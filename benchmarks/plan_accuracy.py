@@ -24,12 +24,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import update_cost  # noqa: E402
 
+from benchmarks import results  # noqa: E402
 from utils import memory, runtime  # noqa: E402
-from utils.readme_tables import replaced  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/plan_accuracy.jsonl"
-RESULTS = ROOT / "benchmarks/RESULTS.md"
 SETTINGS = ("max_new_tokens=256", "num_generations=16", "quantize_for_rollouts=false")
 LONG = ("max_new_tokens=512", "num_generations=16", "gradient_accumulation_steps=1")
 CHECKPOINTED = "gradient_checkpointing=true"
@@ -136,8 +135,7 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 def newest() -> list[dict[str, Any]]:
     """The last record of each case on each device, in the order of their first ones."""
     records: dict[str, dict[str, Any]] = {}
-    for line in RECORDS.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in results.read(RECORDS):
         records[json.dumps([record["device"], record["case"]])] = record
     return list(records.values())
 
@@ -151,15 +149,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table_only:
         run(arguments.only, arguments.seconds)
-    text = RESULTS.read_text(encoding="utf-8")
-    RESULTS.write_text(replaced(text, "plan-accuracy", table(newest())), encoding="utf-8")
+    results.write_section("plan-accuracy", table(newest()))
 
 
 def run(only: str | None, seconds: float) -> None:
     import mlx.core as mx
 
     start, cpu = time.perf_counter(), mx.default_device() == mx.cpu
-    RECORDS.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as root:
         for shape, bits, train_type, settings in CPU_CASES if cpu else GPU_CASES:
             if (only and shape != only) or time.perf_counter() - start > seconds:
@@ -172,8 +168,7 @@ def run(only: str | None, seconds: float) -> None:
                 gc.collect()
                 mx.clear_cache()
             record = measure(folder, shape, bits, train_type, settings)
-            with RECORDS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            results.append(RECORDS, record)
             shown = ("case", "plan", "peaks", "cached", "resident", "seconds")
             print(json.dumps({name: record[name] for name in shown}), flush=True)
 

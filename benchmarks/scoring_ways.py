@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import results  # noqa: E402
 from utils import runtime  # noqa: E402
 
 runtime.preload_blas()
@@ -33,10 +34,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from benchmarks.update_cost import SHAPES  # noqa: E402
 from utils import batching, prefix, scoring  # noqa: E402
-from utils.readme_tables import replaced  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/scoring_ways.jsonl"
-RESULTS = ROOT / "benchmarks/RESULTS.md"
 PROMPT, COMPLETION, EACH = 150, 256, 16
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -150,8 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
             plain = plain or (gradient if name == "plain" else {})
             record["distance"] = float(f"{distance(plain, gradient):.2g}") if plain else None
             print(json.dumps(record), flush=True)
-            with RECORDS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(about | record) + "\n")
+            results.append(RECORDS, about | record)
             del gradient
             mx.clear_cache()
 
@@ -183,9 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table_only:
         run(arguments)
-    records = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
-    text = RESULTS.read_text(encoding="utf-8")
-    RESULTS.write_text(replaced(text, "scoring-ways", table(records)), encoding="utf-8")
+    results.write_section("scoring-ways", table(results.read(RECORDS)))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare import RESULTS, newest, read_records  # noqa: E402
-from utils.readme_tables import replaced  # noqa: E402
+from benchmarks import results  # noqa: E402
+from benchmarks.compare import newest, read_records  # noqa: E402
 
 Record = dict[str, Any]
 GB = 1e9
@@ -160,8 +160,7 @@ def table(records: list[Record]) -> list[str]:
 
 def main() -> None:
     rows = table(newest(read_records()))
-    text = RESULTS.read_text(encoding="utf-8")
-    RESULTS.write_text(replaced(text, "targets", rows), encoding="utf-8")
+    results.write_section("targets", rows)
     print("\n".join(rows))
 
 

@@ -20,12 +20,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import results  # noqa: E402
 from utils import runtime  # noqa: E402
-from utils.readme_tables import QWEN, replaced  # noqa: E402
+from utils.readme_tables import QWEN  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/update_cost.jsonl"
-RESULTS = ROOT / "benchmarks/RESULTS.md"
 SHAPES = {
     "tiny": {**QWEN, "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
     | {"num_attention_heads": 4, "vocab_size": 512},
@@ -179,15 +179,11 @@ def main() -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the trainer")
     add("--table-only", action="store_true", help="rewrite RESULTS.md from the records")
     arguments = parser.parse_args()
-    RECORDS.parent.mkdir(exist_ok=True)
     if not arguments.table_only:
         record = measure(arguments)
-        with RECORDS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        results.append(RECORDS, record)
         print({k: v for k, v in record.items() if k != "plan"})
-    records = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
-    text = RESULTS.read_text(encoding="utf-8")
-    RESULTS.write_text(replaced(text, "update-cost", table(records)), encoding="utf-8")
+    results.write_section("update-cost", table(results.read(RECORDS)))
 
 
 if __name__ == "__main__":

@@ -143,11 +143,11 @@ def test_targets_take_the_newest_run_of_a_machine():
 
 
 def test_results_are_generated_from_the_records():
-    before = compare.RESULTS.read_text(encoding="utf-8")
+    before = compare.results.RESULTS.read_text(encoding="utf-8")
     command = [sys.executable, "benchmarks/compare.py", "--table-only"]
     subprocess.run(command, cwd=ROOT, check=True)
-    after = compare.RESULTS.read_text(encoding="utf-8")
-    compare.RESULTS.write_text(before, encoding="utf-8")
+    after = compare.results.RESULTS.read_text(encoding="utf-8")
+    compare.results.RESULTS.write_text(before, encoding="utf-8")
     assert after == before
 
 
