@@ -49,6 +49,7 @@ if TYPE_CHECKING or not __package__:
     from utils.errors import RunError, UserError
     from utils.loading import LoadedModel, load_model
     from utils.reward_calls import RewardCalls
+    from utils.run_settings import RunSettings
     from utils.runlog import RunLog, rollout_metrics
     from utils.stop_rule import StopRule
     from utils.text import redact
@@ -62,6 +63,7 @@ else:  # installed: this file is mlx_grpo/__init__.py
     from .utils.errors import RunError, UserError
     from .utils.loading import LoadedModel, load_model
     from .utils.reward_calls import RewardCalls
+    from .utils.run_settings import RunSettings
     from .utils.runlog import RunLog, rollout_metrics
     from .utils.stop_rule import StopRule
     from .utils.text import redact
@@ -95,72 +97,26 @@ Respond in the following format:
 
 
 @dataclass
-class MLXGRPOConfig:
-    """All settings. Precedence: these defaults < TOML file < `--set key=value`."""
+class MLXGRPOConfig(RunSettings):
+    """Settings of the algorithm: model, prompts, rewards, sampling, loss, advantages, optimizer.
+
+    Those that change only where, how fast or how it looks are in utils/run_settings.py. Precedence
+    of both: these defaults < TOML file < `--set key=value`.
+    """
 
     model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"
     """Model to train: a folder, or a Hugging Face hub name."""
-    output_dir: str = "outputs/Qwen-1.5B-MLX-GRPO"
-    """Where logs, checkpoints and the final model go."""
-    run_name: str = "Qwen-1.5B-MLX-GRPO-gsm8k"
-    """Name of the run in logs and trackers."""
-    seed: int = 0
-    """Decides data order, every sampled token, adapter initialisation and dropout."""
-    dtype: str = "auto"
-    """auto (float32 on the CPU, the model's own on a GPU), float32, bfloat16 or float16."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models you trust."""
-
-    train_type: str = "auto"
-    """full, lora, dora; auto is full, or lora when the model is quantized."""
-    lora_rank: int = 16
-    """Rank of the adapters."""
-    lora_scale: float = 2.0
-    """Factor on the adapters' output (alpha / rank in other libraries)."""
-    lora_layers: int = -1
-    """Adapt the last so many layers; -1 all."""
-    lora_keys: list[str] = field(default_factory=list)
-    """Names inside a layer to adapt, such as self_attn.q_proj; empty: every linear layer."""
-    lora_dropout: float = 0.0
-    """Dropout on the adapters' input."""
-    lora_learning_rate: float = 2e-5
-    """Learning rate of adapters (they need more than full fine-tuning)."""
-    adapter_path: str = ""
-    """Adapters to start from (a checkpoint folder, or one that mlx_lm.lora wrote)."""
-
     dataset: str = "openai/gsm8k"
     """Hub name, or a .jsonl/.json/.csv/.parquet file, or a folder of such files named by split."""
-    dataset_config: str = "main"
-    """Configuration (subset) of a hub data set."""
-    train_split: str = "train"
-    """Split to train on."""
-    test_split: str = "test"
-    """Split to evaluate on; a single local file keeps its last tenth for this."""
-    question_column: str = "question"
-    """Column with the question."""
-    answer_column: str = "answer"
-    """Column with the answer; what follows `####` counts where that occurs."""
-    max_train_samples: int = 0
-    """Train on the first so many questions; 0 all."""
-    dataset_mix: list[dict[str, Any]] = field(default_factory=list)
-    """Train on several data sets (evaluation stays on `dataset`): tables with dataset, and if need
-    be weight (its share of the prompts), samples, dataset_config, train_split, question_column,
-    answer_column. Rows say where they are from in the column data_source."""
-    shuffle: bool = True
-    """Ask the questions in a new random order every epoch; false: in the order of the data."""
-    curriculum: str = "none"
-    """weights (ask a question in proportion to curriculum_column), easy_to_hard (by it, the
-    smallest first, in every epoch) or none."""
-    curriculum_column: str = "difficulty"
-    """Column with each question's sampling weight or difficulty."""
+    seed: int = 0
+    """Decides data order, every sampled token, adapter initialisation and dropout."""
+    train_type: str = "auto"
+    """full, lora, dora; auto is full, or lora when the model is quantized."""
+
     system_prompt: str = SYSTEM_PROMPT
     """System message; empty for none."""
     reasoning_prefix: str = "<reasoning>\n"
     """Text every completion starts with; given, not sampled."""
-    chat_template: str = ""
-    """Empty: the tokenizer's own. A Jinja file, or "plain" for models without a template."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed on to the chat template, such as {enable_thinking = false}."""
     max_prompt_length: int = 512
     """Longer prompts (tokens) are left out and counted, never cut."""
 
@@ -172,20 +128,6 @@ class MLXGRPOConfig:
     file.py:function with TRL's interface. Reward files are code: they run with your rights."""
     reward_weights: list[float] = field(default_factory=list)
     """One factor per reward function; empty: all 1."""
-    reward_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Parameters of reward functions, by their names in reward_funcs, such as
-    {soft_overlong = {cache = 100}}; docs/rewards.md has those of the built-in ones."""
-    reward_workers: int = 0
-    """Processes for own reward functions: each call gets one prompt's completions, while others are
-    computed or sampled; 0: called here, with all completions of an update."""
-    reward_timeout: float = 180.0
-    """Seconds for a call in a worker, an async reward function, or one request to a server."""
-    remote_rm_url: list[str] = field(default_factory=list)
-    """Reward servers that the reward remote_rm asks (OpenRLHF's protocol). $NAME in a URL is an
-    environment variable."""
-    reward_model: str = ""
-    """Model that the reward of this name scores with (a folder or a hub name): a classifier's head,
-    or how probable a Yes is."""
 
     num_generations: int = 64
     """Completions sampled per prompt: the group."""
@@ -197,8 +139,6 @@ class MLXGRPOConfig:
     """Passes over the data."""
     max_updates: int = 0
     """Stop (and end the schedule) after so many optimizer updates; 0 all."""
-    max_hours: float = 0.0
-    """Stop cleanly after so many hours; 0 never."""
     num_iterations: int = 1
     """Optimizer updates on each rollout batch; from the second on, clip_eps limits the step."""
     sync_every_updates: int = 1
@@ -287,6 +227,8 @@ class MLXGRPOConfig:
 
     learning_rate: float = 1e-6
     """Peak learning rate of full fine-tuning."""
+    lora_learning_rate: float = 2e-5
+    """Learning rate of adapters (they need more than full fine-tuning)."""
     lr_scheduler_type: str = "cosine"
     """After the warm-up: cosine (to 0), linear (to 0) or constant."""
     warmup_ratio: float = 0.1
@@ -299,73 +241,6 @@ class MLXGRPOConfig:
     """AdamW: decoupled weight decay."""
     max_grad_norm: float = 0.1
     """Gradients are scaled down to this global norm."""
-    master_weights: bool = True
-    """Keep the bits that bfloat16 weights lack of float32 ones (2 bytes each); false: round the
-    weights at random instead (0 bytes)."""
-    moment_bits: int = 32
-    """AdamW's moments in 32 bits, or in 8 with a scale per 256."""
-
-    eval_steps: int = 50
-    """Evaluate on the test split every so many batches; 0 only before and after training."""
-    eval_samples: int = 200
-    """Test questions per evaluation; 0 turns evaluation on the test split off."""
-    eval_every_updates: int = 25
-    """Evaluate on a subset of the training questions every so many updates; 0 never."""
-    eval_subset_size: int = 200
-    """Training questions in that subset; 0 none."""
-    eval_max_new_tokens: int = 128
-    """Most tokens per evaluated completion."""
-    eval_metric: str = "em"
-    """em (exact match, numbers compare as numbers), or a reward function whose mean is reported."""
-
-    logging_steps: int = 1
-    """One training record every so many batches."""
-    log_jsonl: bool = True
-    """Write training_log.jsonl."""
-    log_completions: int = 0
-    """Show so many sampled completions with their rewards at every training record."""
-    closing_note: str = ""
-    """Text to show when the run ends."""
-    report_to: list[str] = field(default_factory=list)
-    """Trackers beside the log: csv, tensorboard, wandb (the last two are optional extras)."""
-    save_steps: int = 100
-    """Checkpoint every so many batches; 0 only at the end."""
-    save_total_limit: int = 3
-    """Keep the newest so many checkpoints; 0 all."""
-    max_ckpt_gb: float = 0.0
-    """Keep the newest checkpoints that fit into so many GB together, at least one; 0 any size."""
-    save_best: bool = False
-    """Keep the model of the best evaluation on the test split, if it beats the first, in best/."""
-    early_stopping_patience: int = 0
-    """Stop after so many evaluations on the test split in a row without a new best; 0 never."""
-    watchdog_window: int = 20
-    """Warn when learning has gone wrong over so many updates, at most once in as many; 0 never."""
-    resume: str = ""
-    """auto continues output_dir's newest whole checkpoint (or starts); or a checkpoint folder."""
-    overwrite: bool = False
-    """Replace a run that output_dir already holds."""
-
-    use_compile: bool = True
-    """Compile the gradient step (slow first step per shape; pays on GPUs, not on CPUs)."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: less memory, a third more time."""
-    rollout_batch_size: int = 0
-    """Completions sampled at once; 0: as many as memory allows."""
-    micro_batch_tokens: int = 0
-    """Tokens (with padding) per forward and backward pass; 0: as many as memory allows."""
-    wired_limit_gb: float = 0.0
-    """Metal: memory kept resident; 0 is MLX's recommendation."""
-    cache_limit_gb: float = 0.0
-    """Freed memory that MLX keeps for reuse; 0 is MLX's default."""
-    memory_limit_gb: float = 0.0
-    """Memory to plan for and stay within where that is possible; 0: the device's."""
-
-    explicit = frozenset[str]()  # what was set on purpose
-
-    def __new__(cls, **given: Any) -> MLXGRPOConfig:
-        config = super().__new__(cls)
-        config.__dict__["explicit"] = frozenset(given)
-        return config
 
     def __post_init__(self) -> None:
         checks.resolve_objective(self)

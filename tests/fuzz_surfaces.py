@@ -179,7 +179,7 @@ def override_case(world: World, rng: Random) -> Case:
         if rng.random() < 0.1:
             typed = damaged(rng, override.encode("utf-8", "replace"))
             override = typed.decode("utf-8", "surrogateescape")  # as sys.argv has it
-        valid = valid and override.partition("=")[0].strip() in world.grpo.MLXGRPOConfig.__dict__
+        valid = valid and hasattr(world.grpo.MLXGRPOConfig, override.partition("=")[0].strip())
         overrides.append(override)
     empty = str(world.file("empty.toml", b""))
     return Case(lambda: check_config(world, world.grpo.read_config(empty, overrides)), valid)

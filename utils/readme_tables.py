@@ -36,13 +36,14 @@ RAM_GB = (8, 16, 32, 64)
 
 def setting_rows() -> list[str]:
     cls = load_script().MLXGRPOConfig
-    docs = settings.field_docs(cls)
-    defaults = dataclasses.asdict(cls())
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for name, value in defaults.items():
-        text = json.dumps(value) if name != "system_prompt" else "(asks for the tags)"
-        rows.append(f"| `{name}` | `{text}` | {docs[name].replace('|', '/')} |")
-    return rows
+    docs, defaults = settings.field_docs(cls), dataclasses.asdict(cls())
+    rows = []
+    for title, fields in settings.parts(cls):
+        rows += ["", title, "", "| setting | default | meaning |", "|---|---|---|"]
+        for name in (field.name for field in fields):
+            text = json.dumps(defaults[name]) if name != "system_prompt" else "(asks for the tags)"
+            rows.append(f"| `{name}` | `{text}` | {docs[name].replace('|', '/')} |")
+    return [*rows, ""]
 
 
 def working_set(ram_gb: float) -> int:

@@ -5,12 +5,13 @@ the key, the value, what is allowed and the nearest valid key: a typo must never
 """
 
 import ast
+import copy
 import dataclasses
 import difflib
 import inspect
 import tomllib
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,7 +165,7 @@ def _wrong_type(key: str, value: Any, kind: Any) -> UserError:
 
 def recorded(config: Any) -> dict[str, Any]:
     """The settings as they are shown and written: without secrets."""
-    values = dataclasses.asdict(config)
+    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(type(config))}
     urls = {name: without_secrets(values[name]) for name in WITH_URLS if name in values}
     return redacted(values | urls)
 
@@ -177,25 +178,39 @@ def shown_override(text: str) -> str:
     return redact(text)
 
 
+def fields(cls: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass: its own, then those that it inherits."""
+    own = inspect.get_annotations(cls)
+    return sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
+
+
+def parts(cls: type) -> Iterator[tuple[str, list[dataclasses.Field]]]:
+    """What a class says of its settings, and these; then the same of those that it inherits."""
+    for part in cls.__mro__[:-1]:
+        own = inspect.get_annotations(part)
+        yield (part.__doc__ or "").splitlines()[0], [f for f in fields(cls) if f.name in own]
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """Field name -> the string literal under it in the class body (one line of text each)."""
-    body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
     docs = {}
-    for field, doc in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            assert isinstance(doc.value, ast.Constant)
-            docs[field.target.id] = " ".join(str(doc.value.value).split())
+    for part in reversed(cls.__mro__[:-1]):
+        body = ast.parse(inspect.cleandoc(inspect.getsource(part))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, doc in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+                assert isinstance(field.target, ast.Name)
+                assert isinstance(doc.value, ast.Constant)
+                docs[field.target.id] = " ".join(str(doc.value.value).split())
     return docs
 
 
 def help_text(cls: type) -> str:
     """The settings, one a line with default and meaning, for `--help`."""
-    docs = field_docs(cls)
-    lines = []
-    for field in dataclasses.fields(cls):
-        if field.init:
+    docs, lines = field_docs(cls), []
+    for title, own in parts(cls):
+        lines.append(f"\n{title}")
+        for field in own:
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
