@@ -88,6 +88,60 @@ def test_killed_at_random_moments():
     assert re.search(r"^\d\d kills in \d+ runs, each resumed to the same", done.stdout, re.M)
 
 
+def improving(trainer):
+    """Evaluations that get better with every update."""
+    result = {"em_subset": 3, "truncation_rate": 0.0}
+    trainer.score = lambda *_, **__: {"em": trainer.update_step / 10, **result}
+
+
+KILLED_BETWEEN = """
+import os, pathlib, signal
+from helpers import run_training
+from test_faults import improving
+
+rename = pathlib.Path.rename
+
+def rename_and_die(path, target):
+    renamed = rename(path, target)
+    if path.name == {name!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return renamed
+
+pathlib.Path.rename = rename_and_die
+run_training(*{folders!r}, improving, **{settings!r})
+"""
+
+
+@pytest.mark.parametrize("name", ["best", "final"])
+def test_a_kill_between_the_two_renames_of_a_folder(model_dir, data_dir, tmp_path, capsys, name):
+    """What stood there is not lost under a hidden name; the resumed run replaces it after all."""
+    settings = {**RUN, "eval_steps": 2, "save_best": True}
+    output, whole = tmp_path / "o", tmp_path / "whole"
+    run_training(model_dir, data_dir, whole, improving, **settings)
+
+    def out_of_time(trainer):
+        improving(trainer)
+        before(1, "train_step", lambda: setattr(trainer.args, "max_hours", 1e-9))(trainer)
+
+    run_training(model_dir, data_dir, output, out_of_time, **settings)
+    stood = {path.name: path.read_bytes() for path in (output / name).iterdir()}
+    settings["resume"] = "auto"
+    folders = tuple(map(str, (model_dir, data_dir, output)))
+    code = KILLED_BETWEEN.format(name=name, folders=folders, settings=settings)
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (output / name).exists()
+    capsys.readouterr()
+    checkpoints.claim(output, overwrite=False)
+    stood.pop("run.json", None)  # a run that goes on has not ended
+    assert {path.name: path.read_bytes() for path in (output / name).iterdir()} == stood
+    assert f"restored  {output / name}, which a killed run" in capsys.readouterr().out
+    assert run_training(model_dir, data_dir, output, improving, **settings)[0] == 0
+    for file in ("model.safetensors", "config.json"):
+        assert (output / name / file).read_bytes() == (whole / name / file).read_bytes()
+    assert not [p.name for p in output.iterdir() if p.name.startswith(".")]
+
+
 PLACES = {
     "rollout": (2, "generate_responses"),
     "rewards": (2, "compute_rewards"),
@@ -223,7 +277,8 @@ def test_a_disk_that_is_full_at_a_save(
         assert not any(map(checkpoints.damage, kept))
         assert not list(output.glob(".*incomplete*")), "what was written in vain is gone"
         out = capsys.readouterr().out
-        assert "stopped   after update 3, which could not be saved" in out
+        assert "stopped   after update 3, which could not be saved\n" in out
+        assert "cannot be written" not in out, "that is the last line's to say"
         assert "checkpoint-4 is untouched" in out
         remount(disk, "size=50m")
         ends_well(output)

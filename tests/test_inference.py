@@ -547,10 +547,13 @@ def test_help_teaches_at_once(script, tmp_path):
     times = []
     for _ in range(2):
         begin = time.perf_counter()
-        command = [sys.executable, str(ROOT / "utils" / script), "--help"]
+        named = [str(ROOT / "utils" / script), "--help"]
+        command = [sys.executable, "-X", "importtime", *named]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
         times.append(time.perf_counter() - begin)
     assert min(times) < 0.5
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"numpy", "mlx.core", "mlx_lm", "transformers"}
     assert result.stdout.count(f"uv run python utils/{script}") >= 4
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert not list(Path(tmp_path).iterdir())

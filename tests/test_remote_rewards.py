@@ -196,6 +196,7 @@ WRONG = {
     "infinity": (b'{"rewards": [1, 2, -Infinity]}', "answered -inf, not a finite.*\ncccc"),
     "null": ({"rewards": [None, 1, 2]}, "answered None, not a finite number.*\naa"),
     "text": ({"rewards": ["1", 1, 2]}, "answered '1', not a finite number"),
+    "true": ({"rewards": [1, True, 2]}, "answered True, not a finite number.*\nb"),
     "nested": ({"rewards": [[1], [1], [2]]}, r"answered \[1\], not a finite number"),
 }
 
@@ -208,6 +209,16 @@ def test_a_wrong_answer_is_an_error_at_once(serve, case):
     with pytest.raises(RunError, match=f"reward remote_rm: {re.escape(server.url)} {complaint}"):
         ask([server.url])
     assert len(server.requests) == 1
+
+
+def test_a_wrong_answer_is_laid_to_the_server_that_gave_it(serve):
+    """The first is down; the second answers in its place, and wrongly."""
+    dead, wrong = serve(), serve(lambda body: (200, {"rewards": []}))
+    dead.die()
+    with pytest.raises(RunError) as caught:
+        ask([dead.url, wrong.url], ["x"])
+    assert f"{wrong.url} answered 0 rewards for 1 completions" in str(caught.value)
+    assert dead.url not in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 301])

@@ -101,6 +101,30 @@ def test_an_evaluation_that_was_cut_short_is_done_again(model_dir, data_dir, tmp
     assert snapshot(resumed) == snapshot(whole)
 
 
+@pytest.mark.parametrize("eval_steps", [2, 6], ids=["due", "not-due"])
+def test_out_of_time_after_an_update_evaluates_it_once(
+    model_dir, data_dir, tmp_path, capsys, eval_steps
+):
+    settings = {"max_updates": 4, "eval_samples": 3, "eval_steps": eval_steps, "max_new_tokens": 4}
+    run_training(model_dir, data_dir, tmp_path / "whole", **settings)
+
+    def out_of_time(trainer):
+        def train_step(batch, call=trainer.train_step):
+            trainer.args.max_hours = 1e-9 if trainer.update_step == 1 else 0.0
+            return call(batch)
+
+        trainer.train_step = train_step
+
+    capsys.readouterr()
+    parts = tmp_path / "parts"
+    assert run_training(model_dir, data_dir, parts, out_of_time, **settings)[0] == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("eval      update    2")]) == 1
+    assert [r["split"] for r in read_log(parts) if r["update"] == 2 and "split" in r] == ["test"]
+    run_training(model_dir, data_dir, parts, resume="auto", **settings)
+    assert timeless(parts) == timeless(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("train_type", ["full", "lora"])
 def test_a_stop_in_the_last_evaluation(model_dir, data_dir, tmp_path, train_type):
     settings = {"max_updates": 2, "eval_samples": 3, "train_type": train_type, "logging_steps": 3}

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -55,14 +56,32 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def take_place(new: Path, path: Path) -> None:
-    """Rename the folder `new` to `path`; what stood there is deleted only after that."""
+    """Rename the folder `new` to `path`; what stood there is deleted only after that.
+
+    No system renames over a folder that is not empty, so there are two renames. What a kill between
+    them leaves without its name gets it back by `put_back`.
+    """
+    put_back(path.parent, glob.escape(path.name))
     if not path.exists():
         new.rename(path)
         return
     retired = path.with_name(f".{path.name}.old-{os.getpid()}")
     path.rename(retired)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except OSError:
+        retired.rename(path)
+        raise
     shutil.rmtree(retired)
+
+
+def put_back(folder: Path, pattern: str = "*") -> None:
+    """Give the folders that a kill in `take_place` left under a hidden name their own again."""
+    for retired in folder.glob(f".{pattern}.old-*"):
+        path = retired.with_name(retired.name[1:].rpartition(".old-")[0])
+        if not path.exists():
+            retired.rename(path)
+            say(f"restored  {path}, which a killed run was about to replace")
 
 
 def _flush(path: Path) -> None:
@@ -266,6 +285,7 @@ def claim(output_dir: Path, *, overwrite: bool, lock: RunLock | None = None) -> 
         output_dir.mkdir(parents=True, exist_ok=True)
         if lock is not None:
             lock.claim()
+        put_back(output_dir)
         old = remains_of_run(output_dir) if overwrite else []
         for path in old:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -466,9 +486,7 @@ def refuse_full_disk(path: Path, needed: int) -> None:
     with disk_errors_named(path):
         free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
     if free < needed:
-        raise DiskError(
-            f"{path} cannot be written: it needs {readable(needed)}, and {readable(free)} are free"
-        )
+        raise DiskError(path, f"it needs {readable(needed)}, and {readable(free)} are free")
 
 
 def flat(tree: Any) -> dict[str, Any]:

@@ -19,7 +19,11 @@ class RunError(Exception):
 
 
 class DiskError(RunError):
-    """The file system refused to write: full, read-only, gone. What stood there still does."""
+    """The file system refused to write `path` (full, gone); what stood there still does."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        super().__init__(f"{path} cannot be written: {text}")
+        self.path = path
 
 
 def readable(count: float) -> str:
@@ -37,13 +41,13 @@ def disk_errors_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise DiskError(path, error.strerror or str(error)) from error
     except RuntimeError as error:
         if not str(error).startswith(("[write]", "[save_safetensors] Failed to open")):
             raise
         free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
         reason = "the disk is full" if free < 2**20 else str(error)
-        raise DiskError(f"{path} cannot be written: {reason} ({readable(free)} free)") from error
+        raise DiskError(path, f"{reason} ({readable(free)} free)") from error
 
 
 @contextmanager

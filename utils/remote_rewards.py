@@ -56,8 +56,9 @@ class Endpoint:
             self.secrets.append(key)
         self.loop: Any = None
 
-    async def post(self, body: dict[str, Any], first: int = 0) -> Any:
-        """The JSON that the service answers, asked at the URL number `first`, then the next ones.
+    async def post(self, body: dict[str, Any], first: int = 0) -> tuple[Any, str]:
+        """The JSON that the service answers, asked at the URL number `first`, then the next ones;
+        and the URL that answered, as it may be shown.
 
         Raises:
             RunError: no attempt brought an answer, or one that is not JSON.
@@ -70,7 +71,7 @@ class Endpoint:
             place = (first + attempt) % len(self.urls)
             response, problem = await self.ask(self.urls[place], body)
             if response is not None:
-                return self.content(self.shown[place], response)
+                return self.content(self.shown[place], response), self.shown[place]
         raise RunError(
             f"{self.shown[place]}: {problem}; given up after {self.retries + 1} attempts in "
             f"{time.monotonic() - begin:.1f} s"
@@ -189,8 +190,7 @@ class RemoteReward:
     ) -> list[float]:
         query = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         body = {"query": query, "prompts": prompts, "labels": labels}
-        answer = await self.endpoint.post(body, first=number)
-        where = self.endpoint.shown[number % len(self.endpoint.urls)]
+        answer, where = await self.endpoint.post(body, first=number)
         said = self.endpoint.hidden(shown(answer))
         values = answer.get(self.field) if isinstance(answer, dict) else None
         if not isinstance(values, list):
@@ -200,7 +200,8 @@ class RemoteReward:
                 f"{where} answered {len(values)} rewards for {len(texts)} completions: {said}"
             )
         for value, text in zip(values, texts, strict=True):
-            if not (isinstance(value, int | float) and abs(value) <= sys.float_info.max):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (is_number and abs(value) <= sys.float_info.max):
                 raise RunError(
                     f"{where} answered {shown(value)}, not a finite number, for the completion:\n"
                     f"{text[:2000]}"
@@ -300,7 +301,7 @@ class Judge:
         fields = {"question": question, "answer": answer, "completion": completion}
         prompt = filled(self.prompt, fields | {"scale": str(self.scale)})
         body = {"messages": [{"role": "user", "content": prompt}], **self.request}
-        reply = await self.endpoint.post(body)
+        reply, _ = await self.endpoint.post(body)
         try:
             return str(reply["choices"][0]["message"].get("content") or "")
         except (LookupError, TypeError, AttributeError):

@@ -1,12 +1,15 @@
 """The record of a run: training_log.jsonl, trackers, and the lines that a person reads."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:  # the tools' `--help` answers without it
+    import numpy as np
 
 from . import tracking, watchdog
 from .console import say
@@ -113,6 +116,8 @@ def finite(value: Any) -> Any:
 
 def rollout_metrics(scores: Any, advantages: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
     """What the log says of a rollout: `scores`, and the (P, G) `advantages` made of them."""
+    import numpy as np
+
     rewards, lengths = scores.rewards, scores.lengths
     responses = scores.responses.reshape(-1).tolist()
     logprobs = [logprob for response in responses for logprob in response.logprobs]
@@ -133,5 +138,7 @@ def rollout_metrics(scores: Any, advantages: np.ndarray, names: Iterable[str]) -
 
 def mean(values: np.ndarray) -> float:
     """Mean of what is a number; NaN when nothing is."""
+    import numpy as np
+
     valid = values[~np.isnan(values)]
     return float(valid.mean()) if valid.size else math.nan

@@ -19,7 +19,7 @@ from typing import Any
 
 from . import checkpoints
 from .console import say
-from .errors import RunError, UserError
+from .errors import DiskError, RunError, UserError
 from .text import redact
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
@@ -91,7 +91,7 @@ class Guard:
     ) -> bool:
         try:
             if isinstance(error, Exception):  # not the KeyboardInterrupt of the second Ctrl-C
-                keep(self.trainer)
+                keep(self.trainer, error)
         finally:
             put_back(self.handlers)
         if not isinstance(error, Exception):
@@ -176,13 +176,19 @@ def unexpected(error: Exception, folder: Path) -> RunError:
     return RunError(f"unexpected {type(error).__name__}: {error} (traceback in {path})")
 
 
-def keep(trainer: Any) -> None:
-    """Save where the run was between two updates, unless that was done; say how to go on."""
+def keep(trainer: Any, stop: Exception | None = None) -> None:
+    """Save where the run was between two updates, unless that was done; say how to go on.
+
+    `stop`: what ends the run, which its last line will say.
+    """
     position = trainer.position
     if not position:
         return say("stopped   before the first update was finished: nothing to save")
     update = position["update_step"]
     path = trainer.output_dir / f"checkpoint-{position['step']}"
+    if isinstance(stop, DiskError) and stop.path == path:
+        say(f"stopped   after update {update}, which could not be saved")
+        return say_newest(trainer)
     try:
         if trainer.saved_at != update:
             if trainer.update_step != update:
@@ -218,7 +224,8 @@ def finish(trainer: Any, early: str) -> None:
     if not early and adapters and trainer.saved_at != trainer.update_step:
         # Fusing takes memory that training did not: the adapters first.
         trainer.save_checkpoint(trainer.output_dir / f"checkpoint-{trainer.step}")
-    trainer.evaluate("test")
+    if not evaluated(trainer):
+        trainer.evaluate("test")
     final = trainer.output_dir / "final"
     with checkpoints.written_aside(final) as folder:
         if adapters:
@@ -233,6 +240,11 @@ def finish(trainer: Any, early: str) -> None:
         say(f"note      {trainer.args.closing_note}")
     say(f"saved     {final}")
     say(f"reason    {early}" if early else f"finished  all {trainer.total_updates} updates")
+
+
+def evaluated(trainer: Any) -> bool:
+    """Whether the policy as it is now has an evaluation, as after one that ends the run early."""
+    return any(record["update"] == trainer.update_step for record in trainer.log.history[-1:])
 
 
 def compare_fused(trainer: Any, folder: Path) -> None:
