@@ -42,8 +42,8 @@ import numpy as np
 
 if TYPE_CHECKING or not __package__:
     from utils import batching, caches, checkpoints, checks, console, curriculum
-    from utils import datafiles, loading, memory, nucleus, out_of_memory, planning
-    from utils import reward_functions, rewarding, runtime, settings, stopping, templates
+    from utils import datafiles, loading, nucleus, out_of_memory, planning
+    from utils import reward_functions, rewarding, rollouts, runtime, settings, stopping, templates
     from utils import tracking, views
     from utils.console import say
     from utils.errors import RunError, UserError
@@ -56,8 +56,8 @@ if TYPE_CHECKING or not __package__:
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
     from .utils import batching, caches, checkpoints, checks, console, curriculum
-    from .utils import datafiles, loading, memory, nucleus, out_of_memory, planning
-    from .utils import reward_functions, rewarding, runtime, settings, stopping, templates
+    from .utils import datafiles, loading, nucleus, out_of_memory, planning
+    from .utils import reward_functions, rewarding, rollouts, runtime, settings, stopping, templates
     from .utils import tracking, views
     from .utils.console import say
     from .utils.errors import RunError, UserError
@@ -879,43 +879,20 @@ class MLXGRPOTrainer:
         self.unreported: tuple[tuple[int, int], list[dict]] | None = None
         self.data_sha256 = datafiles.fingerprint(self.train_dataset)
         self.log = RunLog(args)
-        self.plan = self.make_plan()
+        self.plan = planning.plan_of(self)
         self.set_up_optimizer()
         self.set_up_policies()
 
     def encode(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         """Add `prompt_ids` to each row; prompts over max_prompt_length are left out and counted."""
         rows = [{**r, "prompt_ids": encode_prompt(self.tokenizer, self.args, r)} for r in rows]
-        limit = self.args.max_prompt_length
-        datafiles.check_prompts(self.args, rows, what, self.loaded.vocabulary)
-        kept = [row for row in rows if 0 < len(row["prompt_ids"]) <= limit]
-        if len(kept) < len(rows):
-            say(f"data      {len(rows) - len(kept)} {what} prompts over {limit} tokens left out")
-        return kept
+        return datafiles.usable_prompts(self.args, rows, what, self.loaded.vocabulary)
 
     def sampling_with(self, temperature: float, max_tokens: int) -> Sampling:
         a = self.args
-        room = a.max_completion_length - len(self.prefix_ids)
-        if room < 1:
-            raise UserError(
-                f"max_completion_length = {a.max_completion_length} leaves no room after "
-                f"reasoning_prefix ({len(self.prefix_ids)} tokens)"
-            )
-        stops = tuple(a.stop_strings)
+        room = checks.room_for_sampling(a, len(self.prefix_ids))
         filters = (a.top_k, a.top_p, a.min_p) if temperature else (0, 1.0, 0.0)
-        return Sampling(temperature, min(max_tokens, room), *filters, stops)
-
-    def make_plan(self) -> memory.Plan:
-        """Rollout batch and micro-batch sizes that fit this machine's memory."""
-        prompt_tokens = max(len(row["prompt_ids"]) for row in self.train_dataset)
-        return planning.plan_memory(
-            self.args,
-            loading.read_shape(self.loaded.folder),
-            self.loaded.train_type,
-            prompt_tokens,
-            self.sampling.max_tokens,
-            planning.trainable_parameters(self.model),
-        )
+        return Sampling(temperature, min(max_tokens, room), *filters, tuple(a.stop_strings))
 
     def set_up_optimizer(self) -> None:
         """AdamW over float32 masters: bfloat16 weights do not move at a learning rate of 1e-6."""
@@ -928,15 +905,7 @@ class MLXGRPOTrainer:
         self.total_updates = a.num_epochs * self.rollouts_per_epoch * a.num_iterations
         if a.max_updates:
             self.total_updates = min(self.total_updates, a.max_updates)
-        self.optimizer = optimizers.AdamW(
-            self.model,
-            (a.adam_beta1, a.adam_beta2),
-            weight_decay=a.weight_decay,
-            master_weights=a.master_weights,
-            moment_bits=a.moment_bits,
-            seed=a.seed,
-            compiled=a.use_compile,
-        )
+        self.optimizer = optimizers.make(self.model, a)
         self.scorer = batching.make_scorer(token_logprobs, a.use_compile)
         self.loss_and_grad = self.make_loss_and_grad()
 
@@ -988,9 +957,8 @@ class MLXGRPOTrainer:
         """Rows of the training set for the nth rollout, and how many batches they make."""
         size = self.args.batch_size * self.args.gradient_accumulation_steps
         if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
-            return self.order.draw(size, self.drawn, set())[
-                0
-            ], self.args.gradient_accumulation_steps
+            rows, _ = self.order.draw(size, self.drawn, set())
+            return rows, self.args.gradient_accumulation_steps
         epoch, position = divmod(rollout, self.rollouts_per_epoch)
         rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
         return rows, math.ceil(len(rows) / self.args.batch_size)
@@ -1022,39 +990,7 @@ class MLXGRPOTrainer:
         after_batch: Callable[[list[Completion]], None] = lambda _: None,
     ) -> list[Completion]:
         """len(keys) / len(rows) completions of each row, in as few batches as memory allows."""
-        work = partial(self.sample_in_batches, model, rows, keys, how, after_batch)
-        completions = out_of_memory.sampled(self, work, len(keys))
-        stopping.refuse_broken_policy(completions)
-        return completions
-
-    def sample_in_batches(
-        self,
-        model: nn.Module,
-        rows: list[dict],
-        keys: list[np.ndarray],
-        how: Sampling,
-        after_batch: Callable[[list[Completion]], None],
-    ) -> list[Completion]:
-        self.reward_calls.reset()  # what began on batches that did not fit
-        model = views.joined(model, self.plan.spare_for_rollouts)
-        stop = StopRule(self.tokenizer, how.stop_strings)
-        prompts, group = [row["prompt_ids"] for row in rows], len(keys) // len(rows)
-        completions: list[Completion] = []
-        for chunk in caches.batches(model, len(keys), group, self.plan.rollout_batch_size):
-            first, last = chunk[0] // group, chunk[-1] // group
-            completions += sample_batch(
-                model,
-                prompts[first : last + 1],
-                [n // group - first for n in chunk],
-                np.stack(keys[chunk[0] : chunk[-1] + 1]),
-                how,
-                stop,
-                partial(self.pulse, "sampling"),
-            )
-            for completion in completions[-len(chunk) :]:
-                completion.text = self.args.reasoning_prefix + completion.text
-            after_batch(completions)
-        return completions
+        return rollouts.sampled(self, sample_batch, model, rows, keys, how, after_batch)
 
     def pulse(self, phase: str) -> None:
         """Between blocks of work: show that it goes on, and stop if a signal asked for it."""
@@ -1097,58 +1033,16 @@ class MLXGRPOTrainer:
         Where only the advantage has a gradient, sequences with advantage 0 are left out; the
         weights were fixed before, so they stay in the normaliser. NaN: its tokens are not in it.
         """
-        lengths = np.array([len(response.ids) for response in responses])
+        a = self.args
+        lengths = np.array([len(response.ids) for response in responses])  # (B,)
         lengths = np.where(np.isnan(advantages), 0, lengths)
-        weights = sequence_weights(lengths, self.args.loss_type, self.sampling.max_tokens)
-        pairs = [(row["prompt_ids"], r.ids) for row, r in zip(rows, responses, strict=True)]
-        a, kl_in_loss = self.args, self.ref_model is not None and self.args.kl_placement == "loss"
+        weights = sequence_weights(lengths, a.loss_type, self.sampling.max_tokens)
+        kl_in_loss = self.ref_model is not None and a.kl_placement == "loss"
         always = kl_in_loss or a.entropy_coeff > 0 or a.top_entropy_quantile < 1
         idle = np.isnan(advantages) | ((advantages == 0) & (not always))
-        used = np.flatnonzero(~idle).tolist()
         per_row = {"advantages": advantages, "weights": weights, "row": np.arange(len(rows))}
-        return [
-            self.pad_batch(
-                [rows[i] for i in pack.rows],
-                [responses[i] for i in pack.rows],
-                {name: values[pack.rows] for name, values in per_row.items()},
-                pack,
-            )
-            for pack in self.scorer.pack(self.model, pairs, used, self.plan)
-        ]
-
-    def pad_batch(
-        self,
-        rows: list[dict],
-        responses: list[Completion],
-        per_row: dict | None = None,
-        pack: batching.Pack | None = None,
-    ) -> dict[str, mx.array]:
-        """(B, T) tokens, prompt then completion then padding, and the (B, W) windows for the loss.
-
-        The window is the last W of the T - 1 predictions: wide enough for every completion. Rows
-        that only fill up the batch have mask and weight 0. With a `pack`, `self.scorer` adds what
-        it reads instead of the tokens.
-        """
-        pairs = [(row["prompt_ids"], r.ids) for row, r in zip(rows, responses, strict=True)]
-        length = self.scorer.shapes.length
-        count = self.scorer.shapes.rows(len(pairs))
-        total = 1 + length(max(len(prompt) + len(ids) for prompt, ids in pairs) - 1)
-        width = min(total - 1, length(total - min(len(prompt) for prompt, _ in pairs)))
-        tokens = np.zeros((count, total), np.int32)
-        mask, sampled = np.zeros((2, count, width), np.float32)
-        for i, (prompt, ids) in enumerate(pairs):
-            end = len(prompt) + len(ids)
-            tokens[i, :end] = prompt + ids
-            # The prediction of token t stands at t - 1, and the window starts at total - 1 - width.
-            window = slice(len(prompt) + width - total, end + width - total)
-            mask[i, window] = 1
-            sampled[i, window] = responses[i].logprobs
-        arrays = {"tokens": tokens, "mask": mask, "sampler_logprobs": sampled}
-        for name, values in (per_row or {}).items():
-            arrays[name] = np.pad(np.asarray(values, np.float32), (0, count - len(pairs)))
-        if pack:
-            arrays |= self.scorer.layout(pack, pairs, mask, total)
-        return {name: mx.array(x) for name, x in arrays.items()}
+        used = np.flatnonzero(~idle).tolist()
+        return self.scorer.micro_batches(self.model, rows, responses, per_row, used, self.plan)
 
     def compute_grpo_loss(
         self, batch: dict[str, mx.array]

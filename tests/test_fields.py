@@ -419,7 +419,7 @@ def clipping(settings):
     trainer = trainer_of({**settings, "num_iterations": 2})
     second = trainer.train_step([0, 1])[1]
     rows = [trainer.train_dataset[i] for i in [0] * 4 + [1] * 4]
-    batch = trainer.pad_batch(rows, sampled(trainer))
+    batch = trainer.scorer.pad(rows, sampled(trainer))
     batch |= {"advantages": mx.ones(8), "weights": mx.ones(8)}
     old = trainer.compute_grpo_loss(batch)[2] - 0.1
     gradient = trainer.loss_and_grad(batch | {"old_logprobs": old, "sampler_logprobs": old})[1]
@@ -431,7 +431,7 @@ def two_sided(settings):
     """The gradient where every ratio is exp(2) and A < 0."""
     trainer = trainer_of(settings)
     rows = [trainer.train_dataset[i] for i in [0] * 4 + [1] * 4]
-    batch = trainer.pad_batch(rows, sampled(trainer))
+    batch = trainer.scorer.pad(rows, sampled(trainer))
     batch |= {"advantages": -mx.ones(8), "weights": mx.ones(8)}
     old = trainer.compute_grpo_loss(batch)[2] - 2
     gradient = trainer.loss_and_grad(batch | {"old_logprobs": old, "sampler_logprobs": old})[1]

@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_nothing(model_dir, data_dir, tmp_path):
 
 
 def recomputed(grpo, trainer, prompts, responses):
-    batch = trainer.pad_batch(prompts, responses)
+    batch = trainer.scorer.pad(prompts, responses)
     width = batch["mask"].shape[1]
     temperature = trainer.args.temperature
     logprobs, _ = grpo.token_logprobs(trainer.model, batch["tokens"], width, temperature)

@@ -469,7 +469,7 @@ def test_the_penalty_in_the_reward_is_the_sum_over_tokens(grpo, model_dir, data_
     rows, responses, _ = rollout(trainer)
     found = trainer.kl_of(rows, responses)
     for i in (0, 3, 11):  # each by itself
-        batch = trainer.pad_batch(rows[i : i + 1], responses[i : i + 1])
+        batch = trainer.scorer.pad(rows[i : i + 1], responses[i : i + 1])
         width = batch["mask"].shape[1]
         policy, ref = (
             grpo.token_logprobs(model, batch["tokens"], width, 1.0)[0]

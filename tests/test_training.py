@@ -361,7 +361,7 @@ def test_dropout_acts_in_the_gradient_alone(model_dir, data_dir, tmp_path, grpo)
     for update in range(2):
         responses = trainer.generate_responses([3, 4])
         rows = [trainer.train_dataset[row] for row in (3, 4) for _ in range(4)]
-        batch = trainer.pad_batch(rows, responses)
+        batch = trainer.scorer.pad(rows, responses)
         width = batch["mask"].shape[1]
         forward = grpo.token_logprobs(trainer.model, batch["tokens"], width, 1.0)[0]
         gap = mx.abs(forward - batch["sampler_logprobs"]) * batch["mask"]

@@ -335,6 +335,17 @@ def check_sizes(c: Any) -> None:
             raise UserError(f"{name} = {shown(getattr(c, name))} is too long for a file name")
 
 
+def room_for_sampling(c: Any, prefix_tokens: int) -> int:
+    """Tokens that may follow the reasoning prefix. Raises UserError if there are none."""
+    room: int = c.max_completion_length - prefix_tokens
+    if room < 1:
+        raise UserError(
+            f"max_completion_length = {c.max_completion_length} leaves no room after "
+            f"reasoning_prefix ({prefix_tokens} tokens)"
+        )
+    return room
+
+
 def refuse_dead_settings(c: Any, train_type: str) -> None:
     """Refuse what was set on purpose and could have no effect."""
     if c.dataset_mix and c.eval_samples and "dataset" not in c.explicit:

@@ -283,6 +283,24 @@ def read_hub_dataset(config: Any, split: str) -> list[dict[str, Any]]:
     return rows
 
 
+def usable_prompts(
+    config: Any, rows: list[dict[str, Any]], what: str, vocabulary: int
+) -> list[dict[str, Any]]:
+    """The rows whose `prompt_ids` are at most max_prompt_length; says how many are left out.
+
+    Raises:
+        UserError: token ids that the model lacks, or no prompt is short enough.
+    """
+    from .console import say  # here: a command that only reads data needs no progress bar
+
+    check_prompts(config, rows, what, vocabulary)
+    limit = config.max_prompt_length
+    kept = [row for row in rows if 0 < len(row["prompt_ids"]) <= limit]
+    if len(kept) < len(rows):
+        say(f"data      {len(rows) - len(kept)} {what} prompts over {limit} tokens left out")
+    return kept
+
+
 def check_prompts(config: Any, rows: list[dict[str, Any]], what: str, vocabulary: Any) -> None:
     """Refuse token ids that the model lacks, and data in which no prompt is short enough."""
     check_ids(config.model_name, (i for row in rows for i in row["prompt_ids"]), vocabulary)

@@ -367,3 +367,16 @@ class AdamW:
         (word,) = np.random.SeedSequence((self.seed, 3, self.steps)).generate_state(1, np.uint64)
         key = mx.random.key(int(word))
         return iter(mx.random.split(key, sum(map(len, self.state.values()))))
+
+
+def make(model: nn.Module, config: Any) -> AdamW:
+    """The optimizer of an MLXGRPOConfig."""
+    return AdamW(
+        model,
+        (config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        master_weights=config.master_weights,
+        moment_bits=config.moment_bits,
+        seed=config.seed,
+        compiled=config.use_compile,
+    )

@@ -56,6 +56,18 @@ def plan_memory(
         raise UserError(str(error)) from None
 
 
+def plan_of(trainer: Any) -> memory.Plan:
+    """Rollout batch and micro-batch sizes that fit this machine's memory."""
+    return plan_memory(
+        trainer.args,
+        loading.read_shape(trainer.loaded.folder),
+        trainer.loaded.train_type,
+        max(len(row["prompt_ids"]) for row in trainer.train_dataset),
+        trainer.sampling.max_tokens,
+        trainable_parameters(trainer.model),
+    )
+
+
 def trainable_parameters(model: Any) -> int:
     from mlx.utils import tree_flatten
 

@@ -380,6 +380,60 @@ class Scorer:
         placed = [score[batch["window"]] * batch["mask"] for score in scores]
         return placed[0], placed[1] if with_entropy else None
 
+    def micro_batches(
+        self,
+        model: Any,
+        rows: Sequence[dict[str, Any]],
+        responses: Sequence[Any],
+        per_row: dict[str, np.ndarray],
+        used: Sequence[int],
+        plan: Plan,
+    ) -> list[dict[str, mx.array]]:
+        """The `used` of B row-completion pairs in padded batches; `per_row` arrays are (B,)."""
+        pairs = [(row["prompt_ids"], r.ids) for row, r in zip(rows, responses, strict=True)]
+        return [
+            self.pad(
+                [rows[i] for i in pack.rows],
+                [responses[i] for i in pack.rows],
+                {name: values[pack.rows] for name, values in per_row.items()},
+                pack,
+            )
+            for pack in self.pack(model, pairs, used, plan)
+        ]
+
+    def pad(
+        self,
+        rows: Sequence[dict[str, Any]],
+        responses: Sequence[Any],
+        per_row: dict[str, np.ndarray] | None = None,
+        pack: batching.Pack | None = None,
+    ) -> dict[str, mx.array]:
+        """(B, T) tokens, prompt then completion then padding, and the (B, W) windows for the loss.
+
+        The window is the last W of the T - 1 predictions: wide enough for every completion. Rows
+        that only fill up the batch have mask and weight 0. A `pack` adds what `__call__` reads
+        instead of the tokens.
+        """
+        pairs = [(row["prompt_ids"], r.ids) for row, r in zip(rows, responses, strict=True)]
+        length, count = self.shapes.length, self.shapes.rows(len(pairs))
+        total = 1 + length(max(len(prompt) + len(ids) for prompt, ids in pairs) - 1)
+        width = min(total - 1, length(total - min(len(prompt) for prompt, _ in pairs)))
+        tokens = np.zeros((count, total), np.int32)
+        mask, sampled = np.zeros((2, count, width), np.float32)
+        for i, (prompt, ids) in enumerate(pairs):
+            end = len(prompt) + len(ids)
+            tokens[i, :end] = prompt + ids
+            # The prediction of token t stands at t - 1, and the window starts at total - 1 - width.
+            window = slice(len(prompt) + width - total, end + width - total)
+            mask[i, window] = 1
+            sampled[i, window] = responses[i].logprobs
+        arrays = {"tokens": tokens, "mask": mask, "sampler_logprobs": sampled}
+        for name, values in (per_row or {}).items():
+            arrays[name] = np.pad(np.asarray(values, np.float32), (0, count - len(pairs)))
+        if pack:
+            arrays |= self.layout(pack, pairs, mask, total)
+        return {name: mx.array(x) for name, x in arrays.items()}
+
     def pack(
         self, model: Any, pairs: Sequence[Pair], used: Sequence[int], plan: Plan
     ) -> list[batching.Pack]:
