@@ -1,6 +1,7 @@
 """The surfaces that tests/fuzz.py covers: how each makes its cases, and what it promises."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
@@ -18,8 +19,9 @@ import numpy as np
 from conftest import ROOT
 from fuzz import Case, Surface, World
 
-from utils import checkpoints, datafiles, evaluate_model, inference, loading, rewarding
+from utils import checkpoints, datafiles, evaluate_model, inference, loading, rewarding, tracking
 from utils import settings as settings_module
+from utils.errors import UserError
 from utils.reward_calls import RewardCalls, TrainerState
 
 Random = random.Random
@@ -627,6 +629,10 @@ def log_case(world: World, rng: Random) -> Case:
     def run() -> None:
         checkpoints.rewind_log(path, size)
         assert path.read_bytes() == data[:size]
+        with contextlib.suppress(UserError):
+            records, end = tracking.read_log(path)
+            assert all(isinstance(record["update"], int) for record in records)
+            assert tracking.read_log(path, end) == (records, end)
         tracker_file(world, data)
 
     return Case(run, all(parses(json.loads, line) for line in lines), good)

@@ -226,6 +226,53 @@ def test_the_csv_files_have_each_record_once(model_dir, data_dir, tmp_path):
         assert updates == [r["update"] for r in records if ("split" in r) == kind]
 
 
+def edit_line(path, number, line):
+    lines = path.read_bytes().split(b"\n")
+    lines[number - 1] = line
+    path.write_bytes(b"\n".join(lines))
+
+
+@pytest.mark.parametrize("line", [b"oops", b"[1]", b'{"loss": 1}', b"\xff\x00", b"[" * 100_000])
+def test_a_log_that_is_none_is_named_before_anything_loads(
+    model_dir, data_dir, tmp_path, capsys, line
+):
+    settings = {"max_updates": 3, "max_new_tokens": 2}
+    log = tmp_path / "o" / "training_log.jsonl"
+    run_training(model_dir, data_dir, tmp_path / "o", stop_after(2), **settings)
+    sizes = list(map(len, log.read_bytes().split(b"\n")))
+    edit_line(log, 1, line[: sizes[0]].ljust(sizes[0]))
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"training_log\.jsonl, line 1 is no record .* delete it"):
+        run_training(model_dir, data_dir, tmp_path / "o", resume="auto", **settings)
+    assert capsys.readouterr().out == "", "no model was loaded"
+
+
+def test_a_line_that_a_crash_tore_is_dropped(model_dir, data_dir, tmp_path, capsys):
+    """The machine went down before the end of the log was on its disk."""
+    settings = {"max_updates": 4, "max_new_tokens": 2, "report_to": ["csv"]}
+    output = tmp_path / "o"
+    log = output / "training_log.jsonl"
+    run_training(model_dir, data_dir, output, stop_after(2), **settings)
+    data = log.read_bytes()
+    log.write_bytes(data[:-9] + bytes(4))
+    capsys.readouterr()
+    assert run_training(model_dir, data_dir, output, resume="auto", **settings)[0] == 0
+    out = capsys.readouterr().out
+    assert out.count(f"the last line of {log} was cut off by a crash, and is dropped") == 1
+    assert [r["update"] for r in read_log(output)] == [1, 3, 4]
+    with (output / "metrics.csv").open(newline="") as file:
+        assert [row["update"] for row in csv.DictReader(file)] == ["1", "3", "4"]
+
+
+def test_a_log_without_its_last_end_of_line_loses_nothing(model_dir, data_dir, tmp_path):
+    settings = {"max_updates": 3, "max_new_tokens": 2}
+    log = tmp_path / "o" / "training_log.jsonl"
+    run_training(model_dir, data_dir, tmp_path / "o", stop_after(2), **settings)
+    log.write_bytes(log.read_bytes()[:-1])
+    assert run_training(model_dir, data_dir, tmp_path / "o", resume="auto", **settings)[0] == 0
+    assert [r["update"] for r in read_log(tmp_path / "o")] == [1, 2, 3]
+
+
 # What is kept.
 
 

@@ -183,6 +183,8 @@ def test_a_resumed_run_reads_its_log_whatever_is_in_it(tmp_path):
     tracker.log(record | {"update": 2})
     metrics = tmp_path / "metrics.csv"
     metrics.write_bytes(metrics.read_bytes() + b"\xff\n")
-    tracking.rewind(tmp_path, log)
+    records, end = tracking.read_log(log)
+    assert (records, end + 1) == ([record], log.stat().st_size)
+    tracking.rewind(tmp_path, records)
     with metrics.open(newline="", encoding="utf-8") as file:
         assert [row["update"] for row in csv.DictReader(file)] == ["1"]

@@ -172,17 +172,27 @@ def to_resume(output_dir: Path, resume: str) -> Path | None:
     """The checkpoint that `resume` names: "auto" is the newest whole one (None: there is none yet).
 
     Raises:
-        UserError: a named folder is not a checkpoint, or damaged; none of several is whole.
+        UserError: a named folder is not a checkpoint, or damaged; none of several is whole; its log
+            cannot be gone on with.
     """
-    if resume != "auto":
-        if not (Path(resume) / STATE).is_file():
-            raise UserError(f"resume = {resume!r} is not a checkpoint folder (no {STATE} in it)")
-        if complaint := damage(Path(resume)):
-            raise UserError(
-                f"resume: checkpoint {resume} is damaged: {complaint}; resume = auto takes the "
-                "newest that is whole"
-            )
-        return Path(resume)
+    folder = newest_whole(output_dir) if resume == "auto" else named(resume)
+    if folder is not None:
+        check_log(folder)
+    return folder
+
+
+def named(resume: str) -> Path:
+    if not (Path(resume) / STATE).is_file():
+        raise UserError(f"resume = {resume!r} is not a checkpoint folder (no {STATE} in it)")
+    if complaint := damage(Path(resume)):
+        raise UserError(
+            f"resume: checkpoint {resume} is damaged: {complaint}; resume = auto takes the "
+            "newest that is whole"
+        )
+    return Path(resume)
+
+
+def newest_whole(output_dir: Path) -> Path | None:
     folders = found(output_dir)
     for folder in reversed(folders):
         complaint = damage(folder)
@@ -195,6 +205,17 @@ def to_resume(output_dir: Path, resume: str) -> Path | None:
             "the run over"
         )
     return None
+
+
+def check_log(folder: Path) -> None:
+    """Before anything is loaded: is what the run wrote up to this checkpoint a log of records?"""
+    log = folder.parent / LOG
+    try:
+        size = json.loads((folder / STATE).read_text(encoding="utf-8"))["log_bytes"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return  # `load` says what is wrong with it
+    if log.exists() and isinstance(size, int):
+        tracking.read_log(log, size)
 
 
 def is_finished(output_dir: Path, config: Any) -> bool:
@@ -326,6 +347,17 @@ def rewind_log(path: Path, size: int) -> None:
             say(f"warning   {path} lacks records from before the checkpoint")
         else:
             os.truncate(path, size)
+
+
+def without_torn_line(path: Path) -> list[dict[str, Any]]:
+    """The records of the log, which ends with a whole line from here on."""
+    records, end = tracking.read_log(path)
+    if path.stat().st_size > end + 1:
+        say(f"warning   the last line of {path} was cut off by a crash, and is dropped")
+    os.truncate(path, end)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" if records else "")
+    return records
 
 
 def write_model(
@@ -569,6 +601,8 @@ def check_position(counters: dict[str, Any], trainer: Any) -> None:
         right = type(value) is int if kind is int else isinstance(value, int | float)
         if kind in (int, float) and not (right and 0 <= value < 2**31):
             raise ValueError(f"{name} = {shown(value)}")
+    if type(counters["log_bytes"]) is not int or counters["log_bytes"] < 0:
+        raise ValueError(f"log_bytes = {shown(counters['log_bytes'])}")
     for name in ("history", "pending"):
         if not all(isinstance(record, dict) for record in [*counters[name]]):
             raise ValueError(f"{name} = {shown(counters[name])}")
@@ -622,7 +656,7 @@ def open_run(trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path) 
         seed_random_states(config.seed)
     rewind_log(trainer.log.path, trainer.position.get("log_bytes", 0))
     if trainer.log.path.exists():
-        tracking.rewind(folder, trainer.log.path)
+        tracking.rewind(folder, without_torn_line(trainer.log.path))
     write_json(folder / CONFIG, settings.recorded(config))
     write_json(folder / PROVENANCE, provenance)
 

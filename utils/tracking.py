@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from .errors import UserError
+from .text import shown
 
 # report_to value -> the package it needs; the extra of pyproject.toml has the same name.
 PACKAGES: dict[str, str | None] = {"csv": None, "tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -134,10 +135,42 @@ class CSVTracker:
         pass
 
 
-def rewind(output_dir: Path, log: Path) -> None:
-    """Drop the rows of the CSV files that a resumed run writes again: those not in its `log`."""
-    with log.open(encoding="utf-8") as lines:  # `splitlines` would also cut at U+2028
-        records = [json.loads(line) for line in lines]
+def read_log(log: Path, size: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The records in the first `size` bytes of training_log.jsonl, and where the last one ends.
+
+    Behind it may be the part of a line that a crash left: that is none.
+
+    Raises:
+        UserError: another line is no record.
+    """
+    lines = log.read_bytes()[:size].split(b"\n")  # `splitlines` would also cut at others
+    records, end, place = [], 0, 0
+    for number, line in enumerate(lines, start=1):
+        place += len(line)
+        record = as_record(line)
+        if record is not None:
+            records.append(record)
+            end = place
+        elif line.strip() and any(rest.strip() for rest in lines[number:]):
+            text = shown(line.decode(errors="replace"))
+            raise UserError(
+                f"{log}, line {number} is no record of a run: {text}; put it right or delete it, "
+                "and resume again"
+            )
+        place += 1  # the end of the line
+    return records, end
+
+
+def as_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("update"), int) else None
+
+
+def rewind(output_dir: Path, records: list[dict[str, Any]]) -> None:
+    """Drop the rows of the CSV files that a resumed run writes again: those not in its log."""
     left = Counter((str(record["update"]), record.get("split", "")) for record in records)
     for path in (output_dir / "metrics.csv", output_dir / "metrics_eval.csv"):
         if not path.exists():
