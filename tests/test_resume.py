@@ -1,10 +1,12 @@
 """Resuming: the state of a run, what the log says afterwards, what may change, what is kept."""
 
 import csv
+import hashlib
 import json
 import math
 import random
 import shutil
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from helpers import read_log, run_training, stop_after, timeless
 from test_training import RESUMED, snapshot
 
-from utils import checkpoints
+from utils import checkpoints, sources
 from utils.errors import UserError
 
 
@@ -200,6 +202,83 @@ def test_training_data_that_changed_is_refused(model_dir, data_dir, tmp_path):
     (data / "train.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     with pytest.raises(UserError, match=r"has changed since .*checkpoint-2 was written"):
         run_training(model_dir, data, tmp_path / "o", resume="auto", **settings)
+
+
+def mean_rewards(output):
+    return [r["reward_mean"] for r in read_log(output) if "loss" in r]
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_rewards_that_changed_are_said_and_on_record(model_dir, data_dir, tmp_path, capsys, edited):
+    """Not refused: a function that failed has to be mended before the run can go on."""
+    file, output = tmp_path / "mine.py", tmp_path / "o"
+    file.write_text("def reward(completion_ids, **_):\n    return [1.0] * len(completion_ids)\n")
+    settings = {"max_updates": 4, "max_new_tokens": 2, "reward_funcs": [f"{file}:reward"]}
+    run_training(model_dir, data_dir, output, stop_after(2), **settings)
+    if edited:
+        file.write_text(file.read_text().replace("1.0", "2.0"))
+    sys.modules.pop(f"reward_file:{file}")  # as a new process has it
+    capsys.readouterr()
+    assert run_training(model_dir, data_dir, output, resume="auto", **settings)[0] == 0
+    assert mean_rewards(output) == [1.0, 1.0, *[2.0 if edited else 1.0] * 2]
+    said = f"warning   the rewards of {file} have changed since checkpoint-4 was written"
+    assert capsys.readouterr().out.count(said) == edited
+    notes = [note for record in read_log(output) for note in record.get("notes", [])]
+    assert len(notes) == edited
+    provenance = json.loads((output / "provenance.json").read_text())
+    assert [*provenance["resumed"][0]["changed"]] == [str(file)] * edited
+    assert provenance["rewards_sha256"] == {
+        str(file): hashlib.sha256(file.read_bytes()).hexdigest()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [
+        ({"train_type": "lora"}, "the base of the adapters, has changed since .*checkpoint-4 was"),
+        ({"kl_coeff": 0.1}, "the reference, has changed since"),
+        ({}, ""),  # all weights are in the checkpoint
+    ],
+    ids=["lora", "full-with-reference", "full"],
+)
+def test_a_base_that_changed_is_refused(model_dir, data_dir, tmp_path, kind, refused):
+    """Its weights, not its shape: as after some more training of it."""
+    model, output = tmp_path / "model", tmp_path / "o"
+    shutil.copytree(model_dir, model)
+    settings = {"max_updates": 3, "max_new_tokens": 2, **kind}
+    run_training(model, data_dir, output, stop_after(1), **settings)
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()), indent=4))
+    run_training(model, data_dir, output, stop_after(2), resume="auto", **settings)
+    weights = dict(mx.load(str(model / "model.safetensors")))
+    mx.eval(weights)
+    moved = {name: weight * 1.001 for name, weight in weights.items()}
+    mx.save_safetensors(str(model / "model.safetensors"), moved, metadata={"format": "mlx"})
+    if not refused:
+        assert run_training(model, data_dir, output, resume="auto", **settings)[0] == 0
+        return
+    log = (output / "training_log.jsonl").read_bytes()
+    with pytest.raises(UserError, match=refused):
+        run_training(model, data_dir, output, resume="auto", **settings)
+    assert (output / "training_log.jsonl").read_bytes() == log
+
+
+def test_the_fingerprint_of_a_model_reads_a_little_of_everything(tmp_path):
+    """A large file by pieces: what was trained further differs in all of them."""
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    rng = np.random.default_rng(0)
+    weights = {"w": mx.array(rng.normal(size=(1500, 1000)).astype(np.float32))}
+    mx.save_safetensors(str(path), weights)
+    before, read = sources.of_model(tmp_path), sources.pieces(100, 100 + 6_000_000)
+    assert sum(count for _, count in read) == 16 * 2**16
+    assert (read[0][0], sum(read[-1])) == (100, 100 + 6_000_000)
+    mx.save_safetensors(str(path), weights)
+    assert sources.of_model(tmp_path) == before
+    mx.save_safetensors(str(path), {"w": weights["w"] + 1e-3})
+    assert sources.of_model(tmp_path) != before
+    path.rename(tmp_path / "model.safetensors")
+    assert sources.of_model(tmp_path) != before
 
 
 def test_the_csv_files_have_each_record_once(model_dir, data_dir, tmp_path):

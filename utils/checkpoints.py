@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import planning, runtime, settings, tracking
+from . import planning, rewarding, runtime, settings, tracking
 from .console import say
 from .errors import DiskError, RunError, UserError, disk_errors_named, readable
 from .lock import RunLock
@@ -495,12 +495,20 @@ def save(path: Path, trainer: Any) -> None:
             write_trained_model(folder, trainer, trainer.model, trainer.loaded.config)
         else:
             write_adapters(folder, trainer.model, trainer.loaded.adapter_config)
-        made_with = {"config": settings.recorded(trainer.args)}
-        made_with["data_sha256"] = trainer.data_sha256
+        made_with = {"config": settings.recorded(trainer.args), **fingerprints(trainer)}
         write_state(folder, trainer.position | made_with, arrays)
         seal(folder)
         if trainer.log.path.exists():
             _flush(trainer.log.path)  # the log must not be behind a checkpoint that counts on it
+
+
+def fingerprints(trainer: Any) -> dict[str, Any]:
+    """Of the data, the model that training starts from, and the files of own reward functions."""
+    return {
+        "data_sha256": trainer.data_sha256,
+        "model_sha256": trainer.loaded.fingerprint,
+        "rewards_sha256": rewarding.code(trainer.args),
+    }
 
 
 def refuse_broken(trainer: Any) -> None:
@@ -565,11 +573,7 @@ def restore(folder: Path, trainer: Any) -> None:
     counters, arrays = read_state(folder)
     check_position(counters, trainer)
     refuse_changes(counters.pop("config"), trainer.args)
-    if counters.pop("data_sha256") != trainer.data_sha256:
-        raise UserError(
-            f"resume: {trainer.args.dataset} has changed since {folder} was written: put the old "
-            "training data back, or start anew in another output_dir"
-        )
+    refuse_other_sources(counters, trainer, folder)
     trainer.position = counters
     trainer.log.history, trainer.log.pending = [*counters["history"]], [*counters["pending"]]
     trainer.log.watched, trainer.log.notes = counters["watched"], [*counters["notes"]]
@@ -592,6 +596,28 @@ def restore(folder: Path, trainer: Any) -> None:
     if parts["old"]:
         trainer.model_old = trainer.copy_policy()
         load_weights(trainer.model_old, parts["old"])
+
+
+def refuse_other_sources(before: dict[str, Any], trainer: Any, folder: Path) -> None:
+    """Data, and a base or reference, that the checkpoint does not belong to.
+
+    Own reward functions may change, since one that failed has to be mended (`resumptions` says so).
+    """
+    now = fingerprints(trainer)
+    if not isinstance(before.pop("rewards_sha256", {}), dict):
+        raise ValueError("rewards_sha256 is no table")
+    if before.pop("data_sha256") != now["data_sha256"]:
+        raise UserError(
+            f"resume: {trainer.args.dataset} has changed since {folder} was written: put the old "
+            "training data back, or start anew in another output_dir"
+        )
+    part = "reference" if trainer.loaded.train_type == "full" else "base of the adapters"
+    used = part != "reference" or trainer.ref_model is not None  # or all weights are in the folder
+    if before.pop("model_sha256", now["model_sha256"]) != now["model_sha256"] and used:
+        raise UserError(
+            f"resume: {trainer.args.model_name}, the {part}, has changed since {folder} was "
+            "written: put the old model back, or start anew in another output_dir"
+        )
 
 
 def check_position(counters: dict[str, Any], trainer: Any) -> None:
@@ -646,7 +672,7 @@ def open_run(trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path) 
     provenance: dict[str, Any] = {
         **runtime.provenance(repo),
         "seed": config.seed,
-        "data_sha256": trainer.data_sha256,
+        **fingerprints(trainer),
     }
     if resume_from is not None:
         provenance["resumed"] = resumptions(trainer, resume_from, folder)
@@ -663,11 +689,18 @@ def open_run(trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path) 
 
 def resumptions(trainer: Any, resume_from: Path, folder: Path) -> list[dict[str, Any]]:
     """For the record: where this run and those before it went on, and with what changed."""
-    before = json.loads((resume_from / STATE).read_text(encoding="utf-8"))["config"]
-    changed = {n: v for n, v in changes(before, trainer.args).items() if n != "resume"}
+    before = json.loads((resume_from / STATE).read_text(encoding="utf-8"))
+    changed = {n: v for n, v in changes(before["config"], trainer.args).items() if n != "resume"}
     say(f"resume    {resume_from} at update {trainer.update_step}")
     for name, (old, new) in changed.items():
         say(f"          {name} was {old!r}, is {new!r}")
+    rewards = before.get("rewards_sha256", {})
+    for name, new in rewarding.code(trainer.args).items():
+        if (old := rewards.get(name, new)) != new:
+            changed[name] = old, new
+            text = f"the rewards of {name} have changed since {resume_from.name} was written"
+            say(f"warning   {text}")
+            trainer.log.notes.append(f"update {trainer.update_step}: {text}")
     earlier: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError, LookupError):
         earlier = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["resumed"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import checks, datafiles, hf_config, memory
+from . import checks, datafiles, hf_config, memory, sources
 from .errors import RunError, UserError, panics_as_errors
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
 
@@ -193,6 +193,8 @@ class LoadedModel:
     config: dict[str, Any]
     folder: Path
     train_type: str
+    fingerprint: str = ""
+    """Of the files (utils/sources.py)."""
     adapter_config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -267,7 +269,8 @@ def load_model(config: Any) -> LoadedModel:
         kind, where = (UserError, local) if local else (RunError, f"{config.model_name} (hub)")
         raise kind(f"model {where} cannot be loaded: {reason(error)}") from error
     train_type = choose_train_type(config, model)
-    loaded = LoadedModel(model, tokenizer, model_config, folder, train_type)
+    fingerprint = sources.of_model(folder)
+    loaded = LoadedModel(model, tokenizer, model_config, folder, train_type, fingerprint)
     if train_type != "full":
         add_adapters(config, loaded)
         prefix.narrow_adapters(model)

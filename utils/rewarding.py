@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from . import sources
 from .errors import UserError
 from .reward_calls import TrainerState, described, takes_parts, waits
 from .text import shown
@@ -25,6 +26,8 @@ ONLY_SETTINGS = {
     "trust_remote_code": "trust_remote_code",
 }
 Rewards = dict[str, Callable[..., Any]]
+CODE: dict[str, str] = {}
+"""SHA-256 of each file that own functions are from, as it was when it was imported."""
 
 
 def load_rewards(config: Any, builtin: Rewards) -> Rewards:
@@ -139,7 +142,10 @@ def import_reward_module(spec: str, source: str) -> Any:
     name = f"reward_file:{Path(source).resolve()}"  # a name that hides no other module
     try:
         if not source.endswith(".py"):
-            return importlib.import_module(source)
+            module = importlib.import_module(source)
+            if module.__file__:
+                CODE.setdefault(source, sources.of_file(Path(module.__file__)))
+            return module
         if name in sys.modules:
             return sys.modules[name]
         module_spec = importlib.util.spec_from_file_location(name, source)
@@ -147,11 +153,18 @@ def import_reward_module(spec: str, source: str) -> Any:
         assert module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[name] = module  # before its code runs: dataclasses look there
+        CODE[source] = sources.of_file(Path(source))
         module_spec.loader.exec_module(module)
     except Exception as error:  # someone else's code: whatever it raises, say which reward it was
         sys.modules.pop(name, None)
         raise UserError(f"reward {spec!r} cannot be imported: {described(error)}") from error
     return module
+
+
+def code(config: Any) -> dict[str, str]:
+    """What own functions of `reward_funcs` are from, with its SHA-256."""
+    named = (spec.rpartition(":")[0] for spec in config.reward_funcs)
+    return {source: CODE[source] for source in named if source in CODE}
 
 
 def call(
