@@ -22,15 +22,11 @@ what changes only where, how fast or how it looks; everything that changes the m
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import math
-import os
 import re
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -41,32 +37,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or not __package__:
-    from utils import batching, caches, checkpoints, checks, console, curriculum
-    from utils import datafiles, loading, nucleus, out_of_memory, planning
-    from utils import reward_functions, rewarding, rollouts, runtime, settings, stopping, templates
-    from utils import tracking, views
+    from utils import batching, cadence, caches, checkpoints, checks, console, curriculum
+    from utils import datafiles, launch, loading, nucleus, out_of_memory, planning
+    from utils import reward_functions, rewarding, rollouts, runtime, settings, stopping
+    from utils import templates, views
     from utils.console import say
-    from utils.errors import RunError, UserError
     from utils.loading import LoadedModel, load_model
+    from utils.meter import timed
     from utils.reward_calls import RewardCalls
     from utils.run_settings import RunSettings
     from utils.runlog import RunLog, rollout_metrics
     from utils.stop_rule import StopRule
-    from utils.text import redact
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
-    from .utils import batching, caches, checkpoints, checks, console, curriculum
-    from .utils import datafiles, loading, nucleus, out_of_memory, planning
-    from .utils import reward_functions, rewarding, rollouts, runtime, settings, stopping, templates
-    from .utils import tracking, views
+    from .utils import batching, cadence, caches, checkpoints, checks, console, curriculum
+    from .utils import datafiles, launch, loading, nucleus, out_of_memory, planning
+    from .utils import reward_functions, rewarding, rollouts, runtime, settings, stopping
+    from .utils import templates, views
     from .utils.console import say
-    from .utils.errors import RunError, UserError
     from .utils.loading import LoadedModel, load_model
+    from .utils.meter import timed
     from .utils.reward_calls import RewardCalls
     from .utils.run_settings import RunSettings
     from .utils.runlog import RunLog, rollout_metrics
     from .utils.stop_rule import StopRule
-    from .utils.text import redact
     from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 
 # Before MLX is imported: its CPU wheel bundles a BLAS that is 15 to 50 times slower.
@@ -396,6 +390,11 @@ class Scores:
     weights: np.ndarray  # (F,)
     penalty: np.ndarray | float = 0.0  # (P, G) taken off the reward
     eps: float = 1e-4  # added to a standard deviation
+
+    def put(self, groups: np.ndarray, other: Scores) -> None:
+        """Replace some groups (indices) by those of another rollout."""
+        for name in ("responses", "rewards", "lengths", "values"):
+            getattr(self, name)[groups] = getattr(other, name)
 
 
 def centred(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1089,89 +1088,94 @@ class MLXGRPOTrainer:
             batch["entropy_weight"] = mx.array(a.entropy_coeff / trained)
         return batches
 
-    def roll_out(self, batch: np.ndarray, took: dict[str, float]) -> Scores:
+    def roll_out(self, batch: np.ndarray, metrics: dict[str, float]) -> Scores:
         """Completions and their scores for each row (index) of the training set."""
-        start, shape = time.perf_counter(), (len(batch), self.args.num_generations)
-        responses = self.generate_responses(batch.tolist())
-        sampled = time.perf_counter()
+        shape = len(batch), self.args.num_generations  # (P, G)
         rows = [self.train_dataset[i] for i in batch for _ in range(shape[1])]
-        rewards, values = self.compute_rewards(rows, responses)
+        with timed(metrics, "seconds_rollout"):
+            responses = self.generate_responses(batch.tolist())
+        with timed(metrics, "seconds_rewards"):
+            rewards, values = self.compute_rewards(rows, responses)
         lengths = np.array([len(response.ids) for response in responses])
-        took["seconds_rollout"] += sampled - start
-        took["seconds_rewards"] += time.perf_counter() - sampled
-        took["tokens_sampled"] += float(lengths.sum())
-        parts = np.stack(list(values.values()), axis=-1).reshape(*shape, -1)
-        weights = np.array(self.args.reward_weights or [1.0] * len(values))
-        samples = np.array(responses, dtype=object).reshape(shape)
-        return Scores(samples, rewards.reshape(shape), lengths.reshape(shape), parts, weights)
+        metrics["tokens_sampled"] += float(lengths.sum())
+        return Scores(
+            responses=np.array(responses, dtype=object).reshape(shape),
+            rewards=rewards.reshape(shape),
+            lengths=lengths.reshape(shape),
+            values=np.stack(list(values.values()), axis=-1).reshape(*shape, -1),
+            weights=np.array(self.args.reward_weights or [1.0] * len(values)),
+        )
 
-    def collect(self, batch: np.ndarray) -> tuple[Scores, dict[str, float], int]:
-        """Roll out the prompts of an update: also what that took, and the position in the stream.
+    def collect(self, batch: np.ndarray, metrics: dict[str, float]) -> tuple[Scores, int]:
+        """Roll out the prompts of an update: their scores, and the position in the stream.
 
         With dynamic sampling (DAPO), groups without variance give their places in `batch` to the
         next prompts of the stream, until none is left or the rounds are used up.
         """
-        took = {"seconds_rollout": 0.0, "seconds_rewards": 0.0, "tokens_sampled": 0.0}
-        position, used = self.drawn, set(batch.tolist())
-        if self.args.dynamic_sampling:
-            _, position = self.order.draw(len(batch), position, set())
-            took["resampled_prompts"] = 0.0
-        scores = self.roll_out(batch, took)
+        scores, position = self.roll_out(batch, metrics), self.drawn
+        if not self.args.dynamic_sampling:
+            return scores, position
+        used = set(batch.tolist())
+        _, position = self.order.draw(len(batch), position, set())
+        metrics["resampled_prompts"] = 0.0
         for _ in range(self.args.dynamic_sampling):
             dull = np.flatnonzero(~has_signal(scores.rewards))
             rows, position = self.order.draw(len(dull), position, used)
             if not rows:
                 break
-            places, found = dull[: len(rows)], self.roll_out(np.array(rows), took)
+            places = dull[: len(rows)]
             batch[places] = rows
-            for name in ("responses", "rewards", "lengths", "values"):
-                getattr(scores, name)[places] = getattr(found, name)
-            took["resampled_prompts"] += len(rows)
+            scores.put(places, self.roll_out(np.array(rows), metrics))
+            metrics["resampled_prompts"] += len(rows)
             self.reward_calls.extras = {}  # they are of the rows of one round
-        return scores, took, position
+        return scores, position
 
     def train_step(self, batch: list[int]) -> list[dict[str, Any]]:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
         a, first, prompts = self.args, self.update_step, np.array(batch)
+        metrics = {"tokens_sampled": 0.0}
         self.log.meter.start("rollout")
-        scores, metrics, position = self.collect(prompts)
-        responses = scores.responses.reshape(-1).tolist()
+        scores, position = self.collect(prompts, metrics)
         rows = [self.train_dataset[i] for i in prompts for _ in range(a.num_generations)]
+        responses = scores.responses.reshape(-1).tolist()
         self.log.meter.start("gradient")
-        start = time.perf_counter()
-        moments = running_moments(self.reward_moments, scores.rewards)
-        if self.ref_model is not None and a.kl_placement == "reward":
-            kl = self.kl_of(rows, responses)
-            scores.penalty = self.kl_coeff * kl.reshape(scores.rewards.shape)
-            metrics["kl"] = kl.sum() / scores.lengths.sum()
-        advantages = estimate_advantages(scores, moments, a)  # (P, G)
-        metrics |= rollout_metrics(scores, advantages, self.reward_funcs)
-        metrics |= self.reward_calls.metrics
-        cut = [a.mask_truncated_completions and r.finish_reason == "length" for r in responses]
-        trained = np.where(cut, np.nan, advantages.reshape(-1))
-
-        def cut_up() -> list[dict[str, mx.array]]:
-            return self.select_tokens(self.micro_batches(rows, responses, trained))
-
-        micro_batches = cut_up()
-        left = min(a.num_iterations, self.total_updates - first)
-        work = partial(self.update, micro_batches, tokens=metrics["tokens"])
-        records = [
-            out_of_memory.updated(self, partial(work, iteration), micro_batches, cut_up)
-            for iteration in range(left)
-        ]
-        metrics |= {
-            "tokens_per_second": metrics.pop("tokens_sampled") / metrics["seconds_rollout"],
-            "seconds_gradient": time.perf_counter() - start,
-        }
+        with timed(metrics, "seconds_gradient"):
+            moments = running_moments(self.reward_moments, scores.rewards)
+            if self.ref_model is not None and a.kl_placement == "reward":
+                kl = self.kl_of(rows, responses)
+                scores.penalty = self.kl_coeff * kl.reshape(scores.rewards.shape)
+                metrics["kl"] = kl.sum() / scores.lengths.sum()
+            advantages = estimate_advantages(scores, moments, a)  # (P, G)
+            metrics |= rollout_metrics(scores, advantages, self.reward_funcs)
+            metrics |= self.reward_calls.metrics
+            cut = [a.mask_truncated_completions and r.finish_reason == "length" for r in responses]
+            trained = np.where(cut, np.nan, advantages.reshape(-1))
+            records = self.updates(rows, responses, trained, metrics["tokens"])
+        metrics["tokens_per_second"] = metrics.pop("tokens_sampled") / metrics["seconds_rollout"]
         records = [record | metrics for record in records]
-        if first == 0:
-            planning.recalibrate(self, micro_batches)
         # Nothing can stop this update any more: what the next one builds on changes now.
         self.drawn, self.reward_moments = position, moments
         self.move_reference(first, records, len(responses))
         shown = zip(rows, responses, scores.rewards.reshape(-1), strict=True)
         self.shown = list(shown)[: a.log_completions]
+        return records
+
+    def updates(
+        self, rows: list[dict], responses: list[Completion], advantages: np.ndarray, tokens: float
+    ) -> list[dict[str, Any]]:
+        """`num_iterations` updates on a rollout of B completions with their (B,) advantages."""
+
+        def cut_up() -> list[dict[str, mx.array]]:
+            return self.select_tokens(self.micro_batches(rows, responses, advantages))
+
+        first, micro_batches = self.update_step, cut_up()
+        work = partial(self.update, micro_batches, tokens=tokens)
+        records = [
+            out_of_memory.updated(self, partial(work, iteration), micro_batches, cut_up)
+            for iteration in range(min(self.args.num_iterations, self.total_updates - first))
+        ]
+        if first == 0:
+            planning.recalibrate(self, micro_batches)
         return records
 
     def move_reference(self, first: int, records: list[dict[str, Any]], completions: int) -> None:
@@ -1180,7 +1184,7 @@ class MLXGRPOTrainer:
         if a.kl_target and kl is not None and math.isfinite(kl):
             records[-1]["kl_coeff"] = self.kl_coeff
             self.kl_coeff = adapted(self.kl_coeff, kl, a.kl_target, completions / a.kl_horizon)
-        if self.ref_model is not None and due(a.ref_sync_updates, first, self.update_step):
+        if self.ref_model is not None and cadence.due(a.ref_sync_updates, first, self.update_step):
             mixed = tree_map(
                 lambda p, r: (a.ref_sync_alpha * p + (1 - a.ref_sync_alpha) * r).astype(r.dtype),
                 self.master,
@@ -1254,8 +1258,7 @@ class MLXGRPOTrainer:
         model: nn.Module | None = None,
     ) -> tuple[list[dict[str, Any]], list[Completion]]:
         """A fixed subset of `samples` rows (0: all), and one completion of each."""
-        order = np.random.default_rng(0).permutation(len(dataset))  # the same for every seed
-        rows = [dataset[i] for i in order[: samples or len(dataset)]]
+        rows = cadence.subset(dataset, samples)
         how = self.sampling_with(temperature, self.args.eval_max_new_tokens)
         keys = [row_key(self.args.seed, 1, i) for i in range(len(rows))]
         return rows, self.sample(model or self.model, rows, keys, how)
@@ -1275,17 +1278,7 @@ class MLXGRPOTrainer:
 
     def evaluate(self, split: str = "test") -> float:
         """Evaluate on the fixed subset of a split, log it, return the score (NaN: no questions)."""
-        train = split == "train"
-        dataset = self.train_dataset if train else self.eval_dataset
-        samples = self.args.eval_subset_size if train else self.args.eval_samples
-        if not (dataset and samples):
-            return math.nan
-        result = self.score(dataset, samples)
-        counters = {"update": self.update_step, "batch_step": self.step, "split": split}
-        self.log.evaluation(counters | result)
-        if self.args.save_best and not train:
-            checkpoints.keep_best(self)
-        return result["em"]
+        return cadence.evaluate(self, split)
 
     def train(self) -> int:
         """Evaluate, update until the schedule ends, evaluate, save. Returns the exit code."""
@@ -1302,11 +1295,6 @@ class MLXGRPOTrainer:
                 self.elapsed = run.seconds()
                 self.mark((before, records))
                 self.after_update(before, records)
-                if self.bad_updates >= 5:
-                    raise RunError(
-                        "five updates in a row were not finite: lower the learning rate, or "
-                        "try dtype = float32"
-                    )
             stopping.finish(self, run.reason)
         return run.exit_code
 
@@ -1317,25 +1305,7 @@ class MLXGRPOTrainer:
 
     def after_update(self, before: tuple[int, int], records: list[dict]) -> None:
         """Log, evaluate and save whatever falls due between the counters `before` and now."""
-        a, (step, update) = self.args, before
-        if update == 0 and self.loaded.train_type == "full":
-            console.warn_of_kl(records[0]["kl"])
-        self.log.pending += records
-        self.log.watch(records)
-        self.bar.update(self.update_step - update)
-        self.bar.set_postfix_str(console.progress_text(records[-1], self.log))
-        if due(a.logging_steps, step, self.step):
-            self.log.training(self.step, self.elapsed)
-            self.log.completions(self.shown, self.reward_calls.extras)
-        if due(a.eval_every_updates, update, self.update_step):
-            self.evaluate("train")
-        last = self.update_step >= self.total_updates  # after it, the run ends with an evaluation
-        if due(a.eval_steps, step, self.step) and not last:
-            self.evaluate("test")
-        self.mark()
-        if due(a.save_steps, step, self.step) and self.saved_at < self.update_step:
-            self.save_checkpoint(self.output_dir / f"checkpoint-{self.step}")
-            checkpoints.prune(self.output_dir, a.save_total_limit, a.max_ckpt_gb)
+        cadence.after_update(self, before, records)
 
     def save_checkpoint(self, path: Path) -> None:
         """A complete model folder (or adapters in mlx-lm's format) with the trainer's state."""
@@ -1344,42 +1314,11 @@ class MLXGRPOTrainer:
         self.saved_at = self.update_step
 
 
-def due(every: int, before: int, now: int) -> bool:
-    """Whether an action of every so many steps falls due between two counts (0: never)."""
-    return every > 0 and now // every > before // every
-
-
 def read_config(path: str | None, overrides: Sequence[str]) -> MLXGRPOConfig:
     """Settings from defaults, TOML file and overrides, all checked."""
     config = settings.resolve(MLXGRPOConfig, Path(path or ROOT / "configs/default.toml"), overrides)
-    checks.refuse_dead_settings(config, config.train_type)
-    for name in ("model_name", "dataset", "output_dir", "adapter_path", "resume", "chat_template"):
-        setattr(config, name, os.path.expanduser(getattr(config, name)))
-    template = config.chat_template
-    if template not in ("", "plain") and not Path(template).is_file():
-        raise UserError(f"chat_template = {template!r} is neither a file nor plain")
-    tracking.check_available(config.report_to)
+    launch.check_surroundings(config)
     return config
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="mlx-grpo.py",
-        description="Teach a language model to reason by GRPO, on MLX.",
-        epilog="Settings (in the TOML file, or --set key=value):\n"
-        + (settings.help_text(MLXGRPOConfig) if {"-h", "--help"} & {*(argv or sys.argv)} else ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    chosen = os.environ.get("MLX_GRPO_CONFIG")
-    also = "TOML file (default: $MLX_GRPO_CONFIG, then configs/default.toml)"
-    add("--config", default=chosen, help=also)
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    add("--dry-run", action="store_true", help="print settings and memory plan, write nothing")
-    again = "go on from the newest whole checkpoint of output_dir, or from this one"
-    add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=again)
-    add("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
 
 
 def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
@@ -1396,43 +1335,18 @@ def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
 
 def start(config: MLXGRPOConfig, command: str) -> int:
     """Train from the settings to `final/`. Returns the exit code."""
-    output_dir = Path(config.output_dir)
-    with checkpoints.RunLock(output_dir) as lock:
-        checkpoints.check_output(output_dir, command, config)
-        if config.resume == "auto" and checkpoints.is_finished(output_dir, config):
-            say(f"finished  the run in {output_dir} was complete: see {output_dir / 'final'}")
-            return 0
-        resume_from = checkpoints.to_resume(output_dir, config.resume) if config.resume else None
-        trainer = build_trainer(config, command)
-        console.introduce(trainer, BLAS)
-        if resume_from:
-            checkpoints.load(resume_from, trainer)
-        checkpoints.open_run(trainer, lock, resume_from, ROOT)
-        trainer.log.tracker = tracking.make_tracker(
-            config.report_to, output_dir, config.run_name, settings.recorded(config)
-        )
-        try:
-            return trainer.train()
-        finally:
-            trainer.log.tracker.close()
+    return launch.start(config, command, build_trainer, BLAS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 1 (failed run), 2 (bad input), 130 (Ctrl-C), 143 (SIGTERM)."""
-    arguments = parse_arguments(argv)
-    overrides = [*arguments.set, *([f"resume={arguments.resume}"] if arguments.resume else [])]
-    command = console.command_line(__file__, arguments.config, arguments.set)
-    try:
-        with stopping.signals_raise():
-            config = read_config(arguments.config, overrides)
-            return planning.dry_run(config) if arguments.dry_run else start(config, command)
-    except (UserError, RunError) as error:
-        if arguments.debug:
-            print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as stop:
-        return stopping.left_at_once(stop)
+    given = launch.parse_arguments(argv, MLXGRPOConfig, __file__)
+
+    def work() -> int:
+        config = read_config(given.config, given.overrides)
+        return planning.dry_run(config) if given.dry_run else start(config, given.command)
+
+    return launch.exit_code_of(work, given.debug)
 
 
 if __name__ == "__main__":

@@ -167,16 +167,13 @@ def resolve(args: argparse.Namespace) -> tuple[Any, str]:
 
 def read_questions(args: argparse.Namespace, config: Any) -> list[dict[str, Any]]:
     """The split, or the same fixed subset of it that the trainer evaluates on."""
-    import numpy as np
+    from .cadence import subset
 
     rows = load_script().load_questions(config, args.split)
     if args.samples and args.samples > len(rows):
         raise UserError(f"--samples {args.samples}: {config.dataset} ({args.split}) holds only "
                         f"{len(rows)} questions")  # fmt: skip
-    if not args.samples:
-        return rows
-    order = np.random.default_rng(0).permutation(len(rows))  # as MLXGRPOTrainer.answers
-    return [rows[i] for i in order[: args.samples]]
+    return subset(rows, args.samples) if args.samples else rows
 
 
 def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size: int) -> Any:

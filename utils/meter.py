@@ -1,8 +1,19 @@
-"""What memory a run takes, by phase: peaks for the log, and for the plan after the first update."""
+"""Time and memory of a run by phase: for the log, and for the plan after the first update."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 GB = 1e9
+
+
+@contextmanager
+def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds that the block takes to `metrics[name]`."""
+    start = time.perf_counter()
+    yield
+    metrics[name] = metrics.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass

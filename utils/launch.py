@@ -1,0 +1,96 @@
+"""The command line of mlx-grpo.py: its arguments, the folder of a run, how an error is told."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import checkpoints, checks, console, settings, stopping, tracking
+from .console import say
+from .errors import RunError, UserError
+from .text import redact
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_arguments(
+    argv: Sequence[str] | None, config_class: type, script: str
+) -> argparse.Namespace:
+    """`overrides` has --set and --resume, and `command` what to type for the same run again."""
+    asked = {"-h", "--help"} & {*(argv or sys.argv)}
+    parser = argparse.ArgumentParser(
+        prog="mlx-grpo.py",
+        description="Teach a language model to reason by GRPO, on MLX.",
+        epilog="Settings (in the TOML file, or --set key=value):\n"
+        + (settings.help_text(config_class) if asked else ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    chosen = os.environ.get("MLX_GRPO_CONFIG")
+    also = "TOML file (default: $MLX_GRPO_CONFIG, then configs/default.toml)"
+    add("--config", default=chosen, help=also)
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    add("--dry-run", action="store_true", help="print settings and memory plan, write nothing")
+    again = "go on from the newest whole checkpoint of output_dir, or from this one"
+    add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=again)
+    add("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args(argv)
+    resume = [f"resume={arguments.resume}"] if arguments.resume else []
+    arguments.overrides = [*arguments.set, *resume]
+    arguments.command = console.command_line(script, arguments.config, arguments.set)
+    return arguments
+
+
+def check_surroundings(config: Any) -> None:
+    """Expand `~` in paths, and refuse what has no effect here, no file, or no package."""
+    checks.refuse_dead_settings(config, config.train_type)
+    for name in ("model_name", "dataset", "output_dir", "adapter_path", "resume", "chat_template"):
+        setattr(config, name, os.path.expanduser(getattr(config, name)))
+    template = config.chat_template
+    if template not in ("", "plain") and not Path(template).is_file():
+        raise UserError(f"chat_template = {template!r} is neither a file nor plain")
+    tracking.check_available(config.report_to)
+
+
+def start(
+    config: Any, command: str, build_trainer: Callable[[Any, str], Any], blas: str | None
+) -> int:
+    """Train in the run's folder, which is locked, new or gone on with. Returns the exit code."""
+    output_dir = Path(config.output_dir)
+    with checkpoints.RunLock(output_dir) as lock:
+        checkpoints.check_output(output_dir, command, config)
+        if config.resume == "auto" and checkpoints.is_finished(output_dir, config):
+            say(f"finished  the run in {output_dir} was complete: see {output_dir / 'final'}")
+            return 0
+        resume_from = checkpoints.to_resume(output_dir, config.resume) if config.resume else None
+        trainer = build_trainer(config, command)
+        console.introduce(trainer, blas)
+        if resume_from:
+            checkpoints.load(resume_from, trainer)
+        checkpoints.open_run(trainer, lock, resume_from, ROOT)
+        trainer.log.tracker = tracking.make_tracker(
+            config.report_to, output_dir, config.run_name, settings.recorded(config)
+        )
+        try:
+            exit_code: int = trainer.train()
+        finally:
+            trainer.log.tracker.close()
+    return exit_code
+
+
+def exit_code_of(work: Callable[[], int], debug: bool) -> int:
+    """What `work` returns; 2 (bad input), 1 (failed run), 130 (Ctrl-C), 143 (SIGTERM) if it ends
+    by an error or a signal, which are told in a line."""
+    try:
+        with stopping.signals_raise():
+            return work()
+    except (UserError, RunError) as error:
+        if debug:
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as stop:
+        return stopping.left_at_once(stop)
