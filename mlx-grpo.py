@@ -1064,14 +1064,19 @@ class MLXGRPOTrainer:
 
     def kl_of(self, rows: list[dict], responses: list[Completion]) -> np.ndarray:
         """(B,) KL between policy and reference of each completion, summed over its tokens."""
-        total = np.zeros(len(rows))
-        for batch in self.micro_batches(rows, responses, np.ones(len(rows))):
-            self.pulse("scoring")
-            self.add_reference(batch)
-            x = mx.clip(batch["ref_logprobs"] - self.rescored(self.model, batch)[0], -20, 20)
-            sums: Any = (KL[self.args.kl_estimator](x) * batch["mask"]).sum(axis=1)
-            np.add.at(total, np.array(batch["row"], int), np.array(sums))
-        return total
+
+        def summed(batches: list[dict[str, mx.array]]) -> np.ndarray:
+            total = np.zeros(len(rows))
+            for batch in batches:
+                self.pulse("scoring")
+                self.add_reference(batch)
+                x = mx.clip(batch["ref_logprobs"] - self.rescored(self.model, batch)[0], -20, 20)
+                sums: Any = (KL[self.args.kl_estimator](x) * batch["mask"]).sum(axis=1)
+                np.add.at(total, np.array(batch["row"], int), np.array(sums))
+            return total
+
+        cut_up = partial(self.micro_batches, rows, responses, np.ones(len(rows)))
+        return out_of_memory.scored(self, cut_up, summed)
 
     def select_tokens(self, batches: list[dict[str, mx.array]]) -> list[dict[str, mx.array]]:
         """Mark the update's tokens of highest entropy (arXiv:2506.01939); share out the bonus."""
@@ -1164,10 +1169,8 @@ class MLXGRPOTrainer:
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray, tokens: float
     ) -> list[dict[str, Any]]:
         """`num_iterations` updates on a rollout of B completions with their (B,) advantages."""
-
-        def cut_up() -> list[dict[str, mx.array]]:
-            return self.select_tokens(self.micro_batches(rows, responses, advantages))
-
+        batches = partial(self.micro_batches, rows, responses, advantages)
+        cut_up = partial(out_of_memory.scored, self, batches, self.select_tokens)
         first, micro_batches = self.update_step, cut_up()
         work = partial(self.update, micro_batches, tokens=tokens)
         records = [

@@ -20,12 +20,13 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 from conftest import ROOT, load_script
-from helpers import read_log, run_training, stop_after, timeless, write_toml
+from helpers import flat, read_log, run_training, stop_after, timeless, write_toml
 from mlx.utils import tree_map
 from test_bad_input import lose_the_right_to_write_everywhere
+from test_resume import both
 from test_training import poison, snapshot
 
-from utils import checkpoints, lock, watchdog
+from utils import checkpoints, lock, scoring, watchdog
 from utils.errors import DiskError, RunError, UserError
 
 SCRIPT = ROOT / "mlx-grpo.py"
@@ -529,6 +530,16 @@ OUT_OF_MEMORY = (
 def starve(monkeypatch, stage, most):
     """Memory runs out for more than so many rows at once."""
     grpo = load_script()
+    if stage == "scoring":
+        rescored = grpo.MLXGRPOTrainer.rescored
+
+        def starved(self, model, batch, *rest):
+            if len(batch["mask"]) > most:
+                raise RuntimeError(OUT_OF_MEMORY)
+            return rescored(self, model, batch, *rest)
+
+        monkeypatch.setattr(grpo.MLXGRPOTrainer, "rescored", starved)
+        return lambda trainer: None
     if stage == "rollout":
         sample = grpo.sample_batch
 
@@ -573,10 +584,60 @@ def test_out_of_memory_halves_and_goes_on(
     assert trainer.update_step == 4
 
 
-@pytest.mark.parametrize("stage", ["rollout", "gradient"])
-def test_out_of_memory_again_stops_with_advice(
-    model_dir, data_dir, tmp_path, ends_well, monkeypatch, stage
+SCORED = {
+    "kl-in-reward": {"kl_coeff": 0.1, "kl_placement": "reward"},
+    "kl-in-loss": {"kl_coeff": 0.1},
+    "entropies": {"top_entropy_quantile": 0.5},
+}
+
+
+@pytest.mark.parametrize("what", SCORED)
+def test_out_of_memory_before_the_gradient(model_dir, data_dir, tmp_path, monkeypatch, what):
+    """What is scored without a gradient is cut smaller as well, and once is enough."""
+    settings = RUN | SCORED[what]
+    run_training(model_dir, data_dir, tmp_path / "whole", **settings)
+    starve(monkeypatch, "scoring", 5)
+    assert run_training(model_dir, data_dir, tmp_path / "o", **settings)[0] == 0
+    log, expected = timeless(tmp_path / "o"), timeless(tmp_path / "whole")
+    notes = [note for record in log for note in record.pop("notes", [])]
+    assert len(notes) == 1
+    assert "out of memory, then micro_batch_tokens = " in notes[0]
+    for record, before in zip(log, expected, strict=True):
+        for name in {"loss", "grad_norm", "em", *(["kl"] if "kl_coeff" in settings else [])} & {
+            *record
+        }:
+            assert record[name] == pytest.approx(before[name], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["plain-way", "shared-prompts"])
+def test_out_of_memory_in_the_check_before_the_first_update(
+    model_dir, data_dir, tmp_path, monkeypatch, capsys, once
 ):
+    """What could not be compared is left out; what cannot be left out is tried once more."""
+    if once:
+        check, errors = scoring.splitting_problem, [RuntimeError(OUT_OF_MEMORY)]
+        monkeypatch.setattr(
+            scoring,
+            "splitting_problem",
+            lambda *words: fail(errors.pop()) if errors else check(*words),
+        )
+    else:
+        out = RuntimeError(OUT_OF_MEMORY)
+        monkeypatch.setattr(scoring, "gradient_of_first", lambda *_: fail(out))
+    code, trainer = run_training(model_dir, data_dir, tmp_path / "o", **RUN)
+    assert (code, trainer.scorer.splits, trainer.scorer.shares) == (0, True, once)
+    said = capsys.readouterr().out
+    assert ("every completion reads its own prompt: memory ran out in" in said) == (not once)
+
+
+@pytest.mark.parametrize("stage", ["rollout", "gradient", "scoring"])
+def test_out_of_memory_again_stops_with_advice(
+    model_dir, data_dir, tmp_path, monkeypatch, capsys, stage
+):
+    """The resumed run, with more memory or not, begins with the size that was last tried."""
+    settings = RUN | (SCORED["kl-in-loss"] if stage == "scoring" else {})
+    _, unharmed = run_training(model_dir, data_dir, tmp_path / "whole", **settings)
+    size = "rollout_batch_size" if stage == "rollout" else "micro_batch_tokens"
     with monkeypatch.context() as patch:
         act = before(3, "train_step", lambda: starve(patch, stage, 1)(trainers[0]))
         trainers = []
@@ -585,10 +646,29 @@ def test_out_of_memory_again_stops_with_advice(
             trainers.append(trainer)
             act(trainer)
 
-        size = "rollout_batch_size" if stage == "rollout" else "micro_batch_tokens"
         with pytest.raises(RunError, match=f"out of memory, also with .*: set {size} lower still"):
-            run_training(model_dir, data_dir, tmp_path / "o", prepare, **RUN)
-    ends_well()
+            run_training(model_dir, data_dir, tmp_path / "o", prepare, **settings)
+    tried = getattr(trainers[0].plan, size)
+    capsys.readouterr()
+    settings["resume"] = "auto"
+    code, resumed = run_training(model_dir, data_dir, tmp_path / "o", **settings)
+    assert (code, getattr(resumed.plan, size), resumed.plan.halved) == (0, tried, (size,))
+    assert f"plan      {size} = {tried}, since memory ran out" in capsys.readouterr().out
+    for name, weights in flat(resumed.model.parameters()).items():
+        expected = flat(unharmed.model.parameters())[name]
+        assert mx.allclose(weights, expected, atol=1e-4), name
+
+
+def test_a_size_that_is_set_on_resuming_counts(model_dir, data_dir, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        prepare = starve(patch, "rollout", 5)
+        run_training(model_dir, data_dir, tmp_path / "o", both(prepare, stop_after(2)), **RUN)
+    for given, expected in ((0, 4), (6, 6)):
+        settings = RUN | {"resume": "auto", "rollout_batch_size": given}
+        folder = tmp_path / str(given)
+        shutil.copytree(tmp_path / "o", folder)
+        _, resumed = run_training(model_dir, data_dir, folder, **settings)
+        assert resumed.plan.rollout_batch_size == expected
 
 
 def test_an_error_that_nobody_foresaw(model_dir, data_dir, tmp_path, ends_well, capsys):

@@ -496,6 +496,7 @@ def save(path: Path, trainer: Any) -> None:
         else:
             write_adapters(folder, trainer.model, trainer.loaded.adapter_config)
         made_with = {"config": settings.recorded(trainer.args), **fingerprints(trainer)}
+        made_with["halved"] = planning.halved_sizes(trainer)  # also in an update that was dropped
         write_state(folder, trainer.position | made_with, arrays)
         seal(folder)
         if trainer.log.path.exists():
@@ -572,7 +573,8 @@ def restore(folder: Path, trainer: Any) -> None:
 
     counters, arrays = read_state(folder)
     check_position(counters, trainer)
-    refuse_changes(counters.pop("config"), trainer.args)
+    before = counters.pop("config")
+    refuse_changes(before, trainer.args)
     refuse_other_sources(counters, trainer, folder)
     trainer.position = counters
     trainer.log.history, trainer.log.pending = [*counters["history"]], [*counters["pending"]]
@@ -582,6 +584,7 @@ def restore(folder: Path, trainer: Any) -> None:
     trainer.saved_at = trainer.update_step
     if trainer.measured_factor != 1:
         planning.apply_factor(trainer)
+    planning.keep_halved(trainer, before, counters.pop("halved", {}))
     restore_random_states(counters["random"])
     kind = "model" if trainer.loaded.train_type == "full" else "adapters"
     for file in sorted(folder.glob(f"{kind}*.safetensors")):

@@ -195,7 +195,9 @@ def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size
     evaluator.update_step = evaluator.total_updates = evaluator.rollout = evaluator.step = 0
     evaluator.log = RunLog(dataclasses.replace(config, log_jsonl=False))
     evaluator.rollouts_per_epoch = 1
-    evaluator.plan = SimpleNamespace(rollout_batch_size=batch_size, spare_for_rollouts=0.0)
+    evaluator.plan = SimpleNamespace(
+        rollout_batch_size=batch_size, spare_for_rollouts=0.0, halved=()
+    )
     evaluator.interrupted, evaluator.bar = False, console.no_bar()
     return evaluator
 

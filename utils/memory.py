@@ -441,6 +441,8 @@ class Plan:
     """What operations that are not yet done still hold, beyond what the computation needs."""
     rollout_batch_size: int = 0
     micro_batch_tokens: int = 0
+    halved: tuple[str, ...] = ()
+    """Which of the two memory ran out with, so that they are smaller now than planned."""
     suggestions: tuple[str, ...] = ()
     """Settings that would make it fit, each alone if one is enough. Empty when it fits."""
 

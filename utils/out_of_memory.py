@@ -7,6 +7,7 @@ resumed run goes on from the last checkpoint.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from . import planning
@@ -53,10 +54,14 @@ def retried(work: Callable[[], T], halve: Callable[[], str], advice: str) -> T:
 
 
 def resized(plan: Any, **sizes: int) -> Any:
-    return type(plan)(**vars(plan) | sizes)
+    """The plan with sizes that stay so, also in a run that goes on from a checkpoint."""
+    halved = tuple(sorted({*plan.halved, *sizes}))
+    return type(plan)(**vars(plan) | sizes | {"halved": halved})
 
 
 def record(trainer: Any, text: str) -> str:
+    """For the log, and for the checkpoint of a run that stops here, even if there is one."""
+    trainer.saved_at = -1
     trainer.log.notes.append(f"after update {trainer.update_step}: out of memory, then {text}")
     return text
 
@@ -75,6 +80,26 @@ def sampled(trainer: Any, work: Callable[[], T], completions: int) -> T:
     return retried(work, halve, advice)
 
 
+GRADIENT_ADVICE = (
+    "set micro_batch_tokens lower still, or gradient_checkpointing = true, and go on with --resume"
+)
+
+
+def scored(
+    trainer: Any,
+    cut_up: Callable[[], list[dict[str, Any]]],
+    score: Callable[[list[dict[str, Any]]], T],
+) -> T:
+    """`score` the micro-batches of `cut_up`; they are cut up smaller if need be."""
+    micro_batches: list[dict[str, Any]] = []
+
+    def work() -> T:
+        micro_batches[:] = cut_up()
+        return score(micro_batches)
+
+    return retried(work, partial(halve_micro_batches, trainer, micro_batches), GRADIENT_ADVICE)
+
+
 def updated(
     trainer: Any,
     work: Callable[[], T],
@@ -89,22 +114,24 @@ def updated(
 
     def halve() -> str:
         if trainer.update_step != begun or any("old_logprobs" in b for b in micro_batches[-1:]):
-            raise RunError(f"out of memory after the first step of a rollout: {advice}")
-        if all(len(batch["mask"]) < 2 for batch in micro_batches):
-            ways = planning.memory_advice(trainer) or "lower max_new_tokens"
-            raise RunError(
-                f"out of memory with one sequence at once: set {ways}, and go on with --resume"
-            )
-        tokens = max(1, max(map(tokens_read, micro_batches)) // 2)
-        trainer.plan = resized(trainer.plan, micro_batch_tokens=tokens)
+            raise RunError(f"out of memory after the first step of a rollout: {GRADIENT_ADVICE}")
+        done = halve_micro_batches(trainer, micro_batches)
         micro_batches[:] = cut_up()
-        return record(trainer, f"micro_batch_tokens = {tokens}")
+        return done
 
-    advice = (
-        "set micro_batch_tokens lower still, or gradient_checkpointing = true, and go on with "
-        "--resume"
-    )
-    return retried(work, halve, advice)
+    return retried(work, halve, GRADIENT_ADVICE)
+
+
+def halve_micro_batches(trainer: Any, micro_batches: list[dict[str, Any]]) -> str:
+    if micro_batches and all(len(batch["mask"]) < 2 for batch in micro_batches):
+        ways = planning.memory_advice(trainer) or "lower max_new_tokens"
+        raise RunError(
+            f"out of memory with one sequence at once: set {ways}, and go on with --resume"
+        )
+    largest = max(map(tokens_read, micro_batches), default=trainer.plan.micro_batch_tokens)
+    tokens = max(1, largest // 2)
+    trainer.plan = resized(trainer.plan, micro_batch_tokens=tokens)
+    return record(trainer, f"micro_batch_tokens = {tokens}")
 
 
 def tokens_read(batch: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from . import datafiles, loading, memory, runtime, settings
 from .console import say
 from .errors import UserError
+from .text import shown
 
 SIZES = ("rollout_batch_size", "micro_batch_tokens")
 
@@ -124,10 +125,8 @@ def apply_factor(trainer: Any) -> None:
     wanted = dataclasses.replace(old.settings, measured_factor=trainer.measured_factor)
     new = memory.plan(old.shape, **vars(wanted))
     # Sizes that ran out of memory and were halved stay so.
-    planned = memory.plan(old.shape, **vars(old.settings))
-    halved = [n for n in SIZES if getattr(old, n) < getattr(planned, n)]
-    kept = {name: min(getattr(old, name), getattr(new, name)) for name in halved}
-    new = dataclasses.replace(new, **kept)
+    kept: Any = {name: min(getattr(old, name), getattr(new, name)) for name in old.halved}
+    new = dataclasses.replace(new, **kept, halved=old.halved)
     if new.micro_batch_tokens != old.micro_batch_tokens:
         trainer.plan = new
         say(
@@ -135,6 +134,28 @@ def apply_factor(trainer: Any) -> None:
             f"for its micro-batches: {new.micro_batch_tokens:,} tokens each from here on, not "
             f"{old.micro_batch_tokens:,}"
         )
+
+
+def halved_sizes(trainer: Any) -> dict[str, int]:
+    """What a run that goes on from here need not find out again."""
+    return {name: getattr(trainer.plan, name) for name in trainer.plan.halved}
+
+
+def keep_halved(trainer: Any, before: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Sizes that memory ran out with in an earlier run, unless the settings `before` were others.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if not all(name in SIZES and type(size) is int and size > 0 for name, size in sizes.items()):
+        raise ValueError(f"halved = {shown(sizes)}")
+    asked = settings.recorded(trainer.args)
+    kept = {n: min(size, getattr(trainer.plan, n)) for n, size in sizes.items()}
+    kept = {n: size for n, size in kept.items() if before.get(n, 0) == asked[n]}
+    if kept:
+        trainer.plan = dataclasses.replace(trainer.plan, **kept, halved=tuple(sorted(kept)))
+        text = ", ".join(f"{name} = {size}" for name, size in sorted(kept.items()))
+        say(f"plan      {text}, since memory ran out with more")
 
 
 def memory_advice(trainer: Any) -> str:

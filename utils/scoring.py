@@ -23,6 +23,7 @@ from . import batching
 from .batching import Pair
 from .console import say
 from .memory import MAX_LOGITS, Plan
+from .out_of_memory import ran_out
 from .prefix import PromptCache, RowCache
 
 INNER = ("model", "transformer", "backbone")
@@ -467,9 +468,9 @@ class Scorer:
 
     def check(self, model: Any, pairs: Sequence[Pair]) -> None:
         """Find out which of the fast ways agree with the plain one for this model."""
-        self.checked = True
         self.vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]  # its shape: never evaluated
         problem = splitting_problem(model, pairs[0][0])
+        self.checked = True
         if problem:
             say(f"scoring   logits of all positions at once: {problem}")
             return
@@ -499,9 +500,13 @@ class Scorer:
         shared |= {name: mx.array(values) for name, values in arrays.items()}
         try:
             expected, got = (gradient_of_first(model, self, b) for b in (batch, shared))
+            return disagreement(model, expected, got)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             return f"its code refuses ({error})"
-        return disagreement(model, expected, got)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            return f"memory ran out in comparing the two ({error})"
 
     @staticmethod
     def sample(model: Any, pairs: Sequence[Pair]) -> list[list[Pair]]:
