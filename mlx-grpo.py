@@ -37,30 +37,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or not __package__:
-    from utils import batching, cadence, caches, checkpoints, checks, console, curriculum
-    from utils import datafiles, launch, loading, nucleus, out_of_memory, planning
-    from utils import reward_functions, rewarding, rollouts, runtime, settings, stopping
-    from utils import templates, views
+    from utils import cadence, caches, checkpoints, checks, console, curriculum, datafiles
+    from utils import launch, loading, nucleus, out_of_memory, planning, reward_functions
+    from utils import rewarding, rollouts, runtime, settings, stopping, templates, views
     from utils.console import say
     from utils.loading import LoadedModel, load_model
     from utils.meter import timed
     from utils.reward_calls import RewardCalls
     from utils.run_settings import RunSettings
-    from utils.runlog import RunLog, rollout_metrics
-    from utils.stop_rule import StopRule
+    from utils.runlog import RunLog, TokenSums, rollout_metrics
+    from utils.stop_rule import Reader, StopRule
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
-    from .utils import batching, cadence, caches, checkpoints, checks, console, curriculum
-    from .utils import datafiles, launch, loading, nucleus, out_of_memory, planning
-    from .utils import reward_functions, rewarding, rollouts, runtime, settings, stopping
-    from .utils import templates, views
+    from .utils import cadence, caches, checkpoints, checks, console, curriculum, datafiles
+    from .utils import launch, loading, nucleus, out_of_memory, planning, reward_functions
+    from .utils import rewarding, rollouts, runtime, settings, stopping, templates, views
     from .utils.console import say
     from .utils.loading import LoadedModel, load_model
     from .utils.meter import timed
     from .utils.reward_calls import RewardCalls
     from .utils.run_settings import RunSettings
-    from .utils.runlog import RunLog, rollout_metrics
-    from .utils.stop_rule import StopRule
+    from .utils.runlog import RunLog, TokenSums, rollout_metrics
+    from .utils.stop_rule import Reader, StopRule
     from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 
 # Before MLX is imported: its CPU wheel bundles a BLAS that is 15 to 50 times slower.
@@ -68,12 +66,14 @@ BLAS = runtime.preload_blas(as_command=__name__ == "__main__")
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 if TYPE_CHECKING or not __package__:  # these import MLX
-    from utils import drawing, optimizers
+    from utils import drawing, optimizers, policies, scoring
+    from utils.policies import quantize_copy, without_adapters
 else:
-    from .utils import drawing, optimizers
+    from .utils import drawing, optimizers, policies, scoring
+    from .utils.policies import quantize_copy, without_adapters
 
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
 # `--help` and a mistyped setting answer at once.
@@ -488,30 +488,6 @@ def adapted(kl_coeff: float, kl: float, target: float, share: float) -> float:
     return kl_coeff * (1 + min(max(kl / target - 1, -0.2), 0.2) * share)
 
 
-def without_adapters(model: nn.Module) -> nn.Module:
-    """A view of the model with each adapter replaced by the layer it wraps; shares all arrays."""
-    base = copy.deepcopy(model)
-    wrapped = [
-        (name, module.linear if "linear" in module else module.embedding)
-        for name, module in base.named_modules()
-        if "lora_a" in module
-    ]
-    base.update_modules(tree_unflatten(wrapped))
-    return base
-
-
-def quantize_copy(model: nn.Module) -> nn.Module:
-    """A frozen 4-bit copy (groups of 64); what is quantized or can't be grouped is shared."""
-    quantized = copy.deepcopy(model)  # shares arrays until nn.quantize replaces them
-    nn.quantize(quantized, group_size=64, bits=4, class_predicate=lambda _, m: can_quantize(m))
-    quantized.freeze()
-    return quantized
-
-
-def can_quantize(module: nn.Module) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 64 == 0
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How to sample; temperature 0 is greedy."""
@@ -566,7 +542,6 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
 # Decode steps between looks at the tokens on the host. A look costs a GPU more than a few steps for
 # nothing; a CPU is kept busy by it, and rows that have ended cost it as much as others.
 BLOCK = 2 if mx.default_device() == mx.cpu else 8
-LEAVE = 1 / 8  # part of a batch that has to have ended before rows leave it: caches are copied then
 
 
 def sample_batch(
@@ -584,58 +559,30 @@ def sample_batch(
     what they sampled past their end is dropped.
     """
     completions = [Completion() for _ in rows]
-    live = completions
+    reader = Reader(stop, completions)
     cache = caches.prefill(model, prompts, rows, how.max_tokens)
     tokens = mx.array([prompts[row][-1] for row in rows])  # (B,)
     # The key of a position is the row's with the position added: (max_tokens, B, 2)
     positions = np.arange(how.max_tokens, dtype=np.uint32)[:, None, None] * np.array([0, 1], "u4")
     step_keys = mx.array(keys + positions)
     sample_step = caches.compiled(partial(sample_tokens, how=how))
-    unread: tuple[list[Completion], Any, Any] | None = None
     for start in range(0, how.max_tokens, BLOCK):
-        ids, logprobs = [], []
+        block = []
         for step in range(start, min(start + BLOCK, how.max_tokens)):
             logits = model(tokens[:, None], cache=cache)[:, -1]  # (B, V)
-            tokens, logprob = sample_step(logits, step_keys[step])
-            mx.async_eval(tokens, logprob)
-            ids.append(tokens)
-            logprobs.append(logprob)
-        block = live, mx.stack(ids, axis=1), mx.stack(logprobs, axis=1)  # (B, K)
-        mx.async_eval(block[1:])  # now: later it would queue behind the next block
+            tokens, logprobs = sample_step(logits, step_keys[step])  # (B,)
+            mx.async_eval(tokens, logprobs)
+            block.append((tokens, logprobs))
         between_blocks()
-        if unread:
-            read_block(*unread, stop)
-        unread = block
-        keep = [i for i, completion in enumerate(live) if not completion.finish_reason]
+        keep = reader.read(block)
         if not keep:
             break
-        if len(keep) <= len(live) * (1 - LEAVE):
+        if len(keep) < len(tokens):
             index = mx.array(keep)
-            live = [live[i] for i in keep]
             tokens, step_keys = tokens[index], step_keys[:, index]
             caches.keep_rows(cache, keep)
-    if unread:
-        read_block(*unread, stop)
-    for completion in completions:
-        completion.finish_reason = completion.finish_reason or "length"
-        completion.text = stop.text(completion.ids)
+    reader.finish()
     return completions
-
-
-def read_block(live: list[Completion], ids: mx.array, logprobs: mx.array, stop: StopRule) -> None:
-    """Append a block of (B, K) sampled tokens to the completions that go on."""
-    id_rows: Any = ids.tolist()
-    logprob_rows: Any = logprobs.tolist()
-    for completion, new_ids, new_logprobs in zip(live, id_rows, logprob_rows, strict=True):
-        if completion.finish_reason:
-            continue
-        checked = len(completion.ids)
-        completion.ids += new_ids
-        completion.logprobs += new_logprobs
-        end = stop.length(completion.ids, checked)
-        if end is not None:
-            del completion.ids[end:], completion.logprobs[end:]
-            completion.finish_reason = "stop"
 
 
 def token_logprobs(
@@ -784,11 +731,6 @@ def importance_weights(
     return mx.clip(weights, a.importance_floor, a.importance_cap), outside
 
 
-# Means over all tokens of the update; the other statistics are over those that had a gradient.
-PER_UPDATE = ("policy_reward", "clip_low", "clip_high")
-STATISTICS = (*PER_UPDATE, "importance_weight", "importance_capped", "sampler_mismatch")
-
-
 def grpo_loss(
     logprobs: mx.array,
     batch: dict[str, mx.array],
@@ -905,7 +847,7 @@ class MLXGRPOTrainer:
         if a.max_updates:
             self.total_updates = min(self.total_updates, a.max_updates)
         self.optimizer = optimizers.make(self.model, a)
-        self.scorer = batching.make_scorer(token_logprobs, a.use_compile)
+        self.scorer = scoring.Scorer(token_logprobs, a.use_compile)
         self.loss_and_grad = self.make_loss_and_grad()
 
     @property
@@ -932,16 +874,10 @@ class MLXGRPOTrainer:
             elif self.loaded.train_type == "full" and a.quantize_for_rollouts:
                 self.ref_model = quantize_copy(self.ref_model)
             self.ref_model.freeze()
-        floats = {n: m for n, m in self.model.named_modules() if hasattr(m, "to_quantized")}
-        wanted = a.quantize_for_rollouts and not loading.is_quantized(self.model)
-        self.quantizes = wanted and any(map(can_quantize, floats.values()))
+        self.quantizes = a.quantize_for_rollouts and policies.quantizes(self.model)
         self.old_is_copy = self.quantizes or a.sync_every_updates > 1
         self.model_old: nn.Module | None = None if self.old_is_copy else self.model
         self.last_sync = 0
-        shared = {re.sub(r"\.\d+\.", ".*.", n) for n, m in floats.items() if not can_quantize(m)}
-        if wanted and shared:
-            names = ", ".join(sorted(shared))
-            say(f"policy    not a multiple of 64 wide, so rollouts use them unquantized: {names}")
 
     def lr_schedule(self, update: int) -> float:
         """Learning rate of update 1..U: linear warm-up to the peak, then down to 0."""
@@ -957,9 +893,9 @@ class MLXGRPOTrainer:
         size = self.args.batch_size * self.args.gradient_accumulation_steps
         if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
             rows, _ = self.order.draw(size, self.drawn, set())
-            return rows, self.args.gradient_accumulation_steps
-        epoch, position = divmod(rollout, self.rollouts_per_epoch)
-        rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
+        else:
+            epoch, position = divmod(rollout, self.rollouts_per_epoch)
+            rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
         return rows, math.ceil(len(rows) / self.args.batch_size)
 
     def refresh_old_policy(self) -> None:
@@ -1202,8 +1138,7 @@ class MLXGRPOTrainer:
         """One optimizer update from the summed gradients of all micro-batches."""
         # One dropout mask for all iterations, or it would move the ratio.
         mx.random.seed(int(row_key(self.args.seed, 2, self.rollout)[0]))
-        loss, grads = 0.0, None
-        sums = dict.fromkeys(STATISTICS, 0.0)
+        loss, grads, sums = 0.0, None, TokenSums()
         self.model.train()  # dropout, and no kernels that have no gradient
         for batch in micro_batches:
             if iteration == 0:
@@ -1218,19 +1153,13 @@ class MLXGRPOTrainer:
             if iteration == 0 and self.args.num_iterations > 1:
                 batch["old_logprobs"] = logprobs  # the anchor of the ratio from now on
             loss += float(part)
-            for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+            sums.add(stats, batch["mask"])
         self.model.eval()
         grads = grads or tree_map(mx.zeros_like, self.model.trainable_parameters())
         norm, skipped = self.apply_gradients(loss, grads)
-        trained = sum(float(batch["mask"].sum()) for batch in micro_batches)
-        means = {
-            name: total / count if (count := tokens if name in PER_UPDATE else trained) else None
-            for name, total in sums.items()
-        }
         lr = self.lr_schedule(self.update_step)
         record = {"update": self.update_step, "lr": lr, "loss": loss, "grad_norm": norm}
-        return {**record, "skipped": skipped, "kl": None, **means}
+        return {**record, "skipped": skipped, "kl": None, **sums.means(tokens)}
 
     def add_reference(self, batch: dict[str, mx.array]) -> None:
         if self.ref_model is not None:

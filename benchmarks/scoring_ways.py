@@ -87,7 +87,7 @@ def make_batch(vocabulary: int, groups: int, way: dict[str, Any]) -> dict[str, m
 def make_step(model: nn.Module, way: dict[str, Any], compiled: bool) -> Callable:
     from utils.script import load_script
 
-    scorer = batching.make_scorer(load_script().token_logprobs, compiled=True)
+    scorer = scoring.Scorer(load_script().token_logprobs, compiled=True)
     scorer.names = scoring.head_parameters(model)
     scorer.piece, scorer.keep = 2**27, not way.get("pieces")
 

@@ -102,7 +102,7 @@ def total_gradient(model, scorer, packs):
 
 
 def expected_gradient(grpo, model):
-    plain = batching.make_scorer(grpo.token_logprobs, compiled=False)
+    plain = scoring.Scorer(grpo.token_logprobs, compiled=False)
     everything = [batching.Pack([list(range(len(PAIRS)))])]
     return total_gradient(model, plain, everything)
 
@@ -118,7 +118,7 @@ def said(monkeypatch):
 def test_every_way_has_the_gradient_of_the_plain_one(grpo, kind, said):
     model = build(kind, {**SHARING, **NOT_SHARING}[kind])
     expected = expected_gradient(grpo, model)
-    scorer = batching.make_scorer(grpo.token_logprobs, compiled=False)
+    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
     packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert scorer.splits
     assert scorer.shares == (kind in SHARING)
@@ -159,7 +159,7 @@ def test_what_is_wrong_is_found_and_left_out(grpo, wrong, said, monkeypatch):
     monkeypatch.setattr(RowCache, "update_and_fetch", update_and_fetch)
     monkeypatch.setattr(RowCache, "make_mask", make_mask)
     model = build("qwen2", {})
-    scorer = batching.make_scorer(grpo.token_logprobs, compiled=False)
+    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
     packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert not scorer.shares
     assert "own prompt" in said[0]
@@ -180,7 +180,7 @@ def test_a_model_that_cannot_be_taken_apart_is_scored_the_plain_way(grpo, said):
 
     model = build("qwen2", {})
     object.__setattr__(model, "__class__", Scaled)
-    scorer = batching.make_scorer(grpo.token_logprobs, compiled=False)
+    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
     packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert not scorer.splits
     assert "all positions" in said[0]

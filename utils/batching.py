@@ -6,12 +6,8 @@ cheapest by the tokens that are computed, padding included.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from .scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -70,13 +66,6 @@ class Pack:
     @property
     def rows(self) -> list[int]:
         return [index for group in self.groups for index in group]
-
-
-def make_scorer(plain: Callable, compiled: bool) -> "Scorer":
-    """The fast ways to do what `plain` (the script's token_logprobs) does."""
-    from .scoring import Scorer  # imports MLX, before which a BLAS may have to be loaded
-
-    return Scorer(plain, compiled)
 
 
 def cheapest_cut(

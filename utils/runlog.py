@@ -114,6 +114,30 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# Means over all tokens of the update; the other statistics are over those that had a gradient.
+PER_UPDATE = ("policy_reward", "clip_low", "clip_high")
+STATISTICS = (*PER_UPDATE, "importance_weight", "importance_capped", "sampler_mismatch")
+
+
+class TokenSums:
+    """Sums of the loss's statistics over the micro-batches of an update."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = dict.fromkeys(STATISTICS, 0.0)
+        self.tokens = 0.0
+
+    def add(self, sums: dict[str, Any], mask: Any) -> None:
+        """`mask`: (B, T), 1 where a token has a gradient."""
+        self.tokens += float(mask.sum())
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def means(self, tokens: float) -> dict[str, float | None]:
+        """Per token; `tokens` are those of the whole update."""
+        counts = {n: tokens if n in PER_UPDATE else self.tokens for n in self.sums}
+        return {n: total / counts[n] if counts[n] else None for n, total in self.sums.items()}
+
+
 def rollout_metrics(scores: Any, advantages: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
     """What the log says of a rollout: `scores`, and the (P, G) `advantages` made of them."""
     import numpy as np

@@ -1,4 +1,4 @@
-"""Where a completion ends, by its tokens and the text that they make."""
+"""Where a completion ends, by its tokens and the text that they make, and who looks for it when."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,3 +42,57 @@ class StopRule:
         text = self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
         cuts = [text.index(s) + len(s) for s in self.stop_strings if s in text]
         return text[: min(cuts)] if cuts else text
+
+
+LEAVE = 1 / 8  # part of a batch that has to have ended before rows leave it: caches are copied then
+
+
+class Reader:
+    """Reads sampled tokens into completions, one block behind the device, which so never waits."""
+
+    def __init__(self, stop: StopRule, completions: Sequence[Any]) -> None:
+        self.stop = stop
+        self.completions = self.live = list(completions)
+        self.unread: tuple[list[Any], Any, Any] | None = None
+
+    def read(self, block: Sequence[tuple[Any, Any]]) -> list[int]:
+        """Take a block of (B,) tokens and their (B,) log-probs, and read the one before.
+
+        Returns the indices of the rows that stay in the batch; none if all have ended.
+        """
+        import mlx.core as mx
+
+        columns = zip(*block, strict=True)
+        ids, logprobs = (mx.stack(list(column), axis=1) for column in columns)  # (B, K)
+        mx.async_eval(ids, logprobs)  # now: later it would queue behind the next block
+        self._read_unread()
+        self.unread = self.live, ids, logprobs
+        going = [i for i, completion in enumerate(self.live) if not completion.finish_reason]
+        if going and len(going) > len(self.live) * (1 - LEAVE):
+            return list(range(len(self.live)))
+        self.live = [self.live[i] for i in going]
+        return going
+
+    def finish(self) -> None:
+        """Read the last block; what has not ended by itself ends by its length."""
+        self._read_unread()
+        for completion in self.completions:
+            completion.finish_reason = completion.finish_reason or "length"
+            completion.text = self.stop.text(completion.ids)
+
+    def _read_unread(self) -> None:
+        if self.unread is None:
+            return
+        live, ids, logprobs = self.unread
+        for completion, new, new_logprobs in zip(
+            live, ids.tolist(), logprobs.tolist(), strict=True
+        ):
+            if completion.finish_reason:
+                continue
+            checked = len(completion.ids)
+            completion.ids += new
+            completion.logprobs += new_logprobs
+            end = self.stop.length(completion.ids, checked)
+            if end is not None:
+                del completion.ids[end:], completion.logprobs[end:]
+                completion.finish_reason = "stop"
