@@ -777,7 +777,7 @@ def server_case(world: World, rng: Random) -> Case:
     asked = rng.choice(("judge", "server"))
 
     async def post(*_: object, **__: object) -> object:
-        return body
+        return body, "http://localhost"
 
     if asked == "judge":
         service: object = remote_rewards.Judge(9.0, url=url)
