@@ -618,6 +618,7 @@ def asked_servers(settings):
 
 def tracked_name(settings):
     wandb = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec("wandb", None, origin="here"))
+    wandb.init.return_value.configure_mock(id="abc", starting_step=0)
     with mock.patch.dict(sys.modules, wandb=wandb):
         console({**settings, "report_to": ["wandb"], "max_updates": 1})
     return wandb.init.call_args.kwargs["name"]

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import shutil
 import struct
 import sys
 
 import pytest
+from helpers import read_log, run_training
 
 from utils import tracking
 from utils.errors import UserError
@@ -16,12 +18,16 @@ EVAL = {"update": 1, "split": "test", "em": 0.3, "em_subset": 200}
 FAKE_WANDB = """
 calls = []
 class Run:
+    id, starting_step = "abc", 0
     def define_metric(self, *a, **k): calls.append(("metric", a, k))
-    def log(self, row): calls.append(("log", row))
+    def log(self, row, step): calls.append(("log", row, step))
     def finish(self): calls.append(("finish",))
 def init(**k):
     calls.append(("init", k))
-    return Run()
+    run = Run()
+    if k.get("resume") == "allow" and k.get("id") == Run.id:  # as W&B does, which tells by its step
+        run.starting_step = 1 + max(call[2] for call in calls if call[0] == "log")
+    return run
 """
 
 FAKE_TENSORBOARDX = """
@@ -111,12 +117,34 @@ def test_wandb_gets_numbers_over_the_update(tmp_path, fake_package):
     }
     assert calls[0] == ("init", expected)
     assert ("metric", ("*",), {"step_metric": "update"}) in calls
-    logged = [call[1] for call in calls if call[0] == "log"]
+    logged = [call[1:] for call in calls if call[0] == "log"]
     assert logged == [
-        {"update": 1, "train/loss": 0.5, "train/rewards/int": 0.25},
-        {"update": 1, "eval/test/em": 0.3, "eval/test/em_subset": 200.0},
+        ({"update": 1, "train/loss": 0.5, "train/rewards/int": 0.25}, 3),
+        ({"update": 1, "eval/test/em": 0.3, "eval/test/em_subset": 200.0}, 5),
     ]
     assert calls[-1] == ("finish",)
+
+
+def test_a_resumed_run_goes_on_with_its_run_at_wandb(tmp_path, fake_package):
+    """What was sent before the kill is not sent again; what was not is."""
+    forget = fake_package("wandb", FAKE_WANDB)
+    records = [{"update": n, "loss": n / 8} for n in (1, 2, 3)]
+    evaluation = {"update": 2, "split": "test", "em": 0.5}
+    killed = tracking.make_tracker(["wandb"], tmp_path, "my-run", {})
+    killed.log(records[0])
+    killed.log(records[1])
+    resumed = tracking.make_tracker(["wandb"], tmp_path, "my-run", {}, since=1, records=records[:1])
+    for record in (records[1], evaluation, records[2]):
+        resumed.log(record)
+    calls = forget().calls
+    assert [call[1].get("id") for call in calls if call[0] == "init"] == [None, "abc"]
+    logged = [call[1] for call in calls if call[0] == "log"]
+    assert [sorted(row.items()) for row in logged] == [
+        [("train/loss", 0.125), ("update", 1)],
+        [("train/loss", 0.25), ("update", 2)],
+        [("eval/test/em", 0.5), ("update", 2)],
+        [("train/loss", 0.375), ("update", 3)],
+    ]
 
 
 def test_fan_out_passes_on_and_closes_all_even_after_an_error(tmp_path, fake_package):
@@ -135,21 +163,63 @@ def test_fan_out_passes_on_and_closes_all_even_after_an_error(tmp_path, fake_pac
     assert len(rows(tmp_path / "metrics_eval.csv")) == 1
 
 
+def shown_by_tensorboard(folder):
+    """(tag, step, value) as TensorBoard shows them: the start of a session voids what was written
+    from its step on (event_accumulator.py, _CheckForRestartAndMaybePurge)."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:  # length (8 bytes), its checksum (4), the event, its checksum (4)
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            if event.session_log.status == event_pb2.SessionLog.START:
+                found = [known for known in found if known[1] < event.step]
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
 def test_tensorboard_event_file_holds_the_values(tmp_path):
     pytest.importorskip("tensorboardX")
-    from tensorboardX.proto.event_pb2 import Event
-
     tracker = tracking.make_tracker(["tensorboard"], tmp_path, "name", {})
     tracker.log({**TRAIN, "update": 7})
     tracker.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    data, found = path.read_bytes(), {}
-    while data:  # length (8 bytes), its checksum (4), the event, its checksum (4)
-        (length,) = struct.unpack("<Q", data[:8])
-        event = Event.FromString(data[12 : 12 + length])
-        found |= {value.tag: (value.simple_value, event.step) for value in event.summary.value}
-        data = data[16 + length :]
-    assert found == {"train/loss": (0.5, 7), "train/rewards/int": (0.25, 7)}
+    shown = shown_by_tensorboard(tmp_path / "tensorboard")
+    assert shown == [("train/loss", 7, 0.5), ("train/rewards/int", 7, 0.25)]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_tensorboard_of_a_resumed_run_shows_each_record_once(model_dir, data_dir, tmp_path, kept):
+    """Killed after update 3, and gone on with from there or before (0: there is no checkpoint)."""
+    pytest.importorskip("tensorboardX")
+    output = tmp_path / "o"
+    settings = {"max_updates": 4, "eval_samples": 3, "eval_steps": 2, "max_new_tokens": 2}
+    settings |= {"save_steps": 2, "save_total_limit": 0, "report_to": ["tensorboard"]}
+
+    def kill(trainer):
+        def generate(rows, call=trainer.generate_responses):
+            if trainer.update_step == 3:
+                for update in range(kept + 1, 4):
+                    shutil.rmtree(output / f"checkpoint-{2 * update}")
+                raise KeyboardInterrupt  # as a kill does: nothing is saved
+            return call(rows)
+
+        trainer.generate_responses = generate
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(model_dir, data_dir, output, kill, **settings)
+    before = shown_by_tensorboard(output / "tensorboard")
+    assert max(step for _, step, _ in before) == 3
+    assert run_training(model_dir, data_dir, output, resume="auto", **settings)[0] == 0
+    shown = shown_by_tensorboard(output / "tensorboard")
+    expected = []
+    for record in read_log(output):
+        part = f"eval/{record['split']}/em" if "split" in record else "train/loss"
+        value = record[part.rpartition("/")[2]]
+        expected.append((part, record["update"], pytest.approx(value, abs=1e-6)))
+    assert [row for row in shown if row[0] in ("eval/test/em", "train/loss")] == expected
+    assert len({row[:2] for row in shown}) == len(shown), "nothing twice"
 
 
 def test_unknown_name_is_refused_with_the_nearest():

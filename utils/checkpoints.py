@@ -27,7 +27,7 @@ from .text import shown
 CONFIG, PROVENANCE, LOG = "config.resolved.json", "provenance.json", "training_log.jsonl"
 RUN_FILES = (
     *(CONFIG, PROVENANCE, LOG, "traceback.txt"),
-    *("metrics.csv", "metrics_eval.csv", "tensorboard"),  # what trackers write
+    *("metrics.csv", "metrics_eval.csv", "tensorboard", tracking.WANDB_ID),  # what trackers write
 )
 SINGLE = "model.safetensors"
 STATE, ARRAYS, MANIFEST = "trainer_state.json", "trainer_state.safetensors", "manifest.json"
@@ -666,8 +666,13 @@ def refuse_changes(before: dict[str, Any], config: Any) -> None:
         )
 
 
-def open_run(trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path) -> None:
-    """Make the folder this run's: claim it, rewind its log, record settings and versions."""
+def open_run(
+    trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path
+) -> list[dict[str, Any]]:
+    """Make the folder this run's: claim it, rewind its log, record settings and versions.
+
+    Returns the records of the log that the run goes on with.
+    """
     config, folder = trainer.args, trainer.output_dir
     stays = resume_from is not None and in_folder(resume_from, folder)
     claim(folder, overwrite=config.overwrite and not stays, lock=lock)
@@ -684,10 +689,13 @@ def open_run(trainer: Any, lock: RunLock, resume_from: Path | None, repo: Path) 
     else:
         seed_random_states(config.seed)
     rewind_log(trainer.log.path, trainer.position.get("log_bytes", 0))
+    records: list[dict[str, Any]] = []
     if trainer.log.path.exists():
-        tracking.rewind(folder, without_torn_line(trainer.log.path))
+        records = without_torn_line(trainer.log.path)
+        tracking.rewind(folder, records)
     write_json(folder / CONFIG, settings.recorded(config))
     write_json(folder / PROVENANCE, provenance)
+    return records
 
 
 def resumptions(trainer: Any, resume_from: Path, folder: Path) -> list[dict[str, Any]]:

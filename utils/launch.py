@@ -70,9 +70,10 @@ def start(
         console.introduce(trainer, blas)
         if resume_from:
             checkpoints.load(resume_from, trainer)
-        checkpoints.open_run(trainer, lock, resume_from, ROOT)
+        records = checkpoints.open_run(trainer, lock, resume_from, ROOT)
+        names, recorded = (config.report_to, output_dir, config.run_name), settings.recorded(config)
         trainer.log.tracker = tracking.make_tracker(
-            config.report_to, output_dir, config.run_name, settings.recorded(config)
+            *names, recorded, since=trainer.update_step, records=records
         )
         try:
             exit_code: int = trainer.train()

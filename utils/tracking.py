@@ -17,6 +17,8 @@ from typing import IO, Any, Protocol
 from .errors import UserError
 from .text import shown
 
+WANDB_ID = "wandb_run.txt"  # in output_dir
+
 # report_to value -> the package it needs; the extra of pyproject.toml has the same name.
 PACKAGES: dict[str, str | None] = {"csv": None, "tensorboard": "tensorboardX", "wandb": "wandb"}
 
@@ -192,12 +194,21 @@ def rewind(output_dir: Path, records: list[dict[str, Any]]) -> None:
 
 
 class TensorBoardTracker:
-    """Event files in `output_dir/tensorboard`, by tensorboardX, which needs no torch."""
+    """Event files in `output_dir/tensorboard`, by tensorboardX, which needs no torch.
 
-    def __init__(self, output_dir: Path) -> None:
+    Of what an earlier process wrote there, TensorBoard is told to forget all from update `since`
+    on; the `records` of that update that the log still has are written again.
+    """
+
+    def __init__(self, output_dir: Path, since: int, records: list[dict[str, Any]]) -> None:
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(logdir=str(output_dir / "tensorboard"))
+        folder = output_dir / "tensorboard"
+        again = {"purge_step": since, "filename_suffix": f".{since}"} if folder.exists() else {}
+        self.writer = SummaryWriter(logdir=str(folder), **again)
+        for record in records if again else []:
+            if record["update"] >= since:
+                self.log(record)
 
     def log(self, record: dict[str, Any]) -> None:
         for name, value in _scalars(record).items():
@@ -208,19 +219,34 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of the Weights & Biases project "mlx-grpo"; log in with `wandb login` beforehand."""
+    """A run of the Weights & Biases project "mlx-grpo"; log in with `wandb login` beforehand.
+
+    A resumed run goes on with the same run there. Each record has a step of its own, so that those
+    that are there already are known: to take back steps (`resume_from`) is a private preview.
+    """
 
     def __init__(self, output_dir: Path, run_name: str, config: dict[str, Any]) -> None:
         import wandb
 
         output_dir.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(project="mlx-grpo", name=run_name, config=config, dir=str(output_dir))
-        # W&B's own step must grow with every call, but an evaluation shares its update's number.
+        known = output_dir / WANDB_ID
+        again: dict[str, Any] = {}
+        if known.exists():
+            again = {"id": known.read_text(encoding="utf-8").strip(), "resume": "allow"}
+        self.run = wandb.init(
+            project="mlx-grpo", name=run_name, config=config, dir=str(output_dir), **again
+        )
+        known.write_text(self.run.id + "\n", encoding="utf-8")
+        self.first = self.run.starting_step  # what comes before it, W&B has
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")
 
     def log(self, record: dict[str, Any]) -> None:
-        self.run.log({"update": record["update"], **_scalars(record)})
+        # An update's records come in this order, and W&B's own step must grow with every call.
+        place = {"": 0, "train": 1}.get(record.get("split", ""), 2)
+        step = 3 * record["update"] + place
+        if step >= self.first:
+            self.run.log({"update": record["update"], **_scalars(record)}, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -252,9 +278,16 @@ def check_available(report_to: list[str]) -> None:
 
 
 def make_tracker(
-    report_to: list[str], output_dir: Path, run_name: str, config: dict[str, Any]
+    report_to: list[str],
+    output_dir: Path,
+    run_name: str,
+    config: dict[str, Any],
+    since: int = 0,
+    records: list[dict[str, Any]] | None = None,
 ) -> Tracker:
     """The tracker for `report_to`: any of "csv", "tensorboard", "wandb".
+
+    since: the update from which on the run writes again what is not among the `records` of its log.
 
     Raises what `check_available` raises.
     """
@@ -264,7 +297,7 @@ def make_tracker(
         if name == "csv":
             trackers.append(CSVTracker(output_dir))
         elif name == "tensorboard":
-            trackers.append(TensorBoardTracker(output_dir))
+            trackers.append(TensorBoardTracker(output_dir, since, records or []))
         else:
             trackers.append(WandbTracker(output_dir, run_name, config))
     if not trackers:
