@@ -70,9 +70,11 @@ from mlx.utils import tree_map
 
 if TYPE_CHECKING or not __package__:  # these import MLX
     from utils import drawing, optimizers, policies, scoring
+    from utils.exponentials import exp
     from utils.policies import quantize_copy, without_adapters
 else:
     from .utils import drawing, optimizers, policies, scoring
+    from .utils.exponentials import exp
     from .utils.policies import quantize_copy, without_adapters
 
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
@@ -526,7 +528,7 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
     """
     logits = logits.astype(mx.float32) / (how.temperature or 1.0)
     best = logits.max(axis=-1, keepdims=True)
-    weights = mx.exp(logits - best)  # (B, V) probabilities but for a factor, the largest 1
+    weights = exp(logits - best)  # (B, V) probabilities but for a factor, the largest 1
     kept = weights
     if 0 < how.top_k < logits.shape[-1]:
         kept = mx.where(kept >= mx.topk(kept, how.top_k).min(axis=-1, keepdims=True), kept, 0)

@@ -257,7 +257,7 @@ def load_model(config: Any) -> LoadedModel:
     """
     import mlx.core as mx
 
-    from . import prefix
+    from . import exponentials, prefix
 
     local = find_model(config.model_name)
     try:
@@ -276,6 +276,7 @@ def load_model(config: Any) -> LoadedModel:
         prefix.narrow_adapters(model)
     if config.gradient_checkpointing:
         prefix.checkpoint_layers(model)
+    exponentials.install(model)
     model.eval()  # new adapters come with their dropout on
     mx.eval(model.parameters())
     return loaded

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import batching
+from . import batching, exponentials
 from .batching import Pair
 from .console import say
 from .memory import MAX_LOGITS, Plan
@@ -99,11 +99,11 @@ def from_logits(
     @mx.custom_function
     def score(logits: mx.array) -> tuple[mx.array, ...]:
         z = logits.astype(mx.float32) / temperature
-        normaliser = mx.logsumexp(z, axis=-1)
+        normaliser = exponentials.logsumexp(z)
         chosen = mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0]
         if not with_entropy:
             return (chosen - normaliser,)
-        mean = (mx.exp(z - normaliser[:, None]) * z).sum(axis=-1)
+        mean = (exponentials.exp(z - normaliser[:, None]) * z).sum(axis=-1)
         return chosen - normaliser, normaliser - mean
 
     @score.vjp
@@ -143,7 +143,7 @@ def _logit_gradient(
 ) -> mx.array:
     """d log p = onehot - p and d H = -p (log p + H), both over the temperature."""
     logp = logits.astype(mx.float32) / temperature - normaliser
-    p = mx.exp(logp)
+    p = exponentials.exp(logp)
     gradient = d_logprob * ((columns == targets) - p)
     if d_entropy is not None and entropy is not None:
         gradient = gradient - d_entropy * p * (logp + entropy)

@@ -96,7 +96,60 @@ def joined(model: Any, room: float) -> Any:
         product = Product(layers)
         for i, name in enumerate(names):
             setattr(module, name, partial(product.part, i))
+    if mx.default_device() == mx.cpu:
+        share_rotations(view)
     return view
+
+
+def share_rotations(view: Any) -> None:
+    """Let the layers of a view compute the angles of their rotary embedding once a step.
+
+    On a CPU that is most of what `nn.RoPE` takes: 64 rows with offsets of their own 0.09 ms a layer
+    for the queries, and again for the keys.
+    """
+    import mlx.nn as nn
+
+    shared: dict[tuple, Angles] = {}
+    for module in list(view.modules()):
+        rope = module.get("rope")
+        if type(rope) is nn.RoPE and not rope.traditional:
+            angles = shared.setdefault((rope.dims, rope.base, rope.scale), Angles(rope))
+            module.rope = partial(_rotated, rope, angles)
+
+
+class Angles:
+    """Cosines and sines at the last offset, from what `nn.RoPE` makes of unit vectors."""
+
+    def __init__(self, rope: Any) -> None:
+        self.rope, self.offset = rope, None
+        self.factors: tuple[Any, Any] = (None, None)
+
+    def __call__(self, offset: Any, dtype: Any) -> tuple[Any, Any]:
+        """(1 or B, 1, 1, D) factors of a number itself, and of the one half a width away."""
+        import mlx.core as mx
+
+        numbers = isinstance(offset, int) and isinstance(self.offset, int)
+        if offset == self.offset if numbers else offset is self.offset:
+            return self.factors
+        half = self.rope.dims // 2
+        unit = mx.repeat(mx.eye(2, dtype=dtype), half, axis=1)[:, None]  # (2, 1, D): 1 in a half
+        unit = mx.broadcast_to(unit, (getattr(offset, "size", 1), *unit.shape))
+        first, second = mx.split(self.rope(unit, offset=offset), 2, axis=1)
+        in_first = mx.arange(2 * half) < half
+        self.factors = mx.where(in_first, first, second), mx.where(in_first, second, first)
+        self.offset = offset
+        return self.factors
+
+
+def _rotated(rope: Any, angles: Angles, x: Any, offset: Any = 0) -> Any:
+    """(B, heads, T, D) -> what `rope` makes of it."""
+    import mlx.core as mx
+
+    if x.shape[2] > 1 or x.shape[3] != rope.dims:
+        return rope(x, offset=offset)
+    own, other = angles(offset, x.dtype)
+    half = rope.dims // 2
+    return x * own + mx.concatenate([x[..., half:], x[..., :half]], axis=-1) * other
 
 
 def _arrays(layer: Any) -> list[Any]:
