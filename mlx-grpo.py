@@ -37,27 +37,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or not __package__:
-    from utils import cadence, caches, checkpoints, checks, console, curriculum, datafiles
+    from utils import caches, checks, console, curriculum, datafiles
     from utils import launch, loading, nucleus, out_of_memory, planning, reward_functions
     from utils import rewarding, rollouts, runtime, settings, stopping, templates, views
     from utils.console import say
     from utils.loading import LoadedModel, load_model
     from utils.meter import timed
-    from utils.reward_calls import RewardCalls
     from utils.run_settings import RunSettings
-    from utils.runlog import RunLog, TokenSums, rollout_metrics
+    from utils.run_state import RunState, due, subset
+    from utils.runlog import TokenSums, rollout_metrics
     from utils.stop_rule import Reader, StopRule
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
-    from .utils import cadence, caches, checkpoints, checks, console, curriculum, datafiles
+    from .utils import caches, checks, console, curriculum, datafiles
     from .utils import launch, loading, nucleus, out_of_memory, planning, reward_functions
     from .utils import rewarding, rollouts, runtime, settings, stopping, templates, views
     from .utils.console import say
     from .utils.loading import LoadedModel, load_model
     from .utils.meter import timed
-    from .utils.reward_calls import RewardCalls
     from .utils.run_settings import RunSettings
-    from .utils.runlog import RunLog, TokenSums, rollout_metrics
+    from .utils.run_state import RunState, due, subset
+    from .utils.runlog import TokenSums, rollout_metrics
     from .utils.stop_rule import Reader, StopRule
     from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 
@@ -239,7 +239,7 @@ class MLXGRPOConfig(RunSettings):
     """Gradients are scaled down to this global norm."""
 
     def __post_init__(self) -> None:
-        checks.resolve_objective(self)
+        checks.resolve_objective(self)  # what the paper of the loss sets and the user does not
         checks.check(self)
 
 
@@ -313,6 +313,10 @@ def encode_prompt(tokenizer: Any, config: MLXGRPOConfig, row: dict[str, Any]) ->
     """
     prefix = tokenizer.encode(config.reasoning_prefix, add_special_tokens=False)
     return [*templates.chat_ids(tokenizer, config, row["prompt"]), *prefix]
+
+
+# Reward functions have TRL's interface: `completions` are conversations of one message each, every
+# column of the data is a keyword, and one value per completion comes back.
 
 
 def correctness_reward_func(completions: list, answer: list[str], **_: Any) -> list[float]:
@@ -536,6 +540,7 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
         kept = mx.where(kept >= nucleus.threshold(kept, how.top_p), kept, 0)
     if how.min_p > 0:
         kept = mx.where(kept >= how.min_p, kept, 0)
+    # mx.random.categorical takes one key for the whole batch; each row has its own here.
     tokens = drawing.draw(kept, keys) if how.temperature else mx.argmax(logits, axis=-1)
     chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)
     return tokens, (chosen - best - mx.log(weights.sum(axis=-1, keepdims=True)))[:, 0]
@@ -557,8 +562,7 @@ def sample_batch(
 ) -> list[Completion]:
     """One completion for each of `rows` (indices into `prompts`), all in one batch.
 
-    The host looks for ends one block behind the device; rows that have ended leave the batch, and
-    what they sampled past their end is dropped.
+    The host looks for ends one block behind the device; what was sampled past them is dropped.
     """
     completions = [Completion() for _ in rows]
     reader = Reader(stop, completions)
@@ -573,13 +577,13 @@ def sample_batch(
         for step in range(start, min(start + BLOCK, how.max_tokens)):
             logits = model(tokens[:, None], cache=cache)[:, -1]  # (B, V)
             tokens, logprobs = sample_step(logits, step_keys[step])  # (B,)
-            mx.async_eval(tokens, logprobs)
+            mx.async_eval(tokens, logprobs)  # the device works while the host builds the next step
             block.append((tokens, logprobs))
         between_blocks()
         keep = reader.read(block)
         if not keep:
             break
-        if len(keep) < len(tokens):
+        if len(keep) < len(tokens):  # the rows that have ended leave the batch
             index = mx.array(keep)
             tokens, step_keys = tokens[index], step_keys[:, index]
             caches.keep_rows(cache, keep)
@@ -593,6 +597,7 @@ def token_logprobs(
     """(B, width) log pi, at `temperature`, of the last `width` of (B, T) tokens.
 
     With `with_entropy` also the (B, width) entropies, in nats, of the distributions they are from.
+    utils/scoring.py does the same faster, and checks itself against this before the first update.
     """
     logits = model(tokens[:, :-1])[:, -width:]  # (B, width, V)
     logits = logits.astype(mx.float32) / temperature
@@ -782,11 +787,14 @@ def grpo_loss(
     return loss, {name: mx.stop_gradient((x * mask).sum()) for name, x in sums.items()}
 
 
-class MLXGRPOTrainer:
+class MLXGRPOTrainer(RunState):
     """Holds the policies and runs the loop sample -> score -> update.
 
-    `step` counts batches of prompts, `update_step` optimizer updates.
+    `step` counts batches of prompts, `update_step` optimizer updates. What a run has beside that
+    (log, evaluations, checkpoints) is in utils/run_state.py.
     """
+
+    args: MLXGRPOConfig
 
     def __init__(
         self,
@@ -797,31 +805,18 @@ class MLXGRPOTrainer:
         eval_dataset: list[dict[str, Any]],
         command: str = "mlx-grpo.py",
     ) -> None:
-        self.args, self.loaded, self.command = args, loaded, command
-        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        super().__init__(args, command)
+        self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
         self.reward_funcs = reward_funcs
-        self.output_dir = Path(args.output_dir)
         self.prefix_ids = self.tokenizer.encode(args.reasoning_prefix, add_special_tokens=False)
         self.train_dataset = self.encode(train_dataset, "training")
         self.eval_dataset = self.encode(eval_dataset, "evaluation") if eval_dataset else []
-        self.reward_calls = RewardCalls(args.reward_timeout)
-        self.order = curriculum.PromptOrder(args, self.train_dataset)
-        self.sampling = self.sampling_with(args.temperature, args.max_new_tokens)
-        self.step = self.update_step = self.rollout = 0
-        self.elapsed = 0.0
-        self.bad_updates = 0
-        self.measured_factor = 1.0  # of memory, from the first update
-        self.drawn = 0  # prompts that dynamic sampling took from the stream
-        self.reward_moments = [0.0, 0.0, 0.0]
-        self.kl_coeff = args.kl_coeff
-        self.interrupted = False
-        self.bar = console.no_bar()
-        self.saved_at = 0
-        self.position: dict[str, Any] = {}
-        self.shown: list[tuple] = []
-        self.unreported: tuple[tuple[int, int], list[dict]] | None = None
         self.data_sha256 = datafiles.fingerprint(self.train_dataset)
-        self.log = RunLog(args)
+        self.order = curriculum.PromptOrder(args, self.train_dataset)
+        self.drawn = 0  # prompts that dynamic sampling took from the stream
+        self.sampling = self.sampling_with(args.temperature, args.max_new_tokens)
+        self.reward_moments = [0.0, 0.0, 0.0]
+        self.kl_coeff = args.kl_coeff  # which kl_target moves
         self.plan = planning.plan_of(self)
         self.set_up_optimizer()
         self.set_up_policies()
@@ -832,6 +827,7 @@ class MLXGRPOTrainer:
         return datafiles.usable_prompts(self.args, rows, what, self.loaded.vocabulary)
 
     def sampling_with(self, temperature: float, max_tokens: int) -> Sampling:
+        """The settings' filters and stop strings; what is greedy needs no filters."""
         a = self.args
         room = checks.room_for_sampling(a, len(self.prefix_ids))
         filters = (a.top_k, a.top_p, a.min_p) if temperature else (0, 1.0, 0.0)
@@ -870,11 +866,12 @@ class MLXGRPOTrainer:
         a = self.args
         self.ref_model: nn.Module | None = None
         if a.kl_coeff > 0:
-            self.ref_model = without_adapters(self.model)
-            if a.ref_sync_updates:
+            if a.ref_sync_updates:  # it moves, so that it needs adapters of its own
                 self.ref_model = copy.deepcopy(self.model)
             elif self.loaded.train_type == "full" and a.quantize_for_rollouts:
-                self.ref_model = quantize_copy(self.ref_model)
+                self.ref_model = quantize_copy(self.model)
+            else:
+                self.ref_model = without_adapters(self.model)
             self.ref_model.freeze()
         self.quantizes = a.quantize_for_rollouts and policies.quantizes(self.model)
         self.old_is_copy = self.quantizes or a.sync_every_updates > 1
@@ -928,12 +925,6 @@ class MLXGRPOTrainer:
     ) -> list[Completion]:
         """len(keys) / len(rows) completions of each row, in as few batches as memory allows."""
         return rollouts.sampled(self, sample_batch, model, rows, keys, how, after_batch)
-
-    def pulse(self, phase: str) -> None:
-        """Between blocks of work: show that it goes on, and stop if a signal asked for it."""
-        self.bar.set_description_str(phase)
-        if self.interrupted:
-            raise stopping.Interrupted
 
     def generate_responses(self, batch: list[int]) -> list[Completion]:
         """`num_generations` completions for each row (index) of the training set, in order."""
@@ -1093,7 +1084,7 @@ class MLXGRPOTrainer:
             metrics |= self.reward_calls.metrics
             cut = [a.mask_truncated_completions and r.finish_reason == "length" for r in responses]
             trained = np.where(cut, np.nan, advantages.reshape(-1))
-            records = self.updates(rows, responses, trained, metrics["tokens"])
+            records = self.learn(rows, responses, trained, metrics["tokens"])
         metrics["tokens_per_second"] = metrics.pop("tokens_sampled") / metrics["seconds_rollout"]
         records = [record | metrics for record in records]
         # Nothing can stop this update any more: what the next one builds on changes now.
@@ -1103,18 +1094,17 @@ class MLXGRPOTrainer:
         self.shown = list(shown)[: a.log_completions]
         return records
 
-    def updates(
+    def learn(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray, tokens: float
     ) -> list[dict[str, Any]]:
         """`num_iterations` updates on a rollout of B completions with their (B,) advantages."""
-        batches = partial(self.micro_batches, rows, responses, advantages)
-        cut_up = partial(out_of_memory.scored, self, batches, self.select_tokens)
-        first, micro_batches = self.update_step, cut_up()
-        work = partial(self.update, micro_batches, tokens=tokens)
-        records = [
-            out_of_memory.updated(self, partial(work, iteration), micro_batches, cut_up)
-            for iteration in range(min(self.args.num_iterations, self.total_updates - first))
-        ]
+        first, records = self.update_step, []
+        cut = partial(self.micro_batches, rows, responses, advantages)
+        cut_and_select = partial(out_of_memory.scored, self, cut, self.select_tokens)
+        micro_batches = cut_and_select()
+        for iteration in range(min(self.args.num_iterations, self.total_updates - first)):
+            work = partial(self.update, micro_batches, iteration, tokens)
+            records.append(out_of_memory.updated(self, work, micro_batches, cut_and_select))
         if first == 0:
             planning.recalibrate(self, micro_batches)
         return records
@@ -1125,7 +1115,7 @@ class MLXGRPOTrainer:
         if a.kl_target and kl is not None and math.isfinite(kl):
             records[-1]["kl_coeff"] = self.kl_coeff
             self.kl_coeff = adapted(self.kl_coeff, kl, a.kl_target, completions / a.kl_horizon)
-        if self.ref_model is not None and cadence.due(a.ref_sync_updates, first, self.update_step):
+        if self.ref_model is not None and due(a.ref_sync_updates, first, self.update_step):
             mixed = tree_map(
                 lambda p, r: (a.ref_sync_alpha * p + (1 - a.ref_sync_alpha) * r).astype(r.dtype),
                 self.master,
@@ -1180,10 +1170,6 @@ class MLXGRPOTrainer:
         self.optimizer.update(self.model, grads, self.lr_schedule(self.update_step), clip)
         return norm, 0
 
-    def evaluate_em(self, dataset: list[dict], samples: int = 0, **how: Any) -> float:
-        """Mean exact match (or `eval_metric`) over a fixed subset of `samples` rows (0: all)."""
-        return self.score(dataset, samples, **how)["em"]
-
     def answers(
         self,
         dataset: list[dict[str, Any]],
@@ -1192,27 +1178,14 @@ class MLXGRPOTrainer:
         model: nn.Module | None = None,
     ) -> tuple[list[dict[str, Any]], list[Completion]]:
         """A fixed subset of `samples` rows (0: all), and one completion of each."""
-        rows = cadence.subset(dataset, samples)
+        rows = subset(dataset, samples)
         how = self.sampling_with(temperature, self.args.eval_max_new_tokens)
         keys = [row_key(self.args.seed, 1, i) for i in range(len(rows))]
         return rows, self.sample(model or self.model, rows, keys, how)
 
-    def score(self, dataset: list[dict], samples: int = 0, **how: Any) -> dict[str, Any]:
-        """Score the answers of the policy (or of another model)."""
-        rows, responses = self.answers(dataset, samples, **how)
-        if self.args.eval_metric == "em":
-            answers = (extract_xml_answer(response.text) for response in responses)
-            scores = [same_answer(a, r["answer"]) for a, r in zip(answers, rows, strict=True)]
-        else:
-            name = self.args.eval_metric
-            functions = {name: self.reward_funcs[name]}
-            scores = rewarding.call(self, functions, rows, responses)[name].tolist()
-        cut = float(np.mean([r.finish_reason == "length" for r in responses]))
-        return {"em": float(np.nanmean(scores)), "em_subset": len(rows), "truncation_rate": cut}
-
-    def evaluate(self, split: str = "test") -> float:
-        """Evaluate on the fixed subset of a split, log it, return the score (NaN: no questions)."""
-        return cadence.evaluate(self, split)
+    def is_right(self, response: Completion, row: dict[str, Any]) -> bool:
+        """Exact match, the metric that evaluations report."""
+        return same_answer(extract_xml_answer(response.text), row["answer"])
 
     def train(self) -> int:
         """Evaluate, update until the schedule ends, evaluate, save. Returns the exit code."""
@@ -1231,21 +1204,6 @@ class MLXGRPOTrainer:
                 self.after_update(before, records)
             stopping.finish(self, run.reason)
         return run.exit_code
-
-    def mark(self, unreported: tuple[tuple[int, int], list[dict]] | None = None) -> None:
-        """Note the position between two updates: a run that is stopped goes on from here."""
-        self.unreported = unreported
-        self.position = checkpoints.position(self)
-
-    def after_update(self, before: tuple[int, int], records: list[dict]) -> None:
-        """Log, evaluate and save whatever falls due between the counters `before` and now."""
-        cadence.after_update(self, before, records)
-
-    def save_checkpoint(self, path: Path) -> None:
-        """A complete model folder (or adapters in mlx-lm's format) with the trainer's state."""
-        self.mark()
-        checkpoints.save(Path(path), self)
-        self.saved_at = self.update_step
 
 
 def read_config(path: str | None, overrides: Sequence[str]) -> MLXGRPOConfig:

@@ -32,6 +32,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+from utils import checkpoints, runlog, stopping  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 grpo = load_script()
@@ -96,10 +97,10 @@ def instrument(memory: mmap.mmap, spent: dict[str, list[float]]) -> None:
     watch(trainer, "compute_rewards", "reward")
     watch(trainer, "update", "gradient")
     watch(trainer, "evaluate", "evaluation")
-    watch(grpo.RunLog, "append", "log")
-    watch(grpo.stopping, "finish", "final")
-    watch(grpo.checkpoints, "save", "save")
-    watch(grpo.checkpoints, "prune", "save")
+    watch(runlog.RunLog, "append", "log")
+    watch(stopping, "finish", "final")
+    watch(checkpoints, "save", "save")
+    watch(checkpoints, "prune", "save")
 
 
 def attempt(config: Path, marker: Path, times: Path) -> int:

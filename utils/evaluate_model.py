@@ -167,7 +167,7 @@ def resolve(args: argparse.Namespace) -> tuple[Any, str]:
 
 def read_questions(args: argparse.Namespace, config: Any) -> list[dict[str, Any]]:
     """The split, or the same fixed subset of it that the trainer evaluates on."""
-    from .cadence import subset
+    from .run_state import subset
 
     rows = load_script().load_questions(config, args.split)
     if args.samples and args.samples > len(rows):
