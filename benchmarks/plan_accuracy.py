@@ -55,6 +55,10 @@ CPU_CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
     ("tiny", 0, "full", (*SMALL, CHECKPOINTED)),
     ("tiny", 0, "full", (*SMALL, "micro_batch_tokens=600")),
     ("tiny", 4, "lora", (*SMALL[:2], CHECKPOINTED)),
+    ("16k", 0, "full", SMALL),
+    ("16k", 0, "full", (*SMALL, "entropy_coeff=0.01")),
+    ("16k", 0, "full", (*SMALL, "top_entropy_quantile=0.5")),
+    ("16k", 0, "lora", (*SMALL, "entropy_coeff=0.01")),
 ]
 
 

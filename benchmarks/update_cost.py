@@ -29,6 +29,8 @@ RECORDS = ROOT / "benchmarks/records/update_cost.jsonl"
 SHAPES = {
     "tiny": {**QWEN, "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
     | {"num_attention_heads": 4, "vocab_size": 512},
+    "16k": {**QWEN, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+    | {"num_attention_heads": 4, "vocab_size": 16_384},  # logits are most of it
     "0.5b": {**QWEN, "hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864}
     | {"num_attention_heads": 14},
     "1.5b": QWEN,

@@ -525,6 +525,8 @@ def measured_peak(model, rows, prompt, sequence, **how):
         ({"layers": 6, "hidden": 128}, {"gradient_checkpointing": True}),
         ({"layers": 6}, {"train_type": "lora"}),
         ({"vocab": 16_000}, {}),
+        ({"vocab": 16_000}, {"entropy_coeff": 0.01}),
+        ({"vocab": 16_000}, {"top_entropy_quantile": 0.5}),
         ({"layers": 4, "hidden": 128}, {"micro_batch_tokens": 400}),
     ],
 )
@@ -551,6 +553,31 @@ def test_estimate_agrees_with_the_measured_peak(model, settings, data_dir, tmp_p
     peaks = trainer.log.meter.peaks
     measured = max(peaks["rollout"], peaks["gradient"]) - others
     assert 0.6 < trainer.plan.peak / measured < 1.5
+
+
+def test_what_an_entropy_bonus_adds_to_the_peak_is_planned_for(data_dir, tmp_path):
+    """Within 30 %, in a model whose logits are most of its memory; without it, nothing is."""
+    folder = make_model(tmp_path / "model", hidden=64, vocab=16_000)
+    planned, measured = {}, {}
+    for coefficient in (0.0, 0.01):
+        gc.collect()
+        mx.clear_cache()
+        trainer = make_trainer(
+            *(folder, data_dir, tmp_path / "out", digest),
+            stop_strings=[],
+            max_new_tokens=64,
+            num_generations=8,
+            entropy_coeff=coefficient,
+        )
+        trainer.tokenizer._eos_token_ids = set()
+        trainer.train_step(trainer.prompts_of_update(0)[0])
+        trainer.log.meter.start("other")
+        planned[coefficient] = trainer.plan.gradient_needed
+        measured[coefficient] = trainer.log.meter.peaks["gradient"]
+        del trainer
+    assert planned[0.01] / measured[0.01] == pytest.approx(1, abs=0.3)
+    added = {name: known[0.01] - known[0.0] for name, known in (("p", planned), ("m", measured))}
+    assert added["p"] == pytest.approx(added["m"], rel=0.3)
 
 
 def h200_records():

@@ -366,6 +366,9 @@ class Settings:
     """Measured over planned bytes of a micro-batch, from the first update of the run."""
     compiled: bool = False
     """use_compile."""
+    entropy_bonus: bool = False
+    """entropy_coeff > 0. (Entropies without a gradient, of top_entropy_quantile, take less than the
+    gradient after them.)"""
     shares_prompts: bool = True
     """Whether a prompt is read once for its group in the gradient phase (utils/scoring.py)."""
     platform: str = "metal"
@@ -657,6 +660,9 @@ def _logit_bytes(settings: Settings) -> int:
 def head_bytes(shape: ModelShape, batch: MicroBatch, keep: bool) -> int:
     """Logits of a piece with their gradient, and those of all pieces if they are kept.
 
+    An entropy with a gradient makes p log p beside them in float32, 2 more on the way back where
+    that is not one kernel (measured on a CPU: 3.0; what its queue holds, included).
+
     More than one piece of a head that is trained: also the gradient of a piece, and the old sum.
     """
     settings = batch.settings
@@ -668,6 +674,8 @@ def head_bytes(shape: ModelShape, batch: MicroBatch, keep: bool) -> int:
     sums = 2 * matrix if settings.train_type == "full" and made < every else 0
     queue = 2 if settings.platform == "cpu" else 1
     logits = queue * made * _logit_bytes(settings) + (every if keep else queue * made) * width
+    if settings.entropy_bonus:
+        logits += 4 * made * (3 if settings.platform == "cpu" else 1)
     return logits + 2 * scored * shape.hidden_size * width + sums
 
 

@@ -37,6 +37,7 @@ def plan_memory(
             lora_layers=config.lora_layers,
             trainable_parameters=trainable_parameters,
             compiled=config.use_compile,
+            entropy_bonus=config.entropy_coeff > 0,
             platform=platform,
             prompts_per_update=config.batch_size * config.gradient_accumulation_steps,
             num_generations=config.num_generations,
