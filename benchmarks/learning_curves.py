@@ -9,7 +9,6 @@ format, arithmetic and exact match into models/tiny-math/README.md, its short fo
 """
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -21,8 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import results  # noqa: E402
 from utils import runtime  # noqa: E402
-from utils.readme_tables import replaced  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/learning_curves.jsonl"
@@ -72,15 +71,13 @@ def summary(grades: list[Any]) -> dict[str, float]:
 
 def curve(output_dir: Path) -> dict[str, list]:
     """From the log: greedy exact match of evaluations, sampled exact match of training rollouts."""
-    lines = (output_dir / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = results.read(output_dir / "training_log.jsonl")
     test = [(r["update"], r["em"]) for r in records if r.get("split") == "test"]
     rollouts = [(r["update"], r["reward/correctness"] / 2) for r in records if "loss" in r]
     return {"greedy": test, "rollouts": rollouts}
 
 
 def measure(seeds: list[int]) -> None:
-    RECORDS.parent.mkdir(exist_ok=True)
     before = grade(ROOT / "models/tiny-math", 0, ROOT / "outputs/learning-curves/before")
     for seed in seeds:
         output_dir = Path(f"outputs/learning-curves/seed-{seed}")
@@ -97,14 +94,12 @@ def measure(seeds: list[int]) -> None:
             "after": after,
             "curve": curve(ROOT / output_dir),
         }
-        with RECORDS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        results.append(RECORDS, record)
 
 
 def newest_records() -> list[dict[str, Any]]:
     """The last record of each seed."""
-    lines = RECORDS.read_text(encoding="utf-8").splitlines()
-    return [*{r["seed"]: r for r in map(json.loads, lines)}.values()]
+    return [*{record["seed"]: record for record in results.read(RECORDS)}.values()]
 
 
 def draw(records: list[dict[str, Any]]) -> None:
@@ -172,10 +167,6 @@ def short_table(records: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def write(path: Path, name: str, rows: list[str]) -> None:
-    path.write_text(replaced(path.read_text(encoding="utf-8"), name, rows), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
@@ -185,8 +176,8 @@ def main() -> None:
         measure([int(seed) for seed in arguments.seeds.split(",")])
     records = newest_records()
     draw(records)
-    write(MODEL_README, "rl-results", table(records))
-    write(ROOT / "README.md", "learning", short_table(records))
+    results.write_section("rl-results", table(records), MODEL_README)
+    results.write_section("learning", short_table(records), ROOT / "README.md")
     print("\n".join(table(records)))
 
 

@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import results  # noqa: E402
+
 RECORDS = ROOT / "benchmarks/records/moe_200m.jsonl"
 PICTURE = ROOT / "docs/moe_200m.png"
 SUFFIXES = {".py", ".pyi", ".rst", ".md", ".txt"}
@@ -84,8 +88,9 @@ def record(run: Path, device: str) -> None:
     lines = [{"kind": "run", **summary}]
     lines += [{"kind": "train", **row} for row in rows_of(run / "metrics.csv")]
     lines += [{"kind": "val", **row} for row in rows_of(run / "metrics_eval.csv")]
-    RECORDS.parent.mkdir(parents=True, exist_ok=True)
-    RECORDS.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    RECORDS.unlink(missing_ok=True)
+    for line in lines:
+        results.append(RECORDS, line)
 
 
 def draw() -> None:
@@ -94,7 +99,7 @@ def draw() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
+    lines = results.read(RECORDS)
     run = lines[0]
     tokens = {line["update"]: line["tokens"] / 1e6 for line in lines if line["kind"] == "train"}
     train = [line for line in lines if line["kind"] == "train"]

@@ -23,7 +23,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-RESULTS = ROOT / "benchmarks/RESULTS.md"
+from benchmarks import results  # noqa: E402
+
 FIXTURE = ROOT / "tests/fixtures/objectives/trl.json"
 PROMPTS, GROUP, LONGEST = 3, 4, 9
 EOS = 2
@@ -398,11 +399,8 @@ def main() -> int:
     if parser.parse_args().trl:
         run_trl()
         return 0
-    from utils.readme_tables import replaced
-
-    text = RESULTS.read_text(encoding="utf-8")
     lines = rows(differences())
-    RESULTS.write_text(replaced(text, "parity", lines), encoding="utf-8")
+    results.write_section("parity", lines)
     print("\n".join(lines))
     return 0
 

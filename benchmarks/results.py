@@ -18,9 +18,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_section(name: str, rows: Sequence[str]) -> None:
-    """Put the lines between the markers `<!-- name -->` of RESULTS.md."""
+def write_section(name: str, rows: Sequence[str], path: Path = RESULTS) -> None:
+    """Put the lines between the markers `<!-- name -->` of RESULTS.md, or of another file."""
     from utils.readme_tables import replaced
 
-    text = RESULTS.read_text(encoding="utf-8")
-    RESULTS.write_text(replaced(text, name, list(rows)), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(replaced(text, name, list(rows)), encoding="utf-8")

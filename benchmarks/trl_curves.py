@@ -25,8 +25,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import results  # noqa: E402
+
 RECORDS = ROOT / "benchmarks/records/trl_curves.jsonl"
-RESULTS = ROOT / "benchmarks/RESULTS.md"
 PICTURE = ROOT / "docs/trl_curves.png"
 MODEL = ROOT / "models/tiny-math"
 OUTPUT = ROOT / "outputs/trl-curves"
@@ -215,9 +216,7 @@ def measure(tool: str, seed: int, python: Path) -> None:
         "versions": result.get("versions")
         or {k: versions[k] for k in ("mlx", "mlx-lm", "git_revision")},
     }
-    RECORDS.parent.mkdir(exist_ok=True)
-    with RECORDS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    results.append(RECORDS, record)
 
 
 def area(curve: list[tuple[int, float]]) -> float:
@@ -228,8 +227,7 @@ def area(curve: list[tuple[int, float]]) -> float:
 
 def newest_records() -> dict[str, list[dict[str, Any]]]:
     """The last record of each tool and seed, by tool."""
-    lines = RECORDS.read_text(encoding="utf-8").splitlines()
-    newest = {(r["tool"], r["seed"]): r for r in map(json.loads, lines)}
+    newest = {(record["tool"], record["seed"]): record for record in results.read(RECORDS)}
     return {tool: [r for key, r in newest.items() if key[0] == tool] for tool in ("ours", "trl")}
 
 
@@ -326,7 +324,6 @@ def main() -> None:
         work(arguments.worker)
         return
     from benchmarks.compare import environment
-    from utils.readme_tables import replaced
 
     if not arguments.draw_only:
         python = Path(arguments.python) if arguments.python else environment("trl")
@@ -336,8 +333,7 @@ def main() -> None:
     records = newest_records()
     if all(records.values()):
         draw(records)
-        text = RESULTS.read_text(encoding="utf-8")
-        RESULTS.write_text(replaced(text, "trl-curves", table(records)), encoding="utf-8")
+        results.write_section("trl-curves", table(records))
         print("\n".join(table(records)))
 
 

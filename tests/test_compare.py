@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, peers, targets, trl_curves
+from benchmarks import compare, learning_curves, peers, targets, trl_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = {
@@ -149,6 +149,27 @@ def test_results_are_generated_from_the_records():
     after = compare.results.RESULTS.read_text(encoding="utf-8")
     compare.results.RESULTS.write_text(before, encoding="utf-8")
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("module", "tables"),
+    [(trl_curves, ["trl-curves"]), (learning_curves, ["rl-results", "learning"])],
+    ids=["trl", "learning"],
+)
+def test_curves_are_tabled_from_the_records(monkeypatch, module, tables):
+    """Every table of theirs, in every file that has one."""
+    files = [compare.results.RESULTS, ROOT / "README.md", ROOT / "models/tiny-math/README.md"]
+    before = [path.read_text(encoding="utf-8") for path in files]
+    written = []
+    write = compare.results.write_section
+    monkeypatch.setattr(
+        compare.results, "write_section", lambda *words: (written.append(words[0]), write(*words))
+    )
+    monkeypatch.setattr(module, "draw", lambda records: None)  # needs matplotlib
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--draw-only"])
+    module.main()
+    assert written == tables
+    assert [path.read_text(encoding="utf-8") for path in files] == before
 
 
 def test_area_is_the_mean_height_of_a_curve():
