@@ -58,7 +58,7 @@ def test_the_comparison_can_fail(found, monkeypatch, name, wrong):
 
 
 def test_the_table_is_that_of_today(found):
-    text = parity.RESULTS.read_text()
+    text = parity.results.RESULTS.read_text()
     table = text.split("<!-- parity -->")[1].split("<!-- /parity -->")[0].strip().splitlines()
     names = [line.split("|")[1].strip() for line in table[2:]]
     assert names == [case.name for case in parity.CASES]
