@@ -69,12 +69,10 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 if TYPE_CHECKING or not __package__:  # these import MLX
-    from utils import drawing, optimizers, policies, scoring
-    from utils.exponentials import exp
+    from utils import drawing, exponentials, optimizers, policies, scoring
     from utils.policies import quantize_copy, without_adapters
 else:
-    from .utils import drawing, optimizers, policies, scoring
-    from .utils.exponentials import exp
+    from .utils import drawing, exponentials, optimizers, policies, scoring
     from .utils.policies import quantize_copy, without_adapters
 
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
@@ -489,11 +487,6 @@ def estimate_advantages(s: Scores, moments: list[float], a: MLXGRPOConfig) -> np
     return advantages
 
 
-def adapted(kl_coeff: float, kl: float, target: float, share: float) -> float:
-    """The controller of arXiv:1909.08593: towards the target, by at most a fifth per horizon."""
-    return kl_coeff * (1 + min(max(kl / target - 1, -0.2), 0.2) * share)
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How to sample; temperature 0 is greedy."""
@@ -532,7 +525,8 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
     """
     logits = logits.astype(mx.float32) / (how.temperature or 1.0)
     best = logits.max(axis=-1, keepdims=True)
-    weights = exp(logits - best)  # (B, V) probabilities but for a factor, the largest 1
+    # (B, V) probabilities but for a factor, the largest 1; by mx.exp, or what is faster on x86-64.
+    weights = exponentials.exp(logits - best)
     kept = weights
     if 0 < how.top_k < logits.shape[-1]:
         kept = mx.where(kept >= mx.topk(kept, how.top_k).min(axis=-1, keepdims=True), kept, 0)
@@ -688,6 +682,11 @@ KL: dict[str, Callable[[mx.array], mx.array]] = {  # of x = ref_logprobs - logpr
     "k2": lambda x: 0.5 * x**2,
     "k3": lambda x: mx.minimum(mx.exp(x) - x - 1, 10),
 }
+
+
+def adapted(kl_coeff: float, kl: float, target: float, share: float) -> float:
+    """The controller of arXiv:1909.08593: towards the target, by at most a fifth per horizon."""
+    return kl_coeff * (1 + min(max(kl / target - 1, -0.2), 0.2) * share)
 
 
 def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.ndarray:
@@ -854,6 +853,7 @@ class MLXGRPOTrainer(RunState):
         return self.optimizer.masters(self.model)
 
     def make_loss_and_grad(self) -> Callable:
+        """batch -> loss and gradient by the trainable parameters, which it takes from the model."""
         function = nn.value_and_grad(self.model, self.compute_grpo_loss)
         if not self.args.use_compile:
             return function
@@ -866,6 +866,7 @@ class MLXGRPOTrainer(RunState):
         a = self.args
         self.ref_model: nn.Module | None = None
         if a.kl_coeff > 0:
+            # An update makes new arrays and changes none in place: a deepcopy takes no memory.
             if a.ref_sync_updates:  # it moves, so that it needs adapters of its own
                 self.ref_model = copy.deepcopy(self.model)
             elif self.loaded.train_type == "full" and a.quantize_for_rollouts:
@@ -937,6 +938,7 @@ class MLXGRPOTrainer(RunState):
             for n in range(size)
         ]
         rows = [self.train_dataset[row] for row in batch]
+        # Adapters are multiplied into the weights where there is room: fewer operations a token.
         policy = views.merged(self.model_old, self.plan.spare_for_rollouts)
         return self.sample(policy, rows, keys, self.sampling, partial(rewarding.ahead, self, rows))
 
@@ -1083,7 +1085,7 @@ class MLXGRPOTrainer(RunState):
             metrics |= rollout_metrics(scores, advantages, self.reward_funcs)
             metrics |= self.reward_calls.metrics
             cut = [a.mask_truncated_completions and r.finish_reason == "length" for r in responses]
-            trained = np.where(cut, np.nan, advantages.reshape(-1))
+            trained = np.where(cut, np.nan, advantages.reshape(-1))  # NaN: left out of the loss
             records = self.learn(rows, responses, trained, metrics["tokens"])
         metrics["tokens_per_second"] = metrics.pop("tokens_sampled") / metrics["seconds_rollout"]
         records = [record | metrics for record in records]
@@ -1141,7 +1143,7 @@ class MLXGRPOTrainer(RunState):
                 batch["kl_coeff"] = mx.array(self.kl_coeff)
             (part, stats, logprobs), new = self.loss_and_grad(batch)
             grads, new = optimizers.accumulate(grads, new), None  # so that each goes as it is added
-            mx.eval(grads, part, stats, logprobs)
+            mx.eval(grads, part, stats, logprobs)  # nothing was computed before: MLX is lazy
             if iteration == 0 and self.args.num_iterations > 1:
                 batch["old_logprobs"] = logprobs  # the anchor of the ratio from now on
             loss += float(part)
