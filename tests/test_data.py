@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT
 from helpers import QUIET, make_config, make_trainer, write_toml
 
+from utils.errors import UserError
+
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
@@ -207,7 +209,7 @@ def test_the_hub_is_asked_for_name_configuration_and_split(grpo, tmp_path, monke
 def test_an_empty_split_on_the_hub_is_refused(grpo, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(grpo.UserError, match=r"openai/gsm8k \(main, test\) holds no rows"):
+    with pytest.raises(UserError, match=r"openai/gsm8k \(main, test\) holds no rows"):
         grpo.get_gsm8k_questions("test")
 
 
