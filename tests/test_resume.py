@@ -326,6 +326,19 @@ def test_a_log_that_is_none_is_named_before_anything_loads(
     assert capsys.readouterr().out == "", "no model was loaded"
 
 
+@pytest.mark.parametrize("kept", [2, 3])
+def test_a_log_whose_line_was_deleted_goes_on_once(model_dir, data_dir, tmp_path, kept):
+    """As the error says to do: its bytes no longer are where the checkpoint has them."""
+    settings = {"max_updates": 5, "max_new_tokens": 2, "save_steps": 2, "save_total_limit": 0}
+    output = tmp_path / "o"
+    run_training(model_dir, data_dir, output, **settings)
+    lines = (output / "training_log.jsonl").read_bytes().splitlines(keepends=True)
+    (output / "training_log.jsonl").write_bytes(b"".join([lines[0], *lines[2:]]))
+    settings["resume"] = str(output / f"checkpoint-{2 * kept}")
+    assert run_training(model_dir, data_dir, output, **settings)[0] == 0
+    assert [r["update"] for r in read_log(output)] == [1, 3, 4, 5]
+
+
 def test_a_line_that_a_crash_tore_is_dropped(model_dir, data_dir, tmp_path, capsys):
     """The machine went down before the end of the log was on its disk."""
     settings = {"max_updates": 4, "max_new_tokens": 2, "report_to": ["csv"]}

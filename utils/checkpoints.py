@@ -349,10 +349,14 @@ def rewind_log(path: Path, size: int) -> None:
             os.truncate(path, size)
 
 
-def without_torn_line(path: Path) -> list[dict[str, Any]]:
-    """The records of the log, which ends with a whole line from here on."""
-    records, end = tracking.read_log(path)
-    if path.stat().st_size > end + 1:
+def without_torn_line(path: Path, last: int) -> list[dict[str, Any]]:
+    """The records of the log up to the update `last`; it ends with a whole line from here on.
+
+    Where a person deleted a line, the cut at a byte has left some that came later.
+    """
+    records, end = tracking.read_log(path, last=last)
+    rest = path.read_bytes()[end:].strip()
+    if rest and tracking.as_record(rest.partition(b"\n")[0]) is None:
         say(f"warning   the last line of {path} was cut off by a crash, and is dropped")
     os.truncate(path, end)
     with path.open("a", encoding="utf-8") as file:
@@ -691,7 +695,7 @@ def open_run(
     rewind_log(trainer.log.path, trainer.position.get("log_bytes", 0))
     records: list[dict[str, Any]] = []
     if trainer.log.path.exists():
-        records = without_torn_line(trainer.log.path)
+        records = without_torn_line(trainer.log.path, trainer.update_step)
         tracking.rewind(folder, records)
     write_json(folder / CONFIG, settings.recorded(config))
     write_json(folder / PROVENANCE, provenance)

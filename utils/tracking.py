@@ -8,6 +8,7 @@ import csv
 import difflib
 import importlib.util
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -137,10 +138,11 @@ class CSVTracker:
         pass
 
 
-def read_log(log: Path, size: int | None = None) -> tuple[list[dict[str, Any]], int]:
-    """The records in the first `size` bytes of training_log.jsonl, and where the last one ends.
-
-    Behind it may be the part of a line that a crash left: that is none.
+def read_log(
+    log: Path, size: int | None = None, last: float = math.inf
+) -> tuple[list[dict[str, Any]], int]:
+    """The records in the first `size` bytes of training_log.jsonl, up to the update `last`, and
+    where they end. Behind them may be the part of a line that a crash left.
 
     Raises:
         UserError: another line is no record.
@@ -150,6 +152,8 @@ def read_log(log: Path, size: int | None = None) -> tuple[list[dict[str, Any]], 
     for number, line in enumerate(lines, start=1):
         place += len(line)
         record = as_record(line)
+        if record is not None and record["update"] > last:
+            break
         if record is not None:
             records.append(record)
             end = place
