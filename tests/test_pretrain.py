@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.models import activations
 
 PRESET = ROOT / "configs/pretrain/moe_200m.toml"
 TEXT = "How many apples? <answer> 1 + 2 = 3 </answer> {} apples, how many?\n"
@@ -48,8 +49,13 @@ block_size = 64
 
 
 @pytest.fixture
-def work(tmp_path):
+def work(tmp_path, monkeypatch):
     """A folder with tokenizer/, text/ (train), val/, pairs.jsonl and tiny.toml."""
+    # Models that earlier tests loaded may have put another in place (utils/exponentials.py), which
+    # a process that only pretrains has not.
+    for name in [name for name in sys.modules if name.startswith("mlx_lm.models.")]:
+        if hasattr(sys.modules[name], "swiglu"):
+            monkeypatch.setattr(sys.modules[name], "swiglu", activations.swiglu)
     for name in ("tokenizer", "text", "val"):
         (tmp_path / name).mkdir()
     make_tokenizer(tmp_path / "tokenizer")
