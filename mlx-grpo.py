@@ -39,7 +39,8 @@ import numpy as np
 if TYPE_CHECKING or not __package__:
     from utils import caches, checks, console, curriculum, datafiles
     from utils import launch, loading, nucleus, out_of_memory, planning, reward_functions
-    from utils import rewarding, rollouts, runtime, settings, stopping, templates, views
+    from utils import rewarding, rollouts, runtime, settings, stopping, streams, templates
+    from utils import views
     from utils.console import say
     from utils.loading import LoadedModel, load_model
     from utils.meter import timed
@@ -51,7 +52,8 @@ if TYPE_CHECKING or not __package__:
 else:  # installed: this file is mlx_grpo/__init__.py
     from .utils import caches, checks, console, curriculum, datafiles
     from .utils import launch, loading, nucleus, out_of_memory, planning, reward_functions
-    from .utils import rewarding, rollouts, runtime, settings, stopping, templates, views
+    from .utils import rewarding, rollouts, runtime, settings, stopping, streams, templates
+    from .utils import views
     from .utils.console import say
     from .utils.loading import LoadedModel, load_model
     from .utils.meter import timed
@@ -1134,14 +1136,9 @@ class MLXGRPOTrainer(RunState):
         mx.random.seed(int(row_key(self.args.seed, 2, self.rollout)[0]))
         loss, grads, sums = 0.0, None, TokenSums()
         self.model.train()  # dropout, and no kernels that have no gradient
-        for batch in micro_batches:
-            if iteration == 0:
-                self.pulse("gradient")
-                if self.args.kl_placement == "loss":
-                    self.add_reference(batch)
-            if self.args.kl_target:
-                batch["kl_coeff"] = mx.array(self.kl_coeff)
-            (part, stats, logprobs), new = self.loss_and_grad(batch)
+        gradient = partial(self.gradient, iteration == 0)
+        done = streams.spread(gradient, micro_batches, streams.at_once(self))
+        for batch, ((part, stats, logprobs), new) in done:
             grads, new = optimizers.accumulate(grads, new), None  # so that each goes as it is added
             mx.eval(grads, part, stats, logprobs)  # nothing was computed before: MLX is lazy
             if iteration == 0 and self.args.num_iterations > 1:
@@ -1154,6 +1151,16 @@ class MLXGRPOTrainer(RunState):
         lr = self.lr_schedule(self.update_step)
         record = {"update": self.update_step, "lr": lr, "loss": loss, "grad_norm": norm}
         return {**record, "skipped": skipped, "kl": None, **sums.means(tokens)}
+
+    def gradient(self, first: bool, batch: dict[str, mx.array]) -> Any:
+        """What `loss_and_grad` makes of a micro-batch, and of the reference in the first pass."""
+        if first:
+            self.pulse("gradient")
+            if self.args.kl_placement == "loss":
+                self.add_reference(batch)
+        if self.args.kl_target:
+            batch["kl_coeff"] = mx.array(self.kl_coeff)
+        return self.loss_and_grad(batch)
 
     def add_reference(self, batch: dict[str, mx.array]) -> None:
         if self.ref_model is not None:

@@ -257,8 +257,9 @@ def load_model(config: Any) -> LoadedModel:
     """
     import mlx.core as mx
 
-    from . import exponentials, prefix
+    from . import exponentials, prefix, streams
 
+    streams.take_turns(config)
     local = find_model(config.model_name)
     try:
         with panics_as_errors():

@@ -1,0 +1,60 @@
+"""Micro-batches on several cores at once: the same update, and only where that is safe."""
+
+import dataclasses
+
+import mlx.core as mx
+import pytest
+from helpers import flat, make_trainer
+
+from utils import streams
+
+SETTINGS = {"micro_batch_tokens": 70, "train_type": "lora", "lora_dropout": 0.3}
+
+
+def updated(model_dir, data_dir, folder, monkeypatch, cores, **settings):
+    """Weights, log-records and devices' streams after three rollouts of two updates each."""
+    monkeypatch.setattr(streams, "cores", lambda: cores)
+    used, stream = [], mx.stream
+    monkeypatch.setattr(mx, "stream", lambda s: (used.append(str(s)), stream(s))[1])
+    settings = {**SETTINGS, "num_iterations": 2, "max_updates": 6, **settings}
+    trainer = make_trainer(model_dir, data_dir, folder, **settings)
+    records = [r for batch in ([0, 1], [2, 3], [4, 5]) for r in trainer.train_step(batch)]
+    monkeypatch.setattr(mx, "stream", stream)
+    return flat(trainer.model.trainable_parameters()), records, used
+
+
+@pytest.mark.parametrize("kl_coeff", [0.0, 0.1])
+def test_cores_change_no_weight(model_dir, data_dir, tmp_path, monkeypatch, kl_coeff):
+    """With dropout, anchors and a reference."""
+    arguments = (model_dir, data_dir, tmp_path / "o", monkeypatch)
+    alone, records, unused = updated(*arguments, 1, kl_coeff=kl_coeff)
+    several, again, used = updated(*arguments, 3, kl_coeff=kl_coeff)
+    assert not unused
+    assert len(set(used)) == 3
+    for name, weight in alone.items():
+        assert mx.array_equal(weight, several[name]), name
+    for one, other in zip(records, again, strict=True):
+        assert one["loss"] == other["loss"]
+        assert one["grad_norm"] == other["grad_norm"]
+
+
+def test_one_after_the_other_where_several_would_not_do(model_dir, data_dir, tmp_path, monkeypatch):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o")
+    monkeypatch.setattr(streams, "cores", lambda: 2)
+    assert streams.at_once(trainer) == 1, "its memory is measured in the first update"
+    trainer.update_step = 1
+    assert streams.at_once(trainer) == 4
+    plan = trainer.plan
+    for tight, count in ((0.9, 1), (2.1, 1), (2.6 * 2, 2)):
+        budget = plan.resident + plan.summed_gradients
+        budget = 2 * budget + tight * (plan.gradient_peak - budget + plan.gradients)
+        trainer.plan = dataclasses.replace(plan, budget_bytes=int(budget))
+        assert streams.at_once(trainer) == count
+    trainer.plan = plan
+    monkeypatch.setattr(streams, "cores", lambda: 1)
+    assert streams.at_once(trainer) == 1
+    monkeypatch.setattr(streams, "cores", lambda: 2)
+    for name in ("use_compile", "gradient_checkpointing"):
+        setattr(trainer.args, name, True)
+        assert streams.at_once(trainer) == 1
+        setattr(trainer.args, name, False)

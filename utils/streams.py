@@ -1,0 +1,91 @@
+"""Micro-batches on several cores at once: MLX computes each stream of a CPU on one thread."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+from .memory import Plan
+from .out_of_memory import tokens_read
+
+T = TypeVar("T")
+Batch = dict[str, Any]
+MOST = 8  # streams: over all of them, MLX has about a hundred operations under way
+EACH = 2  # micro-batches a stream, so that uneven ones are shared out more evenly
+SHARE = 0.5  # of the memory, at most
+
+
+def are_used(config: Any) -> bool:
+    """Whether cores compute micro-batches of their own: those of a CPU.
+
+    Not compiled ones, which stay on the stream that they were traced on; and not checkpointed ones,
+    which take 1.4 times the memory in the order of operations that `take_turns` asks for.
+    """
+    import mlx.core as mx
+
+    slow = config.use_compile or config.gradient_checkpointing
+    return mx.default_device() == mx.cpu and not slow and cores() > 1
+
+
+def take_turns(config: Any) -> None:
+    """Have MLX order operations broadly, or it dispatches one stream's before it begins another's.
+
+    It reads this once, before the first thing that it computes.
+    """
+    if are_used(config):
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
+
+
+def at_once(trainer: Any) -> int:
+    """How many micro-batches to compute together.
+
+    One in the first update, whose memory `planning.recalibrate` learns from.
+    """
+    if not are_used(trainer.args) or trainer.update_step == 0:
+        return 1
+    return max(1, min(EACH * cores(), fitting(trainer.plan)))
+
+
+def cores() -> int:
+    """Of those that this process may use, as many as it can keep busy."""
+    every = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        every = len(os.sched_getaffinity(0))
+    return min(MOST, every)
+
+
+def fitting(plan: Plan) -> int:
+    """Micro-batches of the planned size that fit beside what is there anyway."""
+    constant = plan.resident + plan.summed_gradients
+    each = max(1, plan.gradients + plan.gradient_peak - constant)
+    return int((SHARE * plan.budget_bytes - constant) // each)
+
+
+def spread(
+    work: Callable[[Batch], T], batches: Sequence[Batch], count: int
+) -> Iterator[tuple[Batch, T]]:
+    """Each batch with work(batch), which MLX has not computed yet unless `count` > 1."""
+    import mlx.core as mx
+
+    for start in range(0, len(batches), count):
+        group = batches[start : start + count]
+        if len(group) == 1:
+            yield group[0], work(group[0])
+            continue
+        tokens, results = [0] * cores(), []
+        for batch in group:
+            least = tokens.index(min(tokens))
+            tokens[least] += tokens_read(batch)
+            with mx.stream(streams(cores())[least]):
+                results.append(work(batch))
+        mx.eval(results)  # together: one after the other, the second would wait for the first
+        for batch in group:
+            yield batch, results.pop(0)
+
+
+@cache
+def streams(count: int) -> list[Any]:
+    """Streams of the CPU, the default one first."""
+    import mlx.core as mx
+
+    return [mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(count - 1))]
