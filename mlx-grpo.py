@@ -37,10 +37,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or not __package__:
-    from utils import caches, checks, console, curriculum, datafiles
-    from utils import launch, loading, nucleus, out_of_memory, planning, reward_functions
-    from utils import rewarding, rollouts, runtime, settings, stopping, streams, templates
-    from utils import views
+    from utils import caches, checks, console, curriculum, datafiles, launch, loading
+    from utils import nucleus, out_of_memory, planning, reward_functions, rewarding
+    from utils import rollouts, runtime, settings, stopping, streams, templates, views
     from utils.console import say
     from utils.loading import LoadedModel, load_model
     from utils.meter import timed
@@ -50,10 +49,9 @@ if TYPE_CHECKING or not __package__:
     from utils.stop_rule import Reader, StopRule
     from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 else:  # installed: this file is mlx_grpo/__init__.py
-    from .utils import caches, checks, console, curriculum, datafiles
-    from .utils import launch, loading, nucleus, out_of_memory, planning, reward_functions
-    from .utils import rewarding, rollouts, runtime, settings, stopping, streams, templates
-    from .utils import views
+    from .utils import caches, checks, console, curriculum, datafiles, launch, loading
+    from .utils import nucleus, out_of_memory, planning, reward_functions, rewarding
+    from .utils import rollouts, runtime, settings, stopping, streams, templates, views
     from .utils.console import say
     from .utils.loading import LoadedModel, load_model
     from .utils.meter import timed
@@ -1137,10 +1135,11 @@ class MLXGRPOTrainer(RunState):
         loss, grads, sums = 0.0, None, TokenSums()
         self.model.train()  # dropout, and no kernels that have no gradient
         gradient = partial(self.gradient, iteration == 0)
+        # On a CPU, several micro-batches are computed together; elsewhere one after the other.
         done = streams.spread(gradient, micro_batches, streams.at_once(self))
         for batch, ((part, stats, logprobs), new) in done:
             grads, new = optimizers.accumulate(grads, new), None  # so that each goes as it is added
-            mx.eval(grads, part, stats, logprobs)  # nothing was computed before: MLX is lazy
+            mx.eval(grads, part, stats, logprobs)  # MLX is lazy: it computes when asked to
             if iteration == 0 and self.args.num_iterations > 1:
                 batch["old_logprobs"] = logprobs  # the anchor of the ratio from now on
             loss += float(part)
