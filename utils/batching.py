@@ -16,19 +16,12 @@ class Shapes:
 
     bucketed: bool = False
     """Pad to few sizes: a compiled function is traced once per shape. Otherwise to none."""
-    fused: int = 0
-    """The fused backward pass of attention takes rows in multiples of it only; 0: there is none."""
     overhead: int = 32
     """Cost of a micro-batch beside its tokens, in tokens."""
 
     def length(self, tokens: int) -> int:
-        """A row's tokens: the next multiple of 32, or of `fused` where that costs less than it
-        saves. One H200, 1.5B bf16, 16 rows: 405 tokens 166 ms, 512 tokens 155 ms."""
-        if not self.bucketed:
-            return tokens
-        short = -(-tokens // 32) * 32
-        fused = -(-tokens // self.fused) * self.fused if self.fused else short
-        return fused if fused <= 1.25 * short else short
+        """A row's tokens: the next multiple of 32."""
+        return -(-tokens // 32) * 32 if self.bucketed else tokens
 
     def rows(self, count: int) -> int:
         """1, 2, 4, and multiples of 8."""

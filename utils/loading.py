@@ -257,9 +257,10 @@ def load_model(config: Any) -> LoadedModel:
     """
     import mlx.core as mx
 
-    from . import exponentials, prefix, streams
+    from . import activations, exponentials, prefix, quantized, streams
 
     streams.take_turns(config)
+    quantized.install()
     local = find_model(config.model_name)
     try:
         with panics_as_errors():
@@ -277,6 +278,7 @@ def load_model(config: Any) -> LoadedModel:
         prefix.narrow_adapters(model)
     if config.gradient_checkpointing:
         prefix.checkpoint_layers(model)
+    activations.install(model)
     exponentials.install(model)
     model.eval()  # new adapters come with their dropout on
     mx.eval(model.parameters())

@@ -13,15 +13,14 @@ What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
 * Gradient phase, for a block like llama's (H hidden size, Q = heads*head_dim, K =
   kv_heads*head_dim, I intermediate size): kept for the backward pass 4H + 3Q + 2K + 5I values per
   token and layer, each prompt counted once for its group, and for each row the keys and values of
-  its prompt; temporaries 3H + 4I of one layer. Attention probabilities are kept, but not by
-  CUDA's fused kernels, which take no masks of shared prompts. With gradient
-  checkpointing H per layer, plus one whole layer.
-  Logits of one piece of the completion positions (utils/scoring.py), and of all in the weights'
-  type where there is room. The backward pass begins with all activations, and ends with all
-  gradients.
+  its prompt; temporaries 3H + 4I of one layer. On a GPU 3I instead of 5I (utils/activations.py).
+  Attention probabilities are kept, but not by CUDA's fused kernels, which take something with the
+  masks of shared prompts. With gradient checkpointing H per layer, plus one whole layer.
+  Logits of one piece of the completion positions (utils/scoring.py), and, without checkpointing
+  and where there is room, of all in the weights' type. The backward pass begins with all
+  activations, and ends with all gradients.
 * Work in flight: CUDA's queue holds what operations that are not done yet still use, but MLX waits
   where memory is short, so that it decides about the peak and not about what fits.
-  Not counted: the 5 GB more that sampling from 4-bit weights took on one H200.
 * Writing `final/`: merged adapters, 1 GB at a time.
 
 Checked against mx.get_peak_memory of whole updates by benchmarks/plan_accuracy.py (RESULTS.md) and
@@ -629,15 +628,16 @@ def block_bytes(shape: ModelShape, batch: MicroBatch) -> tuple[int, int]:
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = shape.intermediate_size * shape.experts_per_token
     prompt, completion = settings.lengths
-    token = width * (4 * hidden + 3 * query + 2 * kv + 5 * inner)
+    kept = 5 if settings.platform == "cpu" else 3  # utils/activations.py
+    token = width * (4 * hidden + 3 * query + 2 * kv + kept * inner)
     temporary = width * (3 * hidden + 4 * inner)
     # Attention: what a completion sees of its prompt is copied for each row.
     joined = batch.rows * prompt * 2 * kv if settings.shares_prompts else 0
     before = batch.prompts * prompt * (prompt if settings.shares_prompts else prompt + completion)
     scores = shape.heads * (before + batch.rows * completion * (prompt + completion))
     passing = 2 * scores
-    if settings.platform == "cuda":  # its fused kernels keep none, but take no masks
-        scores, passing = (2 * scores if settings.shares_prompts else 0), 0
+    if settings.platform == "cuda":  # fused; with masks of shared prompts, fitted to one H200
+        scores, passing = (6 * scores // 5 if settings.shares_prompts else 0), 0
     layer = token * batch.tokens + width * (joined + scores)
     once = temporary * batch.tokens + width * passing
     layers = settings.trained_layers(shape.layers)
@@ -733,7 +733,8 @@ def _with_largest_micro_batch(plan: Plan) -> Plan:
     def of(rows: int) -> Plan:
         batch = _micro_batch(settings, rows)
         kept = _plan_of(plan, batch, keep=True)
-        return kept if kept.fits else _plan_of(plan, batch)
+        spare = kept.fits and not settings.gradient_checkpointing
+        return kept if spare else _plan_of(plan, batch)
 
     def fits(rows: int) -> bool:
         tokens = _micro_batch(settings, rows).tokens
@@ -777,7 +778,8 @@ def _views(plan: Plan) -> int:
     matrices = sum(inputs * outputs for inputs, outputs in _projections(vars(shape)))
     merged = matrices * settings.trained_layers(shape.layers) * width
     merges = settings.train_type != "full" and not packed and merged <= plan.spare_for_rollouts
-    adapted = settings.train_type != "full" and not merges  # their linear layers are not alike
+    low_rank = settings.train_type == "lora" and packed  # other adapted layers are not alike
+    adapted = settings.train_type != "full" and not merges and not low_rank
     joins = settings.platform != "metal" and not adapted and joined <= plan.spare_for_rollouts
     return int(merged * merges + joined * joins)
 

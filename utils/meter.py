@@ -21,7 +21,9 @@ class Meter:
     """MLX counts one peak; this one resets it where a phase begins.
 
     A phase begins with an empty cache: what the last one freed has other shapes than this one
-    needs, and would stay allocated beside it.
+    needs, and would stay allocated beside it. Not on CUDA, whose memory is no other program's, and
+    where MLX gives up its cache by itself before memory runs out: freeing the 74 GB of a 1.5B
+    model's gradient took 0.1 s of every update on one H200.
     """
 
     phase: str = "other"
@@ -36,7 +38,8 @@ class Meter:
         import mlx.core as mx
 
         self._note()
-        mx.clear_cache()
+        if not mx.cuda.is_available():
+            mx.clear_cache()
         mx.reset_peak_memory()
         self.phase, self.resident = phase, mx.get_active_memory()
 

@@ -91,7 +91,16 @@ def accumulate(total: Any | None, new: Any) -> Any:
     """
     if total is None:
         return new
-    return tree_map(lambda t, n: t.astype(mx.float32) + n.astype(mx.float32), total, new)
+    # On the CPU, compiling waits for a C++ compiler.
+    add = sum_in_float32 if mx.default_device() == mx.cpu else compiled_sum
+    return tree_map(add, total, new)
+
+
+def sum_in_float32(one: mx.array, other: mx.array) -> mx.array:
+    return one.astype(mx.float32) + other.astype(mx.float32)
+
+
+compiled_sum = mx.compile(sum_in_float32, shapeless=True)
 
 
 def global_norm(gradients: Any, compiled: bool = False) -> float:

@@ -147,7 +147,7 @@ def narrow_adapters(model: Any) -> None:
         def __call__(self, x: mx.array) -> mx.array:
             if x.dtype == mx.bfloat16:
                 low = self.dropout(x) @ (self.scale * self.lora_a).astype(x.dtype)
-                return self.linear(x) + low @ self.lora_b.astype(x.dtype)
+                return mx.addmm(self.linear(x), low, self.lora_b.astype(x.dtype))
             if x.dtype == mx.float16 and self.training:
                 low = mx.checkpoint(mx.matmul)(self.dropout(x), self.lora_a)
                 return self.linear(x) + (self.scale * (low @ self.lora_b)).astype(x.dtype)
