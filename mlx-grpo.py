@@ -39,7 +39,7 @@ import numpy as np
 if TYPE_CHECKING or not __package__:
     from utils import caches, checks, console, curriculum, datafiles, launch, loading
     from utils import nucleus, out_of_memory, planning, reward_functions, rewarding
-    from utils import rollouts, runtime, settings, stopping, streams, templates, views
+    from utils import runtime, settings, stopping, streams, templates
     from utils.console import say
     from utils.loading import LoadedModel, load_model
     from utils.meter import timed
@@ -51,7 +51,7 @@ if TYPE_CHECKING or not __package__:
 else:  # installed: this file is mlx_grpo/__init__.py
     from .utils import caches, checks, console, curriculum, datafiles, launch, loading
     from .utils import nucleus, out_of_memory, planning, reward_functions, rewarding
-    from .utils import rollouts, runtime, settings, stopping, streams, templates, views
+    from .utils import runtime, settings, stopping, streams, templates
     from .utils.console import say
     from .utils.loading import LoadedModel, load_model
     from .utils.meter import timed
@@ -69,10 +69,10 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 if TYPE_CHECKING or not __package__:  # these import MLX
-    from utils import drawing, exponentials, optimizers, policies, scoring
+    from utils import drawing, exponentials, optimizers, policies, rollouts, scoring, views
     from utils.policies import quantize_copy, without_adapters
 else:
-    from .utils import drawing, exponentials, optimizers, policies, scoring
+    from .utils import drawing, exponentials, optimizers, policies, rollouts, scoring, views
     from .utils.policies import quantize_copy, without_adapters
 
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import runtime, settings, views
+from . import runtime, settings
 from .text import redact
 
 
@@ -90,6 +90,8 @@ def introduce(trainer: Any, blas: str | None) -> None:
     say(f"data      {names}: {len(trainer.train_dataset):,} questions, {tested}")
     if a.top_k or a.top_p < 1 or a.min_p:
         say("sampling  top_k, top_p and min_p bias the gradient: what they cut off is never learnt")
+    from . import views  # imports MLX, before which a BLAS may have to be loaded
+
     if trainer.quantizes and (cost := views.cost_of_quantizing(trainer)):
         say(f"speed     {cost}")
     prompts = a.batch_size * a.gradient_accumulation_steps

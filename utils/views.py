@@ -10,6 +10,10 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
 # Layers that the models of mlx-lm which have them apply to one and the same input.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("c_q", "c_k", "c_v"))
 
@@ -17,22 +21,22 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("c_q", "c
 def merged(model: Any, room: float) -> Any:
     """A view with the adapters multiplied out into the weights, which are rounded anew.
 
-    Only for rollouts, whose importance weights correct for the rounding. The model itself where
-    nothing is merged, as in quantized layers, or where the new weights take more than half of
-    `room` bytes: joining them may take as much again.
+    Only for rollouts, whose importance weights correct for the rounding. Adapters on quantized
+    layers stay apart, see `LowRank`. The model itself where it has none, or where the new weights
+    take more than half of `room` bytes: joining them may take as much again.
     """
-    import mlx.core as mx
-    import mlx.nn as nn
-    from mlx.utils import tree_unflatten
+    from mlx_lm.tuner.lora import LoRALinear
 
     view = copy.deepcopy(model)  # shares arrays, and what follows is not computed yet
-    adapters = [
-        (name, module)
-        for name, module in view.named_modules()
-        if "lora_a" in module and type(module.get("linear")) is nn.Linear
-    ]
+    found = [(n, m) for n, m in view.named_modules() if "lora_a" in m and "linear" in m]
+    adapters = [(n, m) for n, m in found if type(m.linear) is nn.Linear]
     keys = mx.random.split(mx.random.key(0), max(1, len(adapters)))
     layers = [(name, _with_adapter(m, key)) for (name, m), key in zip(adapters, keys, strict=False)]
+    layers += [
+        (n, LowRank.of(m))
+        for n, m in found
+        if isinstance(m, LoRALinear) and isinstance(m.linear, nn.QuantizedLinear)
+    ]
     view.update_modules(tree_unflatten(layers))
     new = _new_arrays(view, model)
     if not new or 2 * sum(x.nbytes for x in new) > room:
@@ -48,8 +52,6 @@ def _with_adapter(adapter: Any, key: Any) -> Any:
     Rounding to the nearest would lose all that is less than half a step of the weight, so nearly
     the whole adapter in the first updates; at random, it is there on average.
     """
-    import mlx.core as mx
-
     from .optimizers import random_words, round_at_random
 
     dtype = adapter.linear.weight.dtype
@@ -66,8 +68,6 @@ def _with_adapter(adapter: Any, key: Any) -> Any:
 
 def _new_arrays(view: Any, model: Any) -> list[Any]:
     """The view's arrays that the model has not: those under another name, without `linear`."""
-    from mlx.utils import tree_flatten
-
     pairs: Any = tree_flatten(model.parameters())
     old = dict(pairs)
     pairs = tree_flatten(view.parameters())
@@ -80,8 +80,6 @@ def joined(model: Any, room: float) -> Any:
     Returns the model itself where there are none, where the copy of their weights takes more than
     `room` bytes, and on Metal, where launches are cheap and nothing was measured.
     """
-    import mlx.core as mx
-
     view = copy.deepcopy(model)
     found = [
         (module, names, [module[name] for name in names])
@@ -107,8 +105,6 @@ def share_rotations(view: Any) -> None:
     On a CPU that is most of what `nn.RoPE` takes: 64 rows with offsets of their own 0.09 ms a layer
     for the queries, and again for the keys.
     """
-    import mlx.nn as nn
-
     shared: dict[tuple, Angles] = {}
     for module in list(view.modules()):
         rope = module.get("rope")
@@ -126,8 +122,6 @@ class Angles:
 
     def __call__(self, offset: Any, dtype: Any) -> tuple[Any, Any]:
         """(1 or B, 1, 1, D) factors of a number itself, and of the one half a width away."""
-        import mlx.core as mx
-
         numbers = isinstance(offset, int) and isinstance(self.offset, int)
         if offset == self.offset if numbers else offset is self.offset:
             return self.factors
@@ -143,8 +137,6 @@ class Angles:
 
 def _rotated(rope: Any, angles: Angles, x: Any, offset: Any = 0) -> Any:
     """(B, heads, T, D) -> what `rope` makes of it."""
-    import mlx.core as mx
-
     if x.shape[2] > 1 or x.shape[3] != rope.dims:
         return rope(x, offset=offset)
     own, other = angles(offset, x.dtype)
@@ -152,14 +144,57 @@ def _rotated(rope: Any, angles: Angles, x: Any, offset: Any = 0) -> Any:
     return x * own + mx.concatenate([x[..., half:], x[..., :half]], axis=-1) * other
 
 
-def _arrays(layer: Any) -> list[Any]:
-    return [x for x in layer.values() if x is not None]
+class LowRank(nn.Module):
+    """A quantized linear layer and its adapter (..., H) -> (..., O), in three operations.
+
+    LoRA layers scale and cast their float32 matrices in every step, here that is done once. One
+    H200, 1.5B in 4 bits, an update of 16 x 512 tokens: 6.3 s instead of 13.1.
+    """
+
+    def __init__(self, linear: nn.Module, a: mx.array, b: mx.array) -> None:
+        super().__init__()
+        self.linear, self.a, self.b = linear, a, b  # (H, R), (R, O)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.addmm(self.linear(x), x @ self.a, self.b)
+
+    @classmethod
+    def of(cls, adapter: Any) -> "LowRank":
+        dtype = adapter.linear.scales.dtype  # what the layer computes in
+        a = (adapter.scale * adapter.lora_a).astype(dtype)
+        return cls(adapter.linear, a, adapter.lora_b.astype(dtype))
+
+    @classmethod
+    def joined(cls, layers: list["LowRank"]) -> "LowRank":
+        """Layers of the same input as one: each reads its own columns of the common a."""
+        a = mx.concatenate([layer.a for layer in layers], axis=1)
+        b = mx.zeros((a.shape[1], sum(layer.b.shape[1] for layer in layers)), a.dtype)
+        row = column = 0
+        for layer in layers:
+            end = row + layer.b.shape[0], column + layer.b.shape[1]
+            b[row : end[0], column : end[1]] = layer.b
+            row, column = end
+        return cls(_joined([layer.linear for layer in layers]), a, b)
+
+
+def _joined(layers: list[Any]) -> Any:
+    """Plain linear layers as one, their outputs side by side."""
+    layer = copy.copy(layers[0])
+    for name, first in layers[0].items():
+        if first is not None:
+            layer[name] = mx.concatenate([other[name] for other in layers])
+    return layer
+
+
+def _arrays(layer: Any) -> list[mx.array]:
+    pairs: Any = tree_flatten(layer.parameters())
+    return [x for _, x in pairs if x is not None]
 
 
 def _alike(layers: list[Any]) -> bool:
-    """Whether these are plain linear layers that differ in nothing but their number of outputs."""
-    import mlx.nn as nn
-
+    """Whether these are linear layers that differ in nothing but their number of outputs."""
+    if all(type(layer) is LowRank for layer in layers):
+        return _alike([layer.linear for layer in layers])
     if {type(layer) for layer in layers} not in ({nn.Linear}, {nn.QuantizedLinear}):
         return False
     kinds = {
@@ -176,21 +211,16 @@ class Product:
     """Linear layers as one: the first that is applied to an input computes all of them."""
 
     def __init__(self, layers: list[Any]) -> None:
-        import mlx.core as mx
-
-        self.layer = copy.copy(layers[0])
-        for name, first in layers[0].items():
-            if first is not None:
-                self.layer[name] = mx.concatenate([layer[name] for layer in layers])
+        low_rank = isinstance(layers[0], LowRank)
+        self.layer = LowRank.joined(layers) if low_rank else _joined(layers)
         mx.eval(_arrays(self.layer))
-        self.cuts = list(accumulate(len(layer.weight) for layer in layers))[:-1]
+        bases = [layer.linear if low_rank else layer for layer in layers]
+        self.cuts = list(accumulate(len(base.weight) for base in bases))[:-1]
         self.x: Any = None
         self.parts: list[Any] = []
 
     def part(self, i: int, x: Any) -> Any:
         """What layer i makes of x. Given once and let go, or it would stay until the next input."""
-        import mlx.core as mx
-
         if x is not self.x or self.parts[i] is None:
             self.x, self.parts = x, list(mx.split(self.layer(x), self.cuts, axis=-1))
         part, self.parts[i] = self.parts[i], None
@@ -227,8 +257,6 @@ def cost_of_quantizing(trainer: Any) -> str | None:
 
 def _step_seconds(model: Any, rows: int, limit: float = AFFORDABLE) -> float | None:
     """The best time of a decode step after two that warm up; None if one takes over `limit`."""
-    import mlx.core as mx
-
     from . import caches
 
     cache = caches.prefill(model, [[1]], [0] * rows, STEPS + 2)
