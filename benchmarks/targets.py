@@ -2,8 +2,9 @@
 
     uv run python benchmarks/targets.py
 
-Reads benchmarks/records/compare.jsonl (the newest run on each machine) and rewrites a table in
-benchmarks/RESULTS.md. Nothing is measured here; `benchmarks/compare.py` has the commands.
+Reads benchmarks/records/compare.jsonl and rewrites a table in benchmarks/RESULTS.md: the figures of
+each run that has what a target compares, which is met where one run meets all of it. Nothing is
+measured here; `benchmarks/compare.py` has the commands.
 """
 
 import sys
@@ -28,10 +29,11 @@ class Missing(Exception):
     """A record that a target needs is not there."""
 
 
-def newest_run(records: list[Record], on_cpu: bool) -> list[Record]:
-    """The records of the last run on a CPU, or on a GPU."""
+def runs(records: list[Record], on_cpu: bool) -> list[list[Record]]:
+    """The records of each run on a CPU, or on a GPU, the newest run first."""
     chosen = [r for r in records if r["device"].endswith("cores") == on_cpu]
-    return [r for r in chosen if r["run"] == chosen[-1]["run"]] if chosen else []
+    names = dict.fromkeys(r["run"] for r in reversed(chosen))
+    return [[r for r in chosen if r["run"] == name] for name in names]
 
 
 def find(records: list[Record], **wanted: Any) -> list[Record]:
@@ -71,19 +73,27 @@ def update(prompts: int, most: float, times: float) -> Callable[[list[Record]], 
 
 def gradient(records: list[Record]) -> tuple[str, bool]:
     work = {**GPU_WORK, "prompts": 4}
-    torch = best(records, "gradient", tool="torch", **work)["gradient"]
+    torch = {
+        "eager": best(records, "gradient", tool="torch", setting="32 rows", **work)["gradient"],
+        "torch.compile": best(records, "gradient", tool="torch", setting="compile", **work)[
+            "gradient"
+        ],
+    }
     ours = find(records, tool="ours", **work)
     plain = best(ours, "gradient", setting="plain")["gradient"]
     shared = best(ours, "gradient", setting="best")["gradient"]
-    text = f"plain {plain:.3f} s ({plain / torch:.2f}x), shared {shared:.3f} s "
-    return f"{text}({shared / torch:.2f}x); PyTorch {torch:.3f} s", (
-        plain <= 1.15 * torch and shared < torch
-    )
+    ratios = [
+        f"{plain / seconds:.2f}x and {shared / seconds:.2f}x PyTorch's {seconds:.3f} s ({how})"
+        for how, seconds in torch.items()
+    ]
+    text = f"plain {plain:.3f} s, shared {shared:.3f} s: {', '.join(ratios)}"
+    least = min(torch.values())
+    return text, plain <= 1.15 * least and shared < least
 
 
 def small(records: list[Record]) -> tuple[str, bool]:
     work = {**GPU_WORK, "prompts": 4, "tool": "ours"}
-    least = min(find(records, **work), key=lambda r: r["peak_bytes"])
+    least = find(records, setting="small", **work)[-1]
     fastest = best(records, "seconds", **work)["seconds"]
     bound = 1.25 * BYTES_PER_PARAMETER * least["parameters"]
     peak, slower = least["peak_bytes"], least["seconds"] / fastest
@@ -146,15 +156,22 @@ TARGETS: list[tuple[str, str, bool, Callable[[list[Record]], tuple[str, bool]]]]
 ]
 
 
+def tried(check: Callable, run: list[Record]) -> tuple[str, bool] | None:
+    """The figure of a run with its name, and whether it meets the target; None: it has none."""
+    try:
+        figure, met = check(run)
+    except Missing:
+        return None
+    return f"{figure} (run {run[0]['run']})", met
+
+
 def table(records: list[Record]) -> list[str]:
     rows = ["| what | target | measured | |", "|---|---|---|---|"]
     for what, target, needs_cpu, check in TARGETS:
-        try:
-            figure, met = check(newest_run(records, needs_cpu))
-            verdict = "met" if met else "**not met**"
-        except Missing:
-            figure, verdict = "not measured", ""
-        rows.append(f"| {what} | {target} | {figure} | {verdict} |")
+        found = [result for run in runs(records, needs_cpu) if (result := tried(check, run))]
+        figures = "; ".join(figure for figure, _ in found) or "not measured"
+        verdict = "met" if any(met for _, met in found) else "**not met**" if found else ""
+        rows.append(f"| {what} | {target} | {figures} | {verdict} |")
     return ["", *rows, ""]
 
 

@@ -125,21 +125,29 @@ def test_a_target_is_met_only_by_both_its_parts():
     trl = record_of("trl", seconds=5.0, **gpu)
     slow = record_of("trl", "default", seconds=9.0, **gpu)  # the fastest of TRL's counts
     rows = targets.table([ours, other, trl, slow])
-    assert rows[3].endswith("12,000 tok/s, 1.50x (8,000) | met |")
-    assert rows[4].endswith("1.90 s, 2.63x (TRL 5.00 s) | met |")
+    assert rows[3].endswith("12,000 tok/s, 1.50x (8,000) (run r) | met |")
+    assert rows[4].endswith("1.90 s, 2.63x (TRL 5.00 s) (run r) | met |")
     assert "not measured" in rows[5]
     close = record_of("mlx-lm", tokens_per_second=9_000.0, **gpu)
     assert "**not met**" in targets.table([ours, close])[3]
 
 
-def test_targets_take_the_newest_run_of_a_machine():
+def test_targets_are_met_within_a_run():
     gpu = {"device": "NVIDIA H200", "shape": "1.5b"}
-    old = record_of("mlx-lm", run="a", tokens_per_second=1.0, **gpu)
-    new = record_of("ours", run="b", tokens_per_second=12_000.0, **gpu)
-    cpu = record_of("ours", run="c", device="x86, 2 cores")
-    assert targets.newest_run([old, new, cpu], on_cpu=False) == [new]
-    assert targets.newest_run([old, new, cpu], on_cpu=True) == [cpu]
-    assert "not measured" in targets.table([old, new])[3]
+    fast = record_of("ours", run="a", seconds=1.5, **gpu)
+    near = record_of("trl", run="a", seconds=3.0, **gpu)
+    slow = record_of("ours", run="b", seconds=3.0, **gpu)
+    far = record_of("trl", run="b", seconds=9.0, **gpu)
+    alone = record_of("ours", run="c", seconds=0.1, **gpu)
+    cpu = record_of("ours", run="d", device="x86, 2 cores")
+    records = [fast, near, slow, far, alone, cpu]
+    assert targets.runs(records, on_cpu=False) == [[alone], [slow, far], [fast, near]]
+    assert targets.runs(records, on_cpu=True) == [[cpu]]
+    row = targets.table(records)[4]
+    assert "3.00 s, 3.00x (TRL 9.00 s) (run b); 1.50 s, 2.00x (TRL 3.00 s) (run a)" in row
+    assert row.endswith("| **not met** |"), "fast enough in one run, far enough ahead in the other"
+    both = [fast, record_of("trl", run="a", seconds=9.0, **gpu), slow, far]
+    assert targets.table(both)[4].endswith("| met |")
 
 
 def test_results_are_generated_from_the_records():
