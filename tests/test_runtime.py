@@ -195,6 +195,22 @@ def limits_set(monkeypatch, info, wired, cache):
     return calls
 
 
+def test_compiled_kernels_are_kept_and_waiting_for_them_is_announced(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert (runtime.keep_compiled_kernels() is None) == (not mx.cuda.is_available())
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert "one to three minutes" in runtime.keep_compiled_kernels()
+    folder = tmp_path / "mlx" / mx.__version__ / "ptx"
+    assert os.environ["MLX_PTX_CACHE_DIR"] == str(folder)
+    (folder / "kernel.ptx").write_text("")
+    assert runtime.keep_compiled_kernels() is None
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "theirs"))
+    assert "one to three minutes" in runtime.keep_compiled_kernels(), "the user's own choice stays"
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(folder / "kernel.ptx" / "x"))
+    assert runtime.keep_compiled_kernels() is None, "not a folder that can be made"
+
+
 def test_memory_limits(monkeypatch):
     metal = {"max_recommended_working_set_size": 12_000_000_000}
     assert limits_set(monkeypatch, metal, 0, 0) == {"wired": 12_000_000_000}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, checks, console, settings, stopping, tracking
+from . import checkpoints, checks, console, runtime, settings, stopping, tracking
 from .console import say
 from .errors import RunError, UserError
 from .text import redact
@@ -66,6 +66,8 @@ def start(
             say(f"finished  the run in {output_dir} was complete: see {output_dir / 'final'}")
             return 0
         resume_from = checkpoints.to_resume(output_dir, config.resume) if config.resume else None
+        if note := runtime.keep_compiled_kernels():
+            say(f"speed     {note}")
         trainer = build_trainer(config, command)
         console.introduce(trainer, blas)
         if resume_from:

@@ -133,6 +133,31 @@ def blas_advice(loaded: str | None) -> str | None:
     return f"No fast BLAS found: {install} makes matrix products on this CPU 15-50 times faster."
 
 
+def keep_compiled_kernels() -> str | None:
+    """Have MLX keep the CUDA kernels that it compiles; a line for the user if there are none yet.
+
+    It keeps them in the folder of temporary files otherwise, which a restart empties. One H200, the
+    first update of a 1.5B model: 90 s for bfloat16 weights, 150 s for 4-bit ones, then 2 s.
+    """
+    from importlib import metadata
+
+    import mlx.core as mx
+
+    if not mx.cuda.is_available():
+        return None
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    wanted = os.environ.get("MLX_PTX_CACHE_DIR") or caches / "mlx" / metadata.version("mlx") / "ptx"
+    folder = Path(wanted)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that can't be written to: MLX's own folder will do
+        return None
+    os.environ["MLX_PTX_CACHE_DIR"] = str(folder)
+    if any(folder.iterdir()):
+        return None
+    return "MLX compiles its CUDA kernels first, once on this machine: one to three minutes"
+
+
 def set_memory_limits(
     wired_limit_gb: float, cache_limit_gb: float, memory_limit_gb: float = 0.0
 ) -> None:
