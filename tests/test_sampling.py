@@ -405,6 +405,17 @@ def test_a_quantized_model_is_joined_as_it_is(loaded):
     assert views.joined(model, packed) is model, "no room"
 
 
+def test_adapters_on_scales_of_bytes_stay_as_they_are(model_dir, data_dir, tmp_path):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", train_type="lora")
+    for _, module in trainer.model.named_modules():
+        if "lora_a" in module:
+            module.linear = nn.QuantizedLinear.from_linear(module.linear, 32, 4, "mxfp4")
+            module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape, key=mx.random.key(1))
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    view = views.joined(views.merged(trainer.model, 1e9), 1e9)
+    assert mx.abs(view(tokens) - trainer.model(tokens)).max() < 1e-5
+
+
 def test_what_a_product_computed_is_let_go(loaded):
     joined = views.joined(loaded[0], 1e9)
     joined(mx.array([[1, 2, 3]]))

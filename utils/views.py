@@ -25,18 +25,14 @@ def merged(model: Any, room: float) -> Any:
     layers stay apart, see `LowRank`. The model itself where it has none, or where the new weights
     take more than half of `room` bytes: joining them may take as much again.
     """
-    from mlx_lm.tuner.lora import LoRALinear
-
     view = copy.deepcopy(model)  # shares arrays, and what follows is not computed yet
     found = [(n, m) for n, m in view.named_modules() if "lora_a" in m and "linear" in m]
+    if not found:
+        return model
     adapters = [(n, m) for n, m in found if type(m.linear) is nn.Linear]
     keys = mx.random.split(mx.random.key(0), max(1, len(adapters)))
     layers = [(name, _with_adapter(m, key)) for (name, m), key in zip(adapters, keys, strict=False)]
-    layers += [
-        (n, LowRank.of(m))
-        for n, m in found
-        if isinstance(m, LoRALinear) and isinstance(m.linear, nn.QuantizedLinear)
-    ]
+    layers += [(n, LowRank.of(m)) for n, m in found if LowRank.can_be(m)]
     view.update_modules(tree_unflatten(layers))
     new = _new_arrays(view, model)
     if not new or 2 * sum(x.nbytes for x in new) > room:
@@ -157,6 +153,16 @@ class LowRank(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.addmm(self.linear(x), x @ self.a, self.b)
+
+    @staticmethod
+    def can_be(adapter: Any) -> bool:
+        """Whether it is LoRA on a layer whose scales have the type that it computes in: mxfp4's are
+        bytes."""
+        from mlx_lm.tuner.lora import LoRALinear
+
+        quantized = isinstance(adapter.linear, nn.QuantizedLinear)
+        floats = quantized and mx.issubdtype(adapter.linear.scales.dtype, mx.floating)
+        return floats and isinstance(adapter, LoRALinear)
 
     @classmethod
     def of(cls, adapter: Any) -> "LowRank":
