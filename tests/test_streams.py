@@ -41,8 +41,10 @@ def test_cores_change_no_weight(model_dir, data_dir, tmp_path, monkeypatch, kl_c
 def test_one_after_the_other_where_several_would_not_do(model_dir, data_dir, tmp_path, monkeypatch):
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o")
     monkeypatch.setattr(streams, "cores", lambda: 2)
-    assert streams.at_once(trainer) == 1, "its memory is measured in the first update"
-    trainer.update_step = 1
+    assert streams.at_once(trainer) == 1, "its memory is measured on the first rollout"
+    trainer.update_step, trainer.args.num_iterations = 1, 2
+    assert streams.at_once(trainer) == 1, "of which this is the second update"
+    trainer.update_step = 2
     assert streams.at_once(trainer) == 4
     plan = trainer.plan
     for tight, count in ((0.9, 1), (2.1, 1), (2.6 * 2, 2)):

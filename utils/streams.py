@@ -39,11 +39,11 @@ def take_turns(config: Any) -> None:
 def at_once(trainer: Any) -> int:
     """How many micro-batches to compute together.
 
-    One in the first update, whose memory `planning.recalibrate` learns from. Several are not at
+    One on the first rollout, whose memory `planning.recalibrate` learns from. Several are not at
     their peaks at the same time: on 2 cores, updates took 0.88 to 1.33 times what is planned for
     one (tests/test_memory.py, benchmarks/plan_accuracy.py), as they do one by one.
     """
-    if not are_used(trainer.args) or trainer.update_step == 0:
+    if not are_used(trainer.args) or trainer.update_step < trainer.args.num_iterations:
         return 1
     return max(1, min(EACH * cores(), fitting(trainer.plan)))
 
