@@ -209,6 +209,10 @@ def test_compiled_kernels_are_kept_and_waiting_for_them_is_announced(monkeypatch
     assert "one to three minutes" in runtime.keep_compiled_kernels(), "the user's own choice stays"
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(folder / "kernel.ptx" / "x"))
     assert runtime.keep_compiled_kernels() is None, "not a folder that can be made"
+    for name in ("MLX_PTX_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without an entry
+    assert runtime.keep_compiled_kernels() is None, "no home"
 
 
 def test_memory_limits(monkeypatch):

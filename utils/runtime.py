@@ -145,12 +145,12 @@ def keep_compiled_kernels() -> str | None:
 
     if not mx.cuda.is_available():
         return None
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    wanted = os.environ.get("MLX_PTX_CACHE_DIR") or caches / "mlx" / metadata.version("mlx") / "ptx"
-    folder = Path(wanted)
     try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        own = caches / "mlx" / metadata.version("mlx") / "ptx"
+        folder = Path(os.environ.get("MLX_PTX_CACHE_DIR") or own)
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that can't be written to: MLX's own folder will do
+    except (OSError, RuntimeError):  # no home, or one that can't be written to: MLX's own will do
         return None
     os.environ["MLX_PTX_CACHE_DIR"] = str(folder)
     if any(folder.iterdir()):
