@@ -382,6 +382,15 @@ def killed(model_dir, data_dir, tmp_path_factory):
     return output
 
 
+def test_a_checkpoint_that_a_kill_left_without_its_name_is_gone_on_from(killed, tmp_path, capsys):
+    """Between the two renames that replace it, as when memory ran out just after it was saved."""
+    shutil.copytree(killed, tmp_path / "o")
+    newest = tmp_path / "o" / "checkpoint-6"
+    newest.rename(newest.with_name(".checkpoint-6.old-1"))
+    assert checkpoints.to_resume(tmp_path / "o", "auto") == newest
+    assert f"restored  {newest}, which a killed run" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("harm", HARM)
 def test_every_file_of_a_checkpoint_is_watched(killed, tmp_path, capsys, harm):
     files = sorted(path.name for path in (killed / "checkpoint-6").iterdir())

@@ -175,6 +175,8 @@ def to_resume(output_dir: Path, resume: str) -> Path | None:
         UserError: a named folder is not a checkpoint, or damaged; none of several is whole; its log
             cannot be gone on with.
     """
+    with disk_errors_named(output_dir):
+        put_back(output_dir)
     folder = newest_whole(output_dir) if resume == "auto" else named(resume)
     if folder is not None:
         check_log(folder)
