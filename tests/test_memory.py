@@ -1,5 +1,6 @@
 """The memory plan: shapes from headers, the rules of the copies, the estimate against MLX."""
 
+import dataclasses
 import gc
 import json
 import re
@@ -242,6 +243,18 @@ def test_hub_model_uses_the_cached_copy_or_its_headers(folder, monkeypatch):
 
 def plan(shape=QWEN, **changes):
     return memory.plan(shape, **{**RUN, **changes})
+
+
+@pytest.mark.parametrize("experts", [1, 8])
+def test_on_a_gpu_swiglu_keeps_less_but_not_that_of_experts(experts):
+    shape = dataclasses.replace(QWEN, experts=experts)
+    kept = [
+        memory.block_bytes(shape, memory.MicroBatch(4, 1, memory.Settings(**RUN, platform=name)))[0]
+        for name in ("cpu", "metal")
+    ]
+    tokens = 150 + 4 * 256
+    less = 0 if experts > 1 else 2 * 2 * QWEN.intermediate_size * tokens * QWEN.layers
+    assert kept[0] - kept[1] == less
 
 
 def test_full_fine_tuning_of_half_precision_keeps_float32_masters_and_moments():

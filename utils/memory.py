@@ -13,7 +13,8 @@ What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
 * Gradient phase, for a block like llama's (H hidden size, Q = heads*head_dim, K =
   kv_heads*head_dim, I intermediate size): kept for the backward pass 4H + 3Q + 2K + 5I values per
   token and layer, each prompt counted once for its group, and for each row the keys and values of
-  its prompt; temporaries 3H + 4I of one layer. On a GPU 3I instead of 5I (utils/activations.py).
+  its prompt; temporaries 3H + 4I of one layer. On a GPU 3I instead of 5I (utils/activations.py),
+  but not in experts, which get their tokens one a row, as in a rollout.
   Attention probabilities are kept, but not by CUDA's fused kernels, which take something with the
   masks of shared prompts. With gradient checkpointing H per layer, plus one whole layer.
   Logits of one piece of the completion positions (utils/scoring.py), and, without checkpointing
@@ -628,7 +629,7 @@ def block_bytes(shape: ModelShape, batch: MicroBatch) -> tuple[int, int]:
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = shape.intermediate_size * shape.experts_per_token
     prompt, completion = settings.lengths
-    kept = 5 if settings.platform == "cpu" else 3  # utils/activations.py
+    kept = 5 if settings.platform == "cpu" or shape.experts > 1 else 3  # utils/activations.py
     token = width * (4 * hidden + 3 * query + 2 * kv + kept * inner)
     temporary = width * (3 * hidden + 4 * inner)
     # Attention: what a completion sees of its prompt is copied for each row.
