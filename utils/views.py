@@ -242,7 +242,7 @@ AFFORDABLE = 0.1  # seconds a step of the policy may take for the comparison to 
 def cost_of_quantizing(trainer: Any) -> str | None:
     """A line on what 4-bit rollouts cost here, from a few decode steps of both; None if nothing.
 
-    On one H200 a 4-bit step of 64 rows takes ten times as long as one in bfloat16, on machines
+    On one H200 a 4-bit step of 64 rows takes two to three times as long as in bfloat16, on machines
     bound by memory bandwidth it is the other way round: so it is measured, at the run's own number
     of rows. Not where a step is slow (a large model on a CPU): that would take many seconds.
     """
