@@ -189,15 +189,10 @@ def test_tensorboard_event_file_holds_the_values(tmp_path):
     assert shown == [("train/loss", 7, 0.5), ("train/rewards/int", 7, 0.25)]
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, 3])
-def test_tensorboard_of_a_resumed_run_shows_each_record_once(model_dir, data_dir, tmp_path, kept):
-    """Killed after update 3, and gone on with from there or before (0: there is no checkpoint)."""
-    pytest.importorskip("tensorboardX")
-    output = tmp_path / "o"
-    settings = {"max_updates": 4, "eval_samples": 3, "eval_steps": 2, "max_new_tokens": 2}
-    settings |= {"save_steps": 2, "save_total_limit": 0, "report_to": ["tensorboard"]}
+def killed_after_three(output, kept):
+    """A `prepare` of run_training: killed after update 3, the checkpoints after `kept` are lost."""
 
-    def kill(trainer):
+    def prepare(trainer):
         def generate(rows, call=trainer.generate_responses):
             if trainer.update_step == 3:
                 for update in range(kept + 1, 4):
@@ -207,8 +202,41 @@ def test_tensorboard_of_a_resumed_run_shows_each_record_once(model_dir, data_dir
 
         trainer.generate_responses = generate
 
+    return prepare
+
+
+@pytest.mark.parametrize("kept", [0, 2, 3])
+def test_without_a_log_a_resumed_run_tracks_nothing_twice(model_dir, data_dir, tmp_path, kept):
+    pytest.importorskip("tensorboardX")
+    settings = {"max_updates": 4, "eval_samples": 3, "eval_steps": 2, "max_new_tokens": 2}
+    settings |= {"save_steps": 2, "save_total_limit": 0, "log_jsonl": False}
+    settings["report_to"] = ["csv", "tensorboard"]
+    run_training(model_dir, data_dir, tmp_path / "whole", **settings)
+    output = tmp_path / "o"
     with pytest.raises(KeyboardInterrupt):
-        run_training(model_dir, data_dir, output, kill, **settings)
+        run_training(model_dir, data_dir, output, killed_after_three(output, kept), **settings)
+    assert run_training(model_dir, data_dir, output, resume="auto", **settings)[0] == 0
+    for name in ("metrics.csv", "metrics_eval.csv"):
+        with (output / name).open() as ours, (tmp_path / "whole" / name).open() as whole:
+            updates, expected = ([r["update"] for r in csv.DictReader(f)] for f in (ours, whole))
+        assert updates == expected
+    ours, expected = (
+        [row[:2] for row in shown_by_tensorboard(folder / "tensorboard")]
+        for folder in (output, tmp_path / "whole")
+    )
+    assert ours == expected
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_tensorboard_of_a_resumed_run_shows_each_record_once(model_dir, data_dir, tmp_path, kept):
+    """Killed after update 3, and gone on with from there or before (0: there is no checkpoint)."""
+    pytest.importorskip("tensorboardX")
+    output = tmp_path / "o"
+    settings = {"max_updates": 4, "eval_samples": 3, "eval_steps": 2, "max_new_tokens": 2}
+    settings |= {"save_steps": 2, "save_total_limit": 0, "report_to": ["tensorboard"]}
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(model_dir, data_dir, output, killed_after_three(output, kept), **settings)
     before = shown_by_tensorboard(output / "tensorboard")
     assert max(step for _, step, _ in before) == 3
     assert run_training(model_dir, data_dir, output, resume="auto", **settings)[0] == 0
@@ -255,6 +283,6 @@ def test_a_resumed_run_reads_its_log_whatever_is_in_it(tmp_path):
     metrics.write_bytes(metrics.read_bytes() + b"\xff\n")
     records, end = tracking.read_log(log)
     assert (records, end + 1) == ([record], log.stat().st_size)
-    tracking.rewind(tmp_path, records)
+    tracking.rewind(tmp_path, records, -1)
     with metrics.open(newline="", encoding="utf-8") as file:
         assert [row["update"] for row in csv.DictReader(file)] == ["1"]

@@ -695,13 +695,20 @@ def open_run(
     else:
         seed_random_states(config.seed)
     rewind_log(trainer.log.path, trainer.position.get("log_bytes", 0))
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] | None = None
     if trainer.log.path.exists():
         records = without_torn_line(trainer.log.path, trainer.update_step)
-        tracking.rewind(folder, records)
+    tracking.rewind(folder, records, reported(trainer))
     write_json(folder / CONFIG, settings.recorded(config))
     write_json(folder / PROVENANCE, provenance)
-    return records
+    return records or []
+
+
+def reported(trainer: Any) -> int:
+    """The last update whose records were written before the position that the run goes on from."""
+    if not trainer.position:
+        return -1
+    return int(trainer.unreported[0][1] if trainer.unreported else trainer.update_step)
 
 
 def resumptions(trainer: Any, resume_from: Path, folder: Path) -> list[dict[str, Any]]:

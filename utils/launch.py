@@ -74,9 +74,8 @@ def start(
             checkpoints.load(resume_from, trainer)
         records = checkpoints.open_run(trainer, lock, resume_from, ROOT)
         names, recorded = (config.report_to, output_dir, config.run_name), settings.recorded(config)
-        trainer.log.tracker = tracking.make_tracker(
-            *names, recorded, since=trainer.update_step, records=records
-        )
+        since = trainer.update_step if records else checkpoints.reported(trainer) + 1
+        trainer.log.tracker = tracking.make_tracker(*names, recorded, since=since, records=records)
         try:
             exit_code: int = trainer.train()
         finally:

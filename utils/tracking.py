@@ -175,20 +175,24 @@ def as_record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("update"), int) else None
 
 
-def rewind(output_dir: Path, records: list[dict[str, Any]]) -> None:
-    """Drop the rows of the CSV files that a resumed run writes again: those not in its log."""
-    left = Counter((str(record["update"]), record.get("split", "")) for record in records)
+def rewind(output_dir: Path, records: list[dict[str, Any]] | None, last: int) -> None:
+    """Drop the rows of the CSV files that a resumed run writes again: those not among the `records`
+    of its log or, where it keeps none, those after the update `last`."""
+    left = Counter((str(record["update"]), record.get("split", "")) for record in records or [])
+
+    def stays(update: str, split: str) -> bool:
+        if records is None:
+            return update.isdecimal() and int(update) <= last
+        left[update, split] -= 1
+        return left[update, split] >= 0
+
     for path in (output_dir / "metrics.csv", output_dir / "metrics_eval.csv"):
         if not path.exists():
             continue
         with _CSVFile(path).open() as file:
             reader = csv.DictReader(file)
             rows, columns = list(reader), reader.fieldnames or []
-        kept = []
-        for row in rows:
-            key = (row.get("update") or "", row.get("split") or "")
-            left[key] -= 1
-            kept += [row] if left[key] >= 0 else []
+        kept = [r for r in rows if stays(r.get("update") or "", r.get("split") or "")]
         partial = path.with_suffix(".csv.partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
