@@ -219,6 +219,11 @@ OBJECTIVES = [
     ("kl_coeff=0.1 kl_horizon=5", "kl_horizon has no effect with kl_target = 0"),
     ("kl_coeff=0.1 ref_sync_alpha=0.5", "ref_sync_alpha has no effect with ref_sync_updates = 0"),
     ("loss_type=cispo clip_eps=0.1", "clip_eps has no effect with a loss_type without a lower"),
+    (
+        "clip_eps=0.1 delta=3",
+        "clip_eps, delta has no effect with num_iterations = 1, where the ratio",
+    ),
+    ("loss_type=gspo clip_eps_high=0.3", "clip_eps_high has no effect with num_iterations = 1"),
     ("loss_type=sapo clip_eps_high=1", "clip_eps_high has no effect with a loss_type without a"),
     (
         "advantage_estimator=rloo advantage_eps=1e-6",

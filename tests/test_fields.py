@@ -200,7 +200,8 @@ def timed(settings):
 
 def iterated(settings):
     """Updates in all; those of one rollout, and whether the ratio has left what is not clipped."""
-    trainer = trainer_of({**settings, "clip_eps": 0.01})
+    trainer = trainer_of(settings)
+    trainer.args.clip_eps = 0.01  # refused for one update on each rollout
     records = trainer.train_step([0, 1])
     return [trainer.total_updates, *([r["update"], r["clip_high"] > 0] for r in records)]
 
@@ -826,7 +827,11 @@ FIELDS = {
         lambda _, b: b[0] == approx(-b[1], rel=1e-3) and abs(b[0]) > 1e-3,
         {"stop_strings": STOPS},
     ),  # both are means over tokens; grpo's loss is 0 in value
-    "clip_eps": Watch(0.2, 0.05, clipping, lambda a, b: a["gradient"] > 1e-3 > b["gradient"] == 0),
+    "clip_eps": Watch(
+        *(0.2, 0.05, clipping),
+        lambda a, b: a["gradient"] > 1e-3 > b["gradient"] == 0,
+        {"num_iterations": 2},
+    ),
     "importance_sampling_level": Watch(
         "auto", "sequence", ratios, lambda a, b: b[0] == approx(b[2]) and a[0] == approx(a[1])
     ),
@@ -835,9 +840,9 @@ FIELDS = {
         0.5,
         clipping,
         lambda a, b: b["gradient"] > 1e-3 > a["gradient"] == 0,
-        {"clip_eps": 0.05},
+        {"clip_eps": 0.05, "num_iterations": 2},
     ),
-    "delta": Watch(0.0, 3.0, two_sided, lambda a, b: a > 1e-3 > b == 0),
+    "delta": Watch(0.0, 3.0, two_sided, lambda a, b: a > 1e-3 > b == 0, {"num_iterations": 2}),
     "entropy_coeff": Watch(
         0.0,
         0.5,

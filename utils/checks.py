@@ -296,6 +296,11 @@ DEAD: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a loss_type without a clip",
     ),
     (
+        "clip_eps clip_eps_high delta",
+        lambda c: c.num_iterations == 1,
+        "num_iterations = 1, where the ratio to the old policy is 1",
+    ),
+    (
         "advantage_eps",
         lambda c: c.advantage_estimator not in ("group_norm", "batch", "gdpo"),
         "an advantage_estimator without a group's standard deviation",
