@@ -6,10 +6,11 @@ Here both gradients come from gate and x, by a kernel each. One H200, 1.5B in bf
 64 completions of 256 tokens: 16 GB less, and 30 ms in these kernels instead of 37.
 """
 
-import sys
 from typing import Any
 
 import mlx.core as mx
+
+from .replacing import replace
 
 
 def _gate_gradient(gate: mx.array, x: mx.array, cotangent: mx.array) -> mx.array:
@@ -51,15 +52,8 @@ def lean(plain: Any) -> Any:
 
 
 def install(model: Any) -> None:
-    """Let the model's blocks use it. Not on the CPU, where another exponential costs more.
-
-    mlx-lm's models look the function up in their own module.
-    """
+    """Let the model's blocks use it. Not on the CPU, where another exponential costs more."""
     from mlx_lm.models import activations
 
-    if mx.default_device() == mx.cpu:
-        return
-    for name in {type(module).__module__ for module in model.modules()}:
-        module: Any = sys.modules[name]
-        if getattr(module, "swiglu", None) is activations.swiglu:
-            module.swiglu = lean(activations.swiglu)
+    if mx.default_device() != mx.cpu:
+        replace(model, "swiglu", activations.swiglu, lean)

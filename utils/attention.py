@@ -14,9 +14,10 @@ step):
      256       10.4           6.8        10.2            5.5
 """
 
-import sys
 from functools import partial, wraps
 from typing import Any
+
+from .replacing import replace
 
 TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
 MANY = 2**15  # rows x keys from which on reading keys once a query head costs more than launches
@@ -27,18 +28,15 @@ FUSED_HEAD_SIZES = (64, 96, 128)
 def install(model: Any) -> bool:
     """Let the model's attention go by this module where its cache is ours or none. Only on CUDA.
 
-    mlx-lm's models look the function up in their own module; with other caches nothing changes.
+    With other caches nothing changes.
     """
     import mlx.core as mx
     from mlx_lm.models import base
 
     if not mx.cuda.is_available():
         return False
-    plain = base.scaled_dot_product_attention
-    for name in {type(module).__module__ for module in model.modules()}:
-        module: Any = sys.modules[name]
-        if getattr(module, "scaled_dot_product_attention", None) is plain:
-            module.scaled_dot_product_attention = dispatching(plain)
+    name = "scaled_dot_product_attention"
+    replace(model, name, base.scaled_dot_product_attention, dispatching)
     return True
 
 

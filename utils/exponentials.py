@@ -7,10 +7,11 @@ are MLX's own.
 
 import math
 import platform
-import sys
 from typing import Any
 
 import mlx.core as mx
+
+from .replacing import replace
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -53,18 +54,11 @@ def _swiglu_gradient(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.ar
 
 
 def install(model: Any) -> None:
-    """Let the model's blocks use `swiglu` where exponentials are slow.
-
-    mlx-lm's models look the function up in their own module.
-    """
+    """Let the model's blocks use `swiglu` where exponentials are slow."""
     from mlx_lm.models import activations
 
-    if not are_slow():
-        return
-    for name in {type(module).__module__ for module in model.modules()}:
-        module: Any = sys.modules[name]
-        if getattr(module, "swiglu", None) is activations.swiglu:
-            module.swiglu = choosing(activations.swiglu)
+    if are_slow():
+        replace(model, "swiglu", activations.swiglu, choosing)
 
 
 def choosing(plain: Any) -> Any:
