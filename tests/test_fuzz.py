@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils import (
-    checkpoints,
     datafiles,
     memory,
     remote_rewards,
     reward_calls,
     reward_functions,
+    sources,
     text,
 )
 from utils import settings as settings_module
@@ -77,7 +77,7 @@ PLANTED = {
         ("reward values", 150, "AssertionError"),
     ),
     "a checksum that is not compared": (
-        (checkpoints, "sha256", lambda path: Same()),
+        (sources, "of_file", lambda path: Same()),
         ("checkpoints", 100, "taken for a whole one"),
     ),
 }

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import fcntl
 import glob
-import hashlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import planning, rewarding, runtime, settings, tracking
+from . import planning, rewarding, runtime, settings, sources, tracking
 from .console import say
 from .errors import DiskError, RunError, UserError, disk_errors_named, readable
 from .lock import RunLock
@@ -96,16 +95,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def seal(folder: Path) -> None:
     """Write the manifest: size and SHA-256 of every file, as `sha256sum` prints it."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
-        sums = pool.map(sha256, files)
+        sums = pool.map(sources.of_file, files)
         entries = {
             file.name: {"bytes": file.stat().st_size, "sha256": checksum}
             for file, checksum in zip(files, sums, strict=True)
@@ -139,7 +133,7 @@ def differences(folder: Path, sizes: dict[str, int], sums: dict[str, str]) -> It
     paths = [folder / name for name in sums]
     with ThreadPoolExecutor() as pool:
         try:
-            for name, checksum in zip(sums, pool.map(sha256, paths), strict=True):
+            for name, checksum in zip(sums, pool.map(sources.of_file, paths), strict=True):
                 if checksum != sums[name]:
                     yield f"{name} has changed since it was written"
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run is made of beside its settings and data: fingerprints, to tell later what changed."""
+"""Fingerprints of files: of checkpoints, and of what a run is made of beside settings and data."""
 
 import hashlib
 import json
@@ -37,4 +37,6 @@ def pieces(start: int, end: int) -> list[tuple[int, int]]:
 
 
 def of_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of all of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
