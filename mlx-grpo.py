@@ -69,10 +69,12 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 if TYPE_CHECKING or not __package__:  # these import MLX
-    from utils import drawing, exponentials, optimizers, policies, rollouts, scoring, views
+    from utils import decoding, drawing, exponentials, optimizers, policies, rollouts
+    from utils import scoring, views
     from utils.policies import quantize_copy, without_adapters
 else:
-    from .utils import drawing, exponentials, optimizers, policies, rollouts, scoring, views
+    from .utils import decoding, drawing, exponentials, optimizers, policies, rollouts
+    from .utils import scoring, views
     from .utils.policies import quantize_copy, without_adapters
 
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
@@ -565,11 +567,12 @@ def sample_batch(
     # The key of a position is the row's with the position added: (max_tokens, B, 2)
     positions = np.arange(how.max_tokens, dtype=np.uint32)[:, None, None] * np.array([0, 1], "u4")
     step_keys = mx.array(keys + positions)
+    forward = decoding.forward(model, cache)  # (B, 1) tokens -> (B, 1, V) logits
     sample_step = caches.compiled(partial(sample_tokens, how=how))
     for start in range(0, how.max_tokens, BLOCK):
         block = []
         for step in range(start, min(start + BLOCK, how.max_tokens)):
-            logits = model(tokens[:, None], cache=cache)[:, -1]  # (B, V)
+            logits = forward(tokens[:, None])[:, -1]  # (B, V)
             tokens, logprobs = sample_step(logits, step_keys[step])  # (B,)
             mx.async_eval(tokens, logprobs)  # the device works while the host builds the next step
             block.append((tokens, logprobs))

@@ -24,12 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import results  # noqa: E402
 from benchmarks.update_cost import SHAPES, WithoutStop, write_model, write_questions  # noqa: E402
-from utils import caches, runtime, views  # noqa: E402
+from utils import attention, caches, decoding, runtime, views  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/micro.jsonl"
 STAGES = ("prefill", "decode", "peer", "4-bit", "sampler", "log-probs", "gradient", "optimizer")
-STAGES += ("re-quantization",)
+STAGES += ("attention", "re-quantization")
 Stage = tuple[str, int, int, Callable[[], Any]]  # name, rows, tokens a call, and the call
 
 
@@ -78,6 +78,40 @@ class Bench:
             self.grpo.StopRule(WithoutStop(self.trainer.tokenizer), ()),
         )
         assert {len(completion.ids) for completion in done} == {tokens}
+
+    def plain_steps(self, rows: int, tokens: int) -> None:
+        """The same, with steps that are not compiled on CUDA either."""
+        usual = decoding.forward
+        decoding.forward = lambda model, cache: partial(model, cache=cache)
+        try:
+            self.sample(self.policy, rows, tokens)
+        finally:
+            decoding.forward = usual
+
+    def attention(self, rows: int, tokens: int, ours: bool) -> Callable[[], None]:
+        """One query to the middle of completions of so many tokens, in every layer."""
+        mx, a, prompt = self.mx, self.model.args, self.arguments.prompt
+        groups, size = a.num_key_value_heads, a.hidden_size // a.num_attention_heads
+        shape, end = (rows, groups, prompt + tokens, size), prompt + tokens // 2
+        queries = mx.random.normal((rows, a.num_attention_heads, 1, size)).astype(mx.bfloat16)
+        layers = [
+            [mx.random.normal(shape).astype(mx.bfloat16) for _ in "kv"]
+            for _ in range(a.num_hidden_layers)
+        ]
+        state = caches.Rows([prompt] * rows, tokens)
+        position = mx.zeros((rows,), mx.int32) + end
+        mx.eval(queries, layers, position)
+
+        def in_rows(keys: Any, values: Any) -> Any:
+            at = state.ends, state.padding, position
+            return attention.to_rows(queries, keys, values, size**-0.5, *at)
+
+        def fused(keys: Any, values: Any) -> Any:
+            seen = keys[:, :, : end + 1], values[:, :, : end + 1]
+            return mx.fast.scaled_dot_product_attention(queries, *seen, scale=size**-0.5)
+
+        one = in_rows if ours else fused
+        return lambda: mx.eval([one(*layer) for layer in layers])
 
     def peer(self, rows: int, tokens: int) -> None:
         """The same with mlx-lm's own batch generator."""
@@ -150,6 +184,11 @@ class Bench:
             decode = partial(self.sample, self.policy, rows, tokens)
             yield "decode", rows, rows * tokens, decode
             yield "decode, ragged prompts", rows, rows * tokens, partial(decode, ragged=True)
+            if self.mx.cuda.is_available():
+                plain = partial(self.plain_steps, rows, tokens)
+                yield "decode, steps not compiled", rows, rows * tokens, plain
+                yield "attention of a token", rows, rows, self.attention(rows, tokens, True)
+                yield "attention of a token, MLX's", rows, rows, self.attention(rows, tokens, False)
             yield (
                 "peer: mlx_lm.batch_generate",
                 rows,

@@ -73,12 +73,10 @@ def update(prompts: int, most: float, times: float) -> Callable[[list[Record]], 
 
 def gradient(records: list[Record]) -> tuple[str, bool]:
     work = {**GPU_WORK, "prompts": 4}
-    torch = {
-        "eager": best(records, "gradient", tool="torch", setting="32 rows", **work)["gradient"],
-        "torch.compile": best(records, "gradient", tool="torch", setting="compile", **work)[
-            "gradient"
-        ],
-    }
+    best(records, "gradient", tool="torch", setting="compile", **work)  # its fastest, so far
+    names = {"32 rows": "eager", "compile": "torch.compile"}
+    found = find(records, tool="torch", **work)
+    torch = {names[r["setting"]]: r["gradient"] for r in found if r["setting"] in names}
     ours = find(records, tool="ours", **work)
     plain = best(ours, "gradient", setting="plain")["gradient"]
     shared = best(ours, "gradient", setting="best")["gradient"]
@@ -104,10 +102,10 @@ def small(records: list[Record]) -> tuple[str, bool]:
 def adapters(shape: str, most: float) -> Callable[[list[Record]], tuple[str, bool]]:
     def check(records: list[Record]) -> tuple[str, bool]:
         work = {"shape": shape, "bits": 4, "train_type": "lora", "prompts": 1, "tokens": 512}
-        found = min(find(records, tool="ours", **work), key=lambda r: r["held_bytes"])
-        held = max(found["held_bytes"], found["peak_bytes"]) / GB
-        text = f"{held:.2f} GB (peak of active memory {found['peak_bytes'] / GB:.2f}), "
-        return f"{text}{found['seconds']:.1f} s an update", held <= most
+        found = min(find(records, tool="ours", **work), key=lambda r: r["peak_bytes"])
+        peak, cache = found["peak_bytes"] / GB, found["options"]["cache_limit_gb"]
+        text = f"{peak + cache:.2f} GB (peak of active memory {peak:.2f}, cache at most {cache}), "
+        return f"{text}{found['seconds']:.1f} s an update", peak + cache <= most
 
     return check
 

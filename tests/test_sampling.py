@@ -14,7 +14,7 @@ from conftest import make_model
 from helpers import flat, make_trainer
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
 
-from utils import attention, caches, nucleus, views
+from utils import caches, nucleus, views
 
 EOS = 2
 
@@ -251,31 +251,6 @@ def test_a_mask_hides_padding_and_what_is_out_of_the_window():
                 assert mask[row].tolist() == [r and n for r, n in zip(real, near, strict=True)]
     assert caches.Rows([4, 4], 9).mask(6, None) is None
     assert np.array(caches.Rows([4, 4], 9).mask(6, 3))[1, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1]
-
-
-@pytest.mark.parametrize("kind", ["by_share", "by_products"])
-def test_attention_for_cuda_is_mlxs(grpo, tmp_path, monkeypatch, kind):
-    """Chosen as on CUDA, with prompts so ragged that padding comes, shrinks and goes."""
-    folder = make_model(tmp_path / "m", model_type="qwen2", hidden=256)
-    loaded = mlx_lm.load(str(folder))
-    prompts = random_prompts(5, 23, 1 if kind == "by_products" else 2, 40)
-    rows = [n % len(prompts) for n in range(12)]
-    stops = tuple("taei01")
-    plain = sample(grpo, loaded, prompts, rows, stops=stops)
-    module = sys.modules[type(loaded[0]).__module__]
-    monkeypatch.setattr(module, "scaled_dot_product_attention", module.scaled_dot_product_attention)
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    for name in ("MANY", "MANY_MASKED"):
-        monkeypatch.setattr(attention, name, 0 if kind == "by_products" else 2**30)
-    calls, function = [], getattr(attention, kind)
-    monkeypatch.setattr(attention, kind, lambda *a: (calls.append(1), function(*a))[1])
-    ours = sample(grpo, loaded, prompts, rows, stops=stops)
-    assert calls
-    assert [c.ids for c in ours] == [c.ids for c in plain]
-    for a, b in zip(ours, plain, strict=True):
-        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    greedy = list(mlx_lm.stream_generate(*loaded, prompts[0], max_tokens=5))
-    assert len(greedy) == 5, "other caches go by mlx-lm's function"
 
 
 def test_splitting_the_rollout_changes_no_token(model_dir, data_dir, tmp_path):

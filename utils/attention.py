@@ -2,27 +2,26 @@
 
 The gradient: MLX has a fused backward pass for whole tiles of 128 queries only, see `in_tiles`.
 
-One new token per row: with an array mask, MLX's CUDA backend computes attention to one query by
-five operations a layer; without, by a kernel that reads the keys and values once for every query
-head. Measured on one H200 (Qwen2.5-1.5B in bfloat16, 190 tokens of context, milliseconds per decode
-step):
+One new token per row: MLX's kernel for one query takes no mask, and no number of keys that is on
+the device, and reads the keys and values once for every query head. `to_rows` reads them once for
+all. One H200, microseconds a layer with 12 heads on 2 of keys and values, head size 128, bfloat16,
+281 positions of 406 (`benchmarks/micro.py --stage attention` has all layers):
 
-    rows  MLX, mask  MLX, no mask  `by_share`  `by_products`
-      32        5.1           3.7         4.2            4.6
-      64        4.9           3.8         4.2            4.8
-     128        6.5           4.7         6.4            5.5
-     256       10.4           6.8        10.2            5.5
+    rows  MLX, no mask  `to_rows`
+      16            16         15
+      64            41         21
+     256           141         51
 """
 
+import functools
 from functools import partial, wraps
 from typing import Any
 
 from .replacing import replace
 
 TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
-MANY = 2**15  # rows x keys from which on reading keys once a query head costs more than launches
-MANY_MASKED = 2**14  # the same where it is done twice
-FUSED_HEAD_SIZES = (64, 96, 128)
+WARPS = 4  # of a block of `to_rows`
+NUMBERS = 32  # of queries that one of their lanes holds in registers
 
 
 def install(model: Any) -> bool:
@@ -49,18 +48,13 @@ def dispatching(plain: Any) -> Any:
     def attention(
         queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None
     ) -> Any:
-        rows = getattr(cache, "rows", None)
         if sinks is None and (cache is None or isinstance(cache, PromptCache | GradientCache)):
             return in_tiles(partial(plain, cache=cache, scale=scale), queries, keys, values, mask)
-        if rows is None or sinks is not None:
-            return plain(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
-        many = len(keys) * keys.shape[2] >= (MANY if mask is None else MANY_MASKED)
-        if many and queries.shape[1] > keys.shape[1]:
-            return by_products(queries, keys, values, scale, mask)
-        fused = queries.shape[-1] == values.shape[-1] and queries.shape[-1] in FUSED_HEAD_SIZES
-        if mask is not None and fused and rows.padding_is_neutral:
-            return by_share(queries, keys, values, scale, rows.real(cache.values, keys.shape[2]))
-        return plain(queries, keys, values, cache, scale=scale, mask=mask)
+        rows: Any = getattr(cache, "rows", None)
+        everything = rows is not None and mask is not None and mask is rows.all_seen
+        if sinks is None and everything and fits(queries, keys, values):
+            return to_rows(queries, keys, values, scale, rows.ends, rows.padding, rows.position)
+        return plain(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
 
     return attention
 
@@ -91,27 +85,140 @@ def in_tiles(plain: Any, queries: Any, keys: Any, values: Any, mask: Any) -> Any
     return plain(padded(queries), keys, values, mask=mask)[:, :, :count]
 
 
-def by_products(queries: Any, keys: Any, values: Any, scale: float, mask: Any) -> Any:
-    """(B, heads, 1, D) over (B, groups, N, D): the heads of a group are rows of one product."""
+def fits(queries: Any, keys: Any, values: Any) -> bool:
+    """Whether `to_rows` can be used: on a GPU, for heads of up to 256 in steps of 32."""
     import mlx.core as mx
 
-    rows, heads, _, size = queries.shape
-    groups = keys.shape[1]
-    scores = (queries * scale).reshape(rows, groups, heads // groups, size) @ keys.swapaxes(-1, -2)
-    if mask is not None:
-        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)  # (B, groups, heads, N)
-    weights = mx.softmax(scores, axis=-1, precise=True)
-    return (weights @ values).reshape(rows, heads, 1, values.shape[-1])
+    size = queries.shape[-1]
+    alike = queries.dtype == keys.dtype == values.dtype and size == values.shape[-1]
+    on_gpu = mx.default_device() == mx.gpu and mx.cuda.is_available()
+    return on_gpu and alike and size % 32 == 0 and size <= 256
 
 
-def by_share(queries: Any, keys: Any, values: Any, scale: float, real: Any) -> Any:
-    """The same by two fused kernels without a mask.
+def to_rows(
+    queries: Any, keys: Any, values: Any, scale: float, ends: Any, padding: Any, position: Any
+) -> Any:
+    """(B, heads, 1, D) queries over (B, groups, N, D): what the tokens at `position` see.
 
-    Where the values of padding are 0, attention to everything is the wanted result times the share
-    of the weight that is not on padding, and that is attention to `real`: 1, and 0 at padding. The
-    keys of padding repeat the row's first key, so that the share is at least 1 / (1 + padding).
+    (B,) int32 each: of its row, the first `ends` positions, and those after `padding` more.
     """
+    rows, heads, _, size = queries.shape
+    most = max(1, NUMBERS // (size // 32))
+    together = max(n for n in range(1, most + 1) if heads // keys.shape[1] % n == 0)
+    (out,) = kernel(scale)(
+        inputs=[queries, keys, values, ends, padding, position],
+        template=[("T", queries.dtype), ("D", size), ("HEADS", together)],
+        grid=(heads // together * WARPS * 32, rows, 1),
+        threadgroup=(WARPS * 32, 1, 1),
+        output_shapes=[queries.shape],
+        output_dtypes=[queries.dtype],
+    )
+    return out
+
+
+@functools.cache
+def kernel(scale: float) -> Any:
+    """The kernel of `to_rows`; MLX compiles it for each type and size that it meets."""
     import mlx.core as mx
 
-    everything = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
-    return everything / mx.fast.scaled_dot_product_attention(queries, keys, real, scale=scale)
+    return mx.fast.cuda_kernel(
+        name="attention_to_rows",
+        input_names=["queries", "keys", "values", "ends", "padding", "position"],
+        output_names=["out"],
+        source=SOURCE.replace("WARPS", str(WARPS)).replace("SCALE", f"{float(scale)!r}f"),
+        # Keys and values are, and queries are a part of what one product computes for all three.
+        ensure_row_contiguous=False,
+    )
+
+
+# A block computes HEADS query heads of one group of a row. A warp takes four positions at a time,
+# and of each a lane has D / 32 numbers; so keys and values are read once for all heads. The warps'
+# softmaxes are put together at the end.
+SOURCE = """
+constexpr int OWN = D / 32, AT_ONCE = 4;
+constexpr float LOWEST = -1e30f;
+struct alignas((OWN & (OWN - 1)) ? sizeof(T) : OWN * sizeof(T)) Part { T x[OWN]; };
+__shared__ float bests[WARPS][HEADS], totals[WARPS][HEADS], outs[WARPS][D];
+
+const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.y;
+const int groups = keys_shape[1], room = keys_shape[2];
+const int group = blockIdx.x / (gridDim.x / groups);
+const int64_t head = blockIdx.x * HEADS;  // the first of the block's
+const int64_t start = (int64_t(row) * groups + group) * room * D + lane * OWN;
+const int end = ends[row], gap = padding[row], count = position[row] + 1 - gap;
+
+float q[HEADS][OWN], sum[HEADS][OWN], best[HEADS], total[HEADS];
+#pragma unroll
+for (int h = 0; h < HEADS; h++) {
+  best[h] = LOWEST;
+  total[h] = 0;
+  const int64_t at = row * queries_strides[0] + (head + h) * queries_strides[1];
+  const Part part = *reinterpret_cast<const Part*>(queries + at + lane * OWN);
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    q[h][i] = SCALE * 1.44269504f * static_cast<float>(part.x[i]);  // exponents of 2, not e
+    sum[h][i] = 0;
+  }
+}
+
+for (int n = warp * AT_ONCE; n < count; n += WARPS * AT_ONCE) {
+  Part key[AT_ONCE], value[AT_ONCE];
+  #pragma unroll
+  for (int j = 0; j < AT_ONCE; j++) {
+    const int seen = n + j < count ? n + j : count - 1;
+    const int64_t at = start + int64_t(seen < end ? seen : seen + gap) * D;
+    key[j] = *reinterpret_cast<const Part*>(keys + at);
+    value[j] = *reinterpret_cast<const Part*>(values + at);
+  }
+  #pragma unroll
+  for (int h = 0; h < HEADS; h++) {
+    float score[AT_ONCE], top = best[h];
+    #pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      score[j] = 0;
+      #pragma unroll
+      for (int i = 0; i < OWN; i++) score[j] += q[h][i] * static_cast<float>(key[j].x[i]);
+      #pragma unroll
+      for (int other = 16; other; other /= 2) {
+        score[j] += __shfl_xor_sync(0xffffffff, score[j], other);
+      }
+      score[j] = n + j < count ? score[j] : LOWEST;
+      top = fmaxf(top, score[j]);
+    }
+    const float factor = exp2f(best[h] - top);
+    best[h] = top;
+    total[h] *= factor;
+    #pragma unroll
+    for (int i = 0; i < OWN; i++) sum[h][i] *= factor;
+    #pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      const float weight = exp2f(score[j] - top);
+      total[h] += weight;
+      #pragma unroll
+      for (int i = 0; i < OWN; i++) sum[h][i] += weight * static_cast<float>(value[j].x[i]);
+    }
+  }
+}
+
+#pragma unroll
+for (int h = 0; h < HEADS; h++) {
+  if (lane == 0) {
+    bests[warp][h] = best[h];
+    totals[warp][h] = total[h];
+  }
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) outs[warp][lane * OWN + i] = sum[h][i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < D; i += blockDim.x) {
+    float top = LOWEST, weighted = 0, weights = 0;
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, bests[w][h]);
+    for (int w = 0; w < WARPS; w++) {
+      const float factor = exp2f(bests[w][h] - top);
+      weights += factor * totals[w][h];
+      weighted += factor * outs[w][i];
+    }
+    out[(int64_t(row) * gridDim.x * HEADS + head + h) * D + i] = static_cast<T>(weighted / weights);
+  }
+  __syncthreads();
+}
+"""

@@ -147,8 +147,7 @@ def _row_caches(
         # query, which is slower than its own kernel (64 rows, H200: 4.6 against 3.9 ms a step).
         cache.keys = mx.take(layer.keys[:, :, : shared.width], index, axis=0)
         cache.values = mx.take(layer.values[:, :, : shared.width], index, axis=0)
-    if attention.install(model) and shared.padded:
-        shared.neutralize(caches)
+    attention.install(model)
     return caches
 
 
@@ -178,13 +177,15 @@ class Rows:
     """What the layers of a batch share: where the prompt of each row ends, and so what it sees.
 
     Prompts are at positions 0..width - 1, the shorter ones padded on the right, and completions
-    from `width` on. Without padding there is no mask: on CUDA, MLX has a fused kernel for one query
-    only where no mask is given.
+    from `width` on.
     """
 
     def __init__(self, lengths: list[int], max_tokens: int) -> None:
         self.limit = max(lengths) + max_tokens  # no position beyond it will be used
-        self.padding_is_neutral = False
+        # In a step that is compiled for every position (utils/decoding.py): (B,) where the tokens
+        # are, and the mask of all that they see.
+        self.position: Any = None
+        self.all_seen: Any = None
         self._set(lengths)
 
     def _set(self, lengths: list[int]) -> None:
@@ -192,18 +193,22 @@ class Rows:
 
         self.lengths, self.width = lengths, max(lengths)
         self.padded = min(lengths) < self.width
-        self._ends = mx.array(lengths)  # (B,)
+        # (B,). The sum is on the device: CUDA kernels would read lists from the host's memory.
+        padding = [self.width - length for length in lengths]
+        self.ends, self.padding = mx.array([lengths, padding]) + 0
+        mx.async_eval(self.ends, self.padding)  # or compiled steps would compute them each time
         self._visible: Any = None  # (B, 1, 1, limit)
         self._offset: Any = None
         self._offset_end = -1
-        self._real: Any = None
 
     def offset(self, end: int) -> Any:
-        """RoPE position of the token at position `end`: an int, or (B,) where rows differ."""
+        """RoPE position of the token at position `end`: one for all, or (B,) where rows differ."""
+        if self.position is not None:
+            return self.position - self.padding
         if not self.padded:
             return end
         if self._offset_end != end:  # once for all layers
-            self._offset, self._offset_end = self._ends + (end - self.width), end
+            self._offset, self._offset_end = end - self.padding, end
         return self._offset
 
     def mask(self, end: int, window: int | None) -> Any:
@@ -211,44 +216,38 @@ class Rows:
 
         With a `window`, only so many tokens up to this one.
         """
-        import mlx.core as mx
-
-        if window is not None:
-            self.padding_is_neutral = False  # `attention.by_share` knows of padding only
         if not self.padded and (window is None or end < window):
             return None
         if self._visible is None:
-            position = mx.arange(self.limit + 1)
-            seen = (position < self._ends[:, None]) | (position >= self.width)
-            self._visible = seen[:, None, None]
+            self._visible = self._unpadded(self.limit + 1)
         visible = self._visible[..., : end + 1]
-        if window is None:
-            return visible
-        # Distance in tokens: from behind the padding, a prompt is so much nearer.
-        position = mx.arange(end + 1)
-        padding = mx.where(position < self.width, self.width - self._ends[:, None], 0)
-        return visible & (end - position - padding < window)[:, None, None]
+        return visible if window is None else visible & self._near(end, end + 1, window)
 
-    def neutralize(self, caches: list["RowCache"]) -> None:
-        """Make padding what `attention.by_share` needs: the row's first key, and values of 0."""
+    def mask_at_position(self, count: int, window: int | None) -> Any:
+        """(B, 1, 1, count) the same of the tokens at `position`, in a cache with so much room."""
         import mlx.core as mx
 
-        self.padding_is_neutral = min(self.lengths) > 0
-        inside = (mx.arange(self.width) < self._ends[:, None])[:, None, :, None]
-        for cache in caches if self.padding_is_neutral else ():
-            cache.keys = mx.where(inside, cache.keys, cache.keys[:, :, :1])
-            cache.values = mx.where(inside, cache.values, mx.zeros_like(cache.values[:, :, :1]))
+        position = self.position[:, None, None, None]
+        seen = self._unpadded(count) & (mx.arange(count) <= position)
+        if window is not None:
+            return seen & self._near(position, count, window)
+        self.all_seen = seen
+        return seen
 
-    def real(self, stored: Any, end: int) -> Any:
-        """Like the first `end` of `stored` values, (B, heads, positions, size): 1, 0 at padding."""
+    def _unpadded(self, count: int) -> Any:
         import mlx.core as mx
 
-        if self._real is None or self._real.shape != stored.shape:
-            position = mx.arange(stored.shape[2])
-            shown = (position < self._ends[:, None]) | (position >= self.width)
-            shown = shown[:, None, :, None].astype(stored.dtype)
-            self._real = mx.contiguous(mx.broadcast_to(shown, stored.shape))
-        return self._real[:, :, :end]
+        position, ends = mx.arange(count), self.ends[:, None]
+        seen = (position < ends) | (position >= ends + self.padding[:, None])
+        return seen[:, None, None]
+
+    def _near(self, end: Any, count: int, window: int) -> Any:
+        """Distance in tokens: from behind the padding, a prompt is so much nearer."""
+        import mlx.core as mx
+
+        position, padding = mx.arange(count), self.padding[:, None, None, None]
+        behind = position < self.ends[:, None, None, None]
+        return end - position - mx.where(behind, padding, 0) < window
 
     def keep(self, keep: list[int]) -> slice:
         """Drop rows. Returns the positions that only padding is left at."""
@@ -272,14 +271,30 @@ class RowCache:
 
     def make_mask(self, count: int, return_array: bool = False, window_size: Any = None) -> Any:
         assert count == 1
+        if self.rows.position is not None:
+            return self.rows.mask_at_position(self.keys.shape[2], window_size)
         return self.rows.mask(self.end, window_size)
 
-    def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
-        """Store (B, heads, 1, head size) at the next position; returns all positions in use."""
+    def make_room(self, keys: Any, values: Any) -> None:
+        """Room for one token more, of keys and values like these, if there is none."""
         if self.keys is None or self.end == self.keys.shape[2]:
             room = min(STEP, max(1, self.rows.limit - self.end))
             self.keys = _grown(self.keys, keys, room)
             self.values = _grown(self.values, values, room)
+
+    def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Store (B, heads, 1, head size) at the next position; returns all positions in use.
+
+        In a step compiled for every position, returns all there are.
+        """
+        import mlx.core as mx
+
+        if self.rows.position is not None:
+            position = self.rows.position[:, None, None, None]
+            self.keys = mx.put_along_axis(self.keys, position, keys, axis=2)
+            self.values = mx.put_along_axis(self.values, position, values, axis=2)
+            return self.keys, self.values
+        self.make_room(keys, values)
         end = self.end = self.end + 1
         self.keys[:, :, end - 1 : end], self.values[:, :, end - 1 : end] = keys, values
         return self.keys[:, :, :end], self.values[:, :, :end]

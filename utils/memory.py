@@ -710,7 +710,7 @@ def _plan_of(plan: Plan, batch: MicroBatch, keep: bool = False) -> Plan:
     parts = (*block_bytes(shape, batch), head_bytes(shape, batch, keep))
     kept, temporary, logits = (round(part * factor) for part in parts)
     width = settings.train_dtype_bytes if settings.train_type == "full" else 4
-    return replace(
+    plan = replace(
         plan,
         gradients=width * trainable,
         summed_gradients=4 * trainable if batch.rows < settings.completions else 0,
@@ -722,6 +722,13 @@ def _plan_of(plan: Plan, batch: MicroBatch, keep: bool = False) -> Plan:
         in_flight=in_flight_bytes(shape, batch, (kept, temporary, logits)),
         micro_batch_tokens=settings.micro_batch_tokens or batch.tokens,
     )
+    if keep or settings.platform != "cuda":
+        return plan
+    # Where there is room, the queue also holds the logits of the pieces that follow.
+    scored = batch.rows * settings.lengths[1] * shape.vocab_size
+    others = round(max(0, scored - plan.piece_logits) * _logit_bytes(settings) * factor)
+    room = int(HEADROOM * plan.budget_bytes) - plan.by_phase["gradient"]
+    return replace(plan, in_flight=plan.in_flight + max(0, min(others, room)))
 
 
 def _with_largest_micro_batch(plan: Plan) -> Plan:

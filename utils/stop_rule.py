@@ -44,7 +44,14 @@ class StopRule:
         return text[: min(cuts)] if cuts else text
 
 
-LEAVE = 1 / 8  # part of a batch that has to have ended before rows leave it: caches are copied then
+def part_to_leave() -> float:
+    """The part of a batch that has to have ended before rows leave it.
+
+    Caches are copied then, and on CUDA the steps that remain are compiled anew.
+    """
+    import mlx.core as mx
+
+    return 1 / 2 if mx.cuda.is_available() else 1 / 8
 
 
 class Reader:
@@ -68,7 +75,7 @@ class Reader:
         self._read_unread()
         self.unread = self.live, ids, logprobs
         going = [i for i, completion in enumerate(self.live) if not completion.finish_reason]
-        if going and len(going) > len(self.live) * (1 - LEAVE):
+        if going and len(going) > len(self.live) * (1 - part_to_leave()):
             return list(range(len(self.live)))
         self.live = [self.live[i] for i in going]
         return going

@@ -263,13 +263,14 @@ def cost_of_quantizing(trainer: Any) -> str | None:
 
 def _step_seconds(model: Any, rows: int, limit: float = AFFORDABLE) -> float | None:
     """The best time of a decode step after two that warm up; None if one takes over `limit`."""
-    from . import caches
+    from . import caches, decoding
 
-    cache = caches.prefill(model, [[1]], [0] * rows, STEPS + 2)
+    cache = caches.prefill(model, [[1, 1]], [0] * rows, STEPS + 2)
+    forward = decoding.forward(model, cache)
     seconds = []
     for step in range(STEPS + 2):
         start = time.perf_counter()
-        mx.eval(model(mx.ones((rows, 1), mx.int32), cache=cache))
+        mx.eval(forward(mx.ones((rows, 1), mx.int32)))
         seconds.append(time.perf_counter() - start)
         # On a GPU the first step also compiles kernels.
         if seconds[-1] > limit and (step > 0 or mx.default_device() == mx.cpu):

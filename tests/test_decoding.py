@@ -1,0 +1,171 @@
+"""Decode steps that are compiled for every position are the plain ones."""
+
+import sys
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from conftest import make_model
+from test_sampling import random_prompts, sample
+
+from utils import attention, caches, decoding
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Steps are compiled, on the CPU; attention stays MLX's own, with masks."""
+    monkeypatch.setattr(decoding, "_usable", {})
+    monkeypatch.setattr(caches, "STEP", 7)  # room for so many tokens at a time
+    monkeypatch.setattr(attention, "install", lambda model: False)
+
+    def switch(on):
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: on)
+
+    return switch
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_compiled_steps_sample_the_same(
+    grpo, tmp_path, monkeypatch, as_on_cuda, capsys, family, ragged
+):
+    """With prompts of several lengths, rows that leave, and caches that grow."""
+    loaded = mlx_lm.load(str(make_model(tmp_path / "m", model_type=family)))
+    prompts = random_prompts(5, 23, 2, 40) if ragged else random_prompts(9, 9)
+    rows, stops = [n % len(prompts) for n in range(12)], tuple("taei01")
+    plain = sample(grpo, loaded, prompts, rows, stops=stops)
+    assert len({len(completion.ids) for completion in plain}) > 3
+    steps, counts = [], []
+    call, trace = decoding.CompiledStep.__call__, decoding.CompiledStep._at_position
+
+    def counted(self, tokens):
+        steps.append(len(tokens))
+        return call(self, tokens)
+
+    def traced(self, *arguments):
+        counts.append(len(arguments[0]))
+        return trace(self, *arguments)
+
+    monkeypatch.setattr(decoding.CompiledStep, "__call__", counted)
+    monkeypatch.setattr(decoding.CompiledStep, "_at_position", traced)
+    as_on_cuda(True)
+    ours = sample(grpo, loaded, prompts, rows, stops=stops)
+    assert len(steps) > 2 * len(counts) > 0, "built less often than used"
+    assert len(set(steps)) > 2, "rows leave"
+    assert [c.ids for c in ours] == [c.ids for c in plain]
+    for a, b in zip(ours, plain, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert "not compiled" not in capsys.readouterr().out
+
+
+def test_a_model_that_needs_positions_as_numbers_is_not_compiled(
+    grpo, tmp_path, as_on_cuda, capsys
+):
+    sizes = {"n_embd": 64, "n_layer": 2, "n_inner": 64, "n_head": 4, "n_positions": 128}
+    extra = {**sizes, "layer_norm_epsilon": 1e-5}
+    loaded = mlx_lm.load(str(make_model(tmp_path / "m", model_type="gpt_bigcode", **extra)))
+    plain = sample(grpo, loaded, random_prompts(9, 9))
+    as_on_cuda(True)
+    for _ in range(2):
+        ours = sample(grpo, loaded, random_prompts(9, 9))
+        assert [c.ids for c in ours] == [c.ids for c in plain]
+    assert capsys.readouterr().out.count("steps of gpt_bigcode are not compiled") == 1
+
+
+def test_a_model_that_leaves_out_the_mask_is_found(
+    grpo, model_dir, monkeypatch, as_on_cuda, capsys
+):
+    """It would attend to the room that is left."""
+    loaded = mlx_lm.load(str(model_dir))
+    plain = sample(grpo, loaded, random_prompts(9, 9))
+    module = sys.modules[type(loaded[0]).__module__]
+    function = module.scaled_dot_product_attention
+    monkeypatch.setattr(
+        module,
+        "scaled_dot_product_attention",
+        lambda *a, mask, **k: function(*a, mask=mask if mask == "causal" else None, **k),
+    )
+    as_on_cuda(True)
+    ours = sample(grpo, loaded, random_prompts(9, 9))
+    assert [c.ids for c in ours] == [c.ids for c in plain]
+    assert "steps of llama are not compiled, and slower for it: the logits differ" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("window", [None, 3, 6, 100])
+def test_masks_and_offsets_at_a_position_are_those_of_the_number(window):
+    room = 24
+    for lengths in ([5, 2, 9], [4, 4]):
+        rows = caches.Rows(lengths, 14)
+        for end in range(max(lengths), max(lengths) + 12):
+            offset, mask = rows.offset(end), rows.mask(end, window)
+            expected = np.zeros((len(lengths), room), bool)
+            expected[:, : end + 1] = True if mask is None else np.array(mask)[:, 0, 0]
+            rows.position = mx.full((len(lengths),), end)
+            assert np.array_equal(rows.mask_at_position(room, window)[:, 0, 0], expected)
+            assert np.array_equal(rows.offset(end), np.broadcast_to(offset, len(lengths)))
+            rows.position = None
+
+
+def test_attention_goes_by_rows(grpo, tmp_path, monkeypatch):
+    """As on CUDA, with masks made from what the kernel is told; other caches go by mlx-lm's way."""
+    loaded = mlx_lm.load(str(make_model(tmp_path / "m", model_type="qwen2")))
+    prompts, stops = random_prompts(5, 23, 2, 40), tuple("taei01")
+    plain = sample(grpo, loaded, prompts, stops=stops)
+    module = sys.modules[type(loaded[0]).__module__]
+    monkeypatch.setattr(module, "scaled_dot_product_attention", module.scaled_dot_product_attention)
+    monkeypatch.setattr(decoding, "_usable", {})
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "fits", lambda *_: True)
+    calls = []
+
+    def to_rows(queries, keys, values, scale, ends, padding, position):
+        calls.append(queries.shape[0])
+        at, ends, gaps = mx.arange(keys.shape[2]), ends[:, None], padding[:, None]
+        seen = (at < ends) | (at >= ends + gaps) & (at <= position[:, None])
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask=seen[:, None, None]
+        )
+
+    monkeypatch.setattr(attention, "to_rows", to_rows)
+    ours = sample(grpo, loaded, prompts, stops=stops)
+    assert calls
+    assert [c.ids for c in ours] == [c.ids for c in plain]
+    del calls[:]
+    assert len(list(mlx_lm.stream_generate(*loaded, prompts[0], max_tokens=5))) == 5
+    assert not calls
+
+
+CASES = [  # rows, query heads, heads of keys, head size, type, largest difference
+    (4, 12, 2, 128, mx.float32, 1e-5),
+    (4, 12, 2, 128, mx.bfloat16, 0.01),
+    (4, 12, 2, 128, mx.float16, 0.002),
+    (3, 14, 2, 64, mx.bfloat16, 0.01),
+    (3, 32, 1, 96, mx.bfloat16, 0.01),
+    (2, 8, 8, 32, mx.float32, 1e-5),
+    (1, 16, 1, 256, mx.float32, 1e-5),
+]
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("count", "heads", "groups", "size", "dtype", "limit"), CASES)
+def test_attention_to_rows_is_mlxs_with_a_mask(count, heads, groups, size, dtype, limit):
+    """For queries that are a part of a larger array, as those of a joined product are."""
+    mx.set_default_device(mx.gpu)
+    keys = mx.random.split(mx.random.key(1), 3)
+    product = mx.random.normal((count, 1, (heads + 3) * size), key=keys[0]).astype(dtype)
+    queries = product[..., : heads * size].reshape(count, 1, heads, size).transpose(0, 2, 1, 3)
+    shape = (count, groups, 300, size)
+    stored = [mx.random.normal(shape, key=key).astype(dtype) for key in keys[1:]]
+    rows = caches.Rows([150, 20, 100, 1][:count], 150)
+    rows.position = mx.full((count,), 200)
+    args = (queries, *stored, size**-0.5)
+    got = attention.to_rows(*args, rows.ends, rows.padding, rows.position)
+    floats = [x.astype(mx.float32) for x in args[:3]]
+    mask = rows.mask_at_position(300, None)
+    expected = mx.fast.scaled_dot_product_attention(*floats, scale=size**-0.5, mask=mask)
+    difference = mx.abs(got.astype(mx.float32) - expected).max().item()
+    mx.set_default_device(mx.cpu)
+    assert difference < limit

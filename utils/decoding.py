@@ -1,0 +1,109 @@
+"""Decode steps on CUDA, compiled once for every position of the cache.
+
+A step of a model of 28 layers is some 700 operations, and building them in Python keeps the host
+about as long as the GPU needs for 64 rows. A compiled step is built once for as long as the rows,
+and the room in the cache, stay as they are: it takes the whole cache, and where in it the rows are
+is an array instead of a shape.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .caches import RowCache, keep_rows
+from .console import say
+
+ALIKE = 0.1  # difference of the logits over their spread, both as norms: rounding gives 0.01
+_usable: dict[str, bool] = {}  # by model and its sizes
+
+
+def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
+    """The model on the next (B, 1) tokens of the rows in `cache`, which keeps them: (B, 1, V)."""
+    import mlx.core as mx
+
+    own = isinstance(cache[0], RowCache) and cache[0].keys is not None
+    if not own or not mx.cuda.is_available():
+        return partial(model, cache=cache)
+    kind = f"{type(model)} {getattr(model, 'args', '')}"
+    if kind not in _usable:
+        _usable[kind] = _agrees(model, cache)
+    return CompiledStep(model, cache) if _usable[kind] else partial(model, cache=cache)
+
+
+def _agrees(model: Any, cache: list[Any]) -> bool:
+    """Whether a compiled step gives the plain one's logits, for the shortest and longest prompt.
+
+    It does not where a model needs the position as a number, or attends by itself without a mask.
+    """
+    import mlx.core as mx
+
+    cache = copy.deepcopy(cache)
+    lengths = cache[0].rows.lengths
+    keep_rows(cache, sorted({lengths.index(min(lengths)), lengths.index(max(lengths))}))
+    tokens = mx.ones((len(cache[0].rows.lengths), 1), mx.int32)
+    plain = model(tokens, cache=copy.deepcopy(cache)).astype(mx.float32)
+    for layer in cache:  # what is not to be seen shall be noticed
+        layer.make_room(layer.keys, layer.values)
+        layer.values[:, :, layer.end :] = 1000
+    try:
+        difference = CompiledStep(model, cache)(tokens).astype(mx.float32) - plain
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+    else:
+        if (apart := _norm(difference) / _norm(plain - plain.mean())) < ALIKE:
+            return True
+        reason = f"the logits differ by {apart:.2g} of their spread"
+    name = type(model).__module__.rpartition(".")[2]
+    say(f"rollouts  steps of {name} are not compiled, and slower for it: {reason}")
+    return False
+
+
+def _norm(x: Any) -> float:
+    return float((x * x).sum().item() ** 0.5)
+
+
+class CompiledStep:
+    """(B, 1) tokens -> (B, 1, V) logits, with a token more in the cache."""
+
+    def __init__(self, model: Any, cache: list[Any]) -> None:
+        import mlx.core as mx
+
+        self.model, self.cache = model, cache
+        self.compiled = mx.compile(self._at_position)
+        self.position: Any = None  # (B,) of the next tokens, alike
+        self.stands_for = -1, 0  # the position in it, and B
+
+    def __call__(self, tokens: Any) -> Any:
+        import mlx.core as mx
+
+        for layer in self.cache:
+            layer.make_room(layer.keys, layer.values)
+        rows, end, count = self.cache[0].rows, self.cache[0].end, len(tokens)
+        if self.stands_for != (end, count):  # at first, and when rows have left
+            # On the device, and no scalar, of which MLX keeps all in the host's memory.
+            self.position = mx.zeros((count,), mx.int32) + end
+        try:
+            result = self.compiled(tokens, self.position, self._stored())
+        finally:
+            rows.position = rows.all_seen = None
+        # Before anything is computed: arrays that nothing else holds are written in place.
+        logits, self.position, stored = result
+        self._store(stored)
+        for layer in self.cache:
+            layer.end += 1
+        self.stands_for = end + 1, count
+        return logits
+
+    def _at_position(self, tokens: Any, position: Any, stored: list[Any]) -> Any:
+        self.cache[0].rows.position = position
+        self._store(stored)
+        logits = self.model(tokens, cache=self.cache)
+        return logits, position + 1, self._stored()
+
+    def _stored(self) -> list[Any]:
+        return [(layer.keys, layer.values) for layer in self.cache]
+
+    def _store(self, stored: list[Any]) -> None:
+        for layer, (keys, values) in zip(self.cache, stored, strict=True):
+            layer.keys, layer.values = keys, values
