@@ -1242,7 +1242,7 @@ def start(config: MLXGRPOConfig, command: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, 1 (failed run), 2 (bad input), 130 (Ctrl-C), 143 (SIGTERM)."""
+    """The command line. Returns 0, 1 (failed run), 2 (bad input), 128 + n (ended by signal n)."""
     given = launch.parse_arguments(argv, MLXGRPOConfig, __file__)
 
     def work() -> int:

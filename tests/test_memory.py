@@ -120,7 +120,9 @@ def test_folder_is_read_from_headers(folder):
     assert shape == arithmetic
     assert (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads) == (64, 2, 4, 2)
     assert (shape.head_dim, shape.intermediate_size, shape.vocab_size) == (16, 128, 96)
-    assert (shape.tied, shape.quantized_bits) == (True, None)
+    assert (shape.tied, shape.quantized_bits, shape.activation) == (True, None, "silu")
+    gemma = {**TINY, "hidden_activation": "gelu_pytorch_tanh"}
+    assert memory.shape_from_config(gemma, 4).activation == "gelu_pytorch_tanh"
 
 
 def test_shards_add_up_and_a_stored_tied_head_does_not(folder, tmp_path):
@@ -245,15 +247,21 @@ def plan(shape=QWEN, **changes):
     return memory.plan(shape, **{**RUN, **changes})
 
 
-@pytest.mark.parametrize("experts", [1, 8])
-def test_on_a_gpu_swiglu_keeps_less_but_not_that_of_experts(experts):
-    shape = dataclasses.replace(QWEN, experts=experts)
+@pytest.mark.parametrize(
+    ("experts", "activation"), [(1, "silu"), (8, "silu"), (1, "gelu_pytorch_tanh")]
+)
+def test_on_a_gpu_swiglu_keeps_less_but_not_that_of_experts(experts, activation):
+    shape = dataclasses.replace(QWEN, experts=experts, activation=activation)
     kept = [
         memory.block_bytes(shape, memory.MicroBatch(4, 1, memory.Settings(**RUN, platform=name)))[0]
         for name in ("cpu", "metal")
     ]
     tokens = 150 + 4 * 256
-    less = 0 if experts > 1 else 2 * 2 * QWEN.intermediate_size * tokens * QWEN.layers
+    less = (
+        0
+        if (experts, activation) != (1, "silu")
+        else 2 * 2 * QWEN.intermediate_size * tokens * QWEN.layers
+    )
     assert kept[0] - kept[1] == less
 
 

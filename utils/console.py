@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import runtime, settings
+from .errors import readable
 from .text import redact
 
 
@@ -97,7 +98,7 @@ def introduce(trainer: Any, blas: str | None) -> None:
     prompts = a.batch_size * a.gradient_accumulation_steps
     say(
         f"plan      {trainer.total_updates} updates of {prompts} prompts x {a.num_generations} "
-        f"completions, about {trainer.plan.needed / 1e9:.1f} GB"
+        f"completions, about {readable(trainer.plan.needed)}"
     )
     if not trainer.plan.fits:
         say("          that may not fit this machine; what would:")

@@ -347,6 +347,8 @@ def report(args: argparse.Namespace, config: Any) -> int:
     rewards = rewarding.load_rewards(config, load_script().REWARDS)
     questions = read_questions(args, config)
     runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb)
+    if kernels := runtime.keep_compiled_kernels():
+        say(f"speed     {kernels}")
     temperature = temperature_of(args, config)
     how = f"{args.n} samples at temperature {temperature:g}" if temperature else "greedy"
     say(

@@ -334,12 +334,16 @@ class Generator:
     def __init__(self, args: argparse.Namespace) -> None:
         import mlx.core as mx
 
+        from . import runtime
+
         self.args, self.grpo = args, load_script()
         config = None
         if args.grpo_prompt:  # before the model: a mistyped setting should not wait for it
             models = [args.adapter, args.model] if args.adapter else [args.model]
             config, source = trainer_settings(args.config, args.set, models)
             note(f"prompt settings from {source}")
+        if kernels := runtime.keep_compiled_kernels():
+            note(kernels)
         loaded = open_model(args.model, args.adapter, trust=args.trust_remote_code)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.config = config or chat_settings(args, loaded)

@@ -84,8 +84,8 @@ def start(
 
 
 def exit_code_of(work: Callable[[], int], debug: bool) -> int:
-    """What `work` returns; 2 (bad input), 1 (failed run), 130 (Ctrl-C), 143 (SIGTERM) if it ends
-    by an error or a signal, which are told in a line."""
+    """What `work` returns. Errors and signals that end it are told in a line: 2 (bad input), 1
+    (failed run), 128 + n (signal n, so 130 for Ctrl-C)."""
     try:
         with stopping.signals_raise():
             return work()

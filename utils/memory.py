@@ -95,6 +95,7 @@ class ModelShape:
     tied: bool
     experts: int = 1
     experts_per_token: int = 1
+    activation: str = "silu"
 
 
 def _size(config: dict[str, Any], source: str, *names: str, default: int | None = None) -> int:
@@ -113,7 +114,7 @@ def _table(config: dict[str, Any], source: str, *names: str) -> dict[str, Any]:
     return value
 
 
-def _dimensions(config: dict[str, Any], source: str) -> dict[str, int]:
+def _dimensions(config: dict[str, Any], source: str) -> dict[str, Any]:
     """The fields of ModelShape that the configuration gives, with the usual fallbacks."""
     config = {**config, **_table(config, source, "text_config")}
 
@@ -132,6 +133,7 @@ def _dimensions(config: dict[str, Any], source: str) -> dict[str, int]:
         "vocab_size": size("vocab_size"),
         "experts": size("num_experts", "num_local_experts", default=1),
         "experts_per_token": size("num_experts_per_tok", default=1),
+        "activation": str(config.get("hidden_act") or config.get("hidden_activation") or "silu"),
     }
 
 
@@ -629,7 +631,8 @@ def block_bytes(shape: ModelShape, batch: MicroBatch) -> tuple[int, int]:
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = shape.intermediate_size * shape.experts_per_token
     prompt, completion = settings.lengths
-    kept = 5 if settings.platform == "cpu" or shape.experts > 1 else 3  # utils/activations.py
+    lean = settings.platform != "cpu" and shape.experts == 1 and shape.activation == "silu"
+    kept = 3 if lean else 5  # utils/activations.py
     token = width * (4 * hidden + 3 * query + 2 * kv + kept * inner)
     temporary = width * (3 * hidden + 4 * inner)
     # Attention: what a completion sees of its prompt is copied for each row.

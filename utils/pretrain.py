@@ -45,7 +45,7 @@ from mlx_lm.utils import save_config, save_model  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from utils import checkpoints, litgpt, pretrain_data, pretrain_model, settings  # noqa: E402
+from utils import checkpoints, litgpt, pretrain_data, pretrain_model, runtime, settings  # noqa: E402
 from utils.errors import RunError, UserError  # noqa: E402
 from utils.prefix import checkpoint_layers  # noqa: E402
 from utils.pretrain_data import Rows  # noqa: E402
@@ -632,6 +632,8 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
     logger = [] if config.logger_name == "none" else [config.logger_name]
     check_available(logger)
     checkpoint = None if smoke_test else find_checkpoint(config)
+    if kernels := runtime.keep_compiled_kernels():
+        print(kernels)
     started = time.perf_counter()
     materials = prepare(config, smoke_test)
     trainer = Trainer(config, materials)
