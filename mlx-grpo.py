@@ -264,7 +264,7 @@ def as_number(text: str) -> Decimal | None:
     """The number that `text` writes ("-3", "$1,234.00"); None when it is not just a number."""
     if not NUMBER.fullmatch(text.strip()):
         return None
-    return Decimal(text.strip().replace("$", "").replace(",", "").rstrip("."))
+    return Decimal(text.strip().replace("$", "").replace(",", ""))
 
 
 def same_answer(given: str, expected: str) -> bool:

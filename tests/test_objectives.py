@@ -3,6 +3,7 @@
 TRL's own numbers are in tests/test_parity.py.
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -318,6 +319,8 @@ def test_batch_advantages_by_hand(grpo):
     std = np.std([0, 1, 0, 3], ddof=1)
     expected = np.array([[-0.5, 0.5], [-1.5, 1.5]]) / (std + 1e-4)
     assert grpo.ADVANTAGES["batch"](s) == pytest.approx(expected)
+    found = grpo.ADVANTAGES["batch"](dataclasses.replace(s, eps=1.0))
+    assert found == pytest.approx(expected * (std + 1e-4) / (std + 1))
 
 
 def test_reinforce_whitens_over_tokens(grpo):
@@ -341,6 +344,10 @@ def test_gdpo_does_not_let_one_reward_drown_another(grpo):
     assert abs(advantages[0] - advantages[3]) < 1e-2, "one point each"
     alone = grpo.group_advantages(np.add(small, large))[0]
     assert alone[0] > 0.8 > -0.8 > alone[3]
+    weighted = dataclasses.replace(s, weights=np.array([3.0, 1.0]))
+    total = 3 * grpo.group_advantages(np.array(small)) + grpo.group_advantages(np.array(large))
+    expected = total / (total.std(ddof=1) + 1e-4)
+    assert grpo.ADVANTAGES["gdpo"](weighted) == pytest.approx(expected), "by their weights"
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -395,6 +402,9 @@ def test_whitened_advantages_have_mean_0_and_variance_1_over_tokens(grpo):
     found = grpo.estimate_advantages(scores(grpo, rewards, lengths), [0.0] * 3, config)
     tokens = np.repeat(found.ravel(), lengths.ravel())
     assert (tokens.mean(), tokens.std()) == pytest.approx((0, 1), abs=1e-6)
+    config.advantage_clip = 0.5
+    clipped = grpo.estimate_advantages(scores(grpo, rewards, lengths), [0.0] * 3, config)
+    assert clipped == pytest.approx(np.clip(found, -0.5, 0.5)), "the clip comes last"
 
 
 # The KL penalty.

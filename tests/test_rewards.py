@@ -77,7 +77,9 @@ def test_integers(grpo, number):
     assert reward(grpo, "int", f"<answer>{number}</answer>") == 0.5
 
 
-@pytest.mark.parametrize("text", ["3.0", "1,23", "12,3456", "--3", "- 3", "three", "3\n4", "٣", ""])
+@pytest.mark.parametrize(
+    "text", ["3.0", "1,23", "12,3456", "--3", "+3", "- 3", "three", "3\n4", "٣", ""]
+)
 def test_not_integers(grpo, text):
     assert reward(grpo, "int", f"<answer>{text}</answer>") == 0.0
 
@@ -89,6 +91,9 @@ def test_soft_format_takes_any_spacing_and_strict_format_own_lines(grpo):
         "<reasoning>\na\nb\n</reasoning>\n<answer>\nc\nd\n</answer>\n": (0.5, 0.5),
         "<reasoning>\n</reasoning>\n<answer>\n</answer>": (0.5, 0.5),
         "<reasoning>\na\n</reasoning>\n\n<answer>\nb\n</answer>": (0.0, 0.5),
+        "<reasoning>\na</reasoning>\n<answer>\nb\n</answer>": (0.0, 0.5),
+        "<reasoning>\na\n</reasoning>\n<answer>\nb</answer>": (0.0, 0.5),
+        "<reasoning>\na\n</reasoning>\n<answer>b\n</answer>": (0.0, 0.5),
     }
     for text, values in spaced.items():
         got = reward(grpo, "strict_format", text), reward(grpo, "soft_format", text)
