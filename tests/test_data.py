@@ -169,6 +169,8 @@ def test_own_column_and_split_names_and_no_system_message(grpo, tmp_path):
     (row,) = grpo.load_questions(config, "train")
     assert (row["question"], row["answer"], row["solution"]) == ("Who?", "7", 7)
     assert row["prompt"] == [{"role": "user", "content": "Who?"}]
+    own = grpo.as_question(config, {**rows[0], "solution": "worked out"})
+    assert own["solution"] == "worked out", "a column of that name is the data's own"
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(2, 1), (9, 1), (20, 2)])

@@ -10,7 +10,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import flat, make_config, make_trainer, read_log, run_training, stop_after
+from helpers import digest, flat, make_config, make_trainer, read_log, run_training, stop_after
 from mlx.utils import tree_map
 from test_gradient import gradient, micro_batches, relative_difference, rollout
 from test_training import RESUMED, snapshot, timeless
@@ -173,6 +173,7 @@ def test_reinforce_by_hand_and_without_a_ratio(grpo):
         ("gmpo", 1.4, 1.0, 0.0),
         ("cpgd", 0.7, -1.0, 1.0),
         ("reinforce", 9.0, 1.0, 0.0),
+        ("grpo", 0.1, 0.0, 0.0),  # an advantage of 0 pulls nowhere
     ],
 )
 def test_what_clip_and_gate_hold_back_is_logged(grpo, loss_type, ratio, advantage, held):
@@ -182,6 +183,75 @@ def test_what_clip_and_gate_hold_back_is_logged(grpo, loss_type, ratio, advantag
     name = "clip_high" if advantage > 0 else "clip_low"
     assert sums[name].item() == pytest.approx(held, abs=1e-6)
     assert sums["clip_low"].item() + sums["clip_high"].item() == pytest.approx(held, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ratio", "held"),
+    [
+        ({"delta": 3.0}, 2.9, 0.0),
+        ({"delta": 3.0}, 3.1, 1.0),
+        ({"loss_type": "gmpo", "clip_eps": 0.2, "clip_eps_high": 0.5}, math.exp(-0.3), 1.0),
+        ({"loss_type": "gmpo", "clip_eps": 0.5, "clip_eps_high": 0.2}, math.exp(-0.3), 0.0),
+    ],
+)
+def test_what_a_bad_token_is_held_back_by(grpo, settings, ratio, held):
+    """It is logged as such, and then it has no gradient."""
+    batch, _ = one_token(-1.0)
+
+    def loss(logprobs):
+        return grpo.grpo_loss(logprobs, batch, grpo.MLXGRPOConfig(**settings))
+
+    logprobs = mx.array([[-1.0 + math.log(ratio)]])
+    (_, sums), gradient = mx.value_and_grad(loss)(logprobs)
+    assert (sums["clip_low"].item(), sums["clip_high"].item()) == (held, 0.0)
+    assert (gradient.item() == 0) == bool(held)
+
+
+def test_the_penalty_is_for_tokens_without_a_policy_gradient_too(grpo):
+    batch, logprobs = one_token(1.0)
+    batch |= {"ref_logprobs": mx.array([[-1.5]]), "selected": mx.array([[0.0]])}
+    loss, _ = loss_and_gradient(grpo, batch, logprobs, kl_coeff=0.5, kl_estimator="k2")
+    assert loss == pytest.approx(0.5 * 0.5 * 0.5**2)
+
+
+def test_log_ratios_beyond_20_count_as_20(grpo):
+    """Or a single token that left the policy would make loss and gradient infinite."""
+    batch, _ = one_token(-1.0)
+    batch["sampler_logprobs"] = mx.array([[-101.0]])
+    for settings, weight in ({}, 2.0), ({"importance_cap": 1e9}, math.exp(20)):
+        config = grpo.MLXGRPOConfig(**settings)
+        loss, sums = grpo.grpo_loss(mx.array([[99.0]]), batch, config)
+        assert sums["policy_reward"].item() == pytest.approx(-math.exp(20), rel=1e-5)
+        assert sums["sampler_mismatch"].item() == 20
+        assert loss.item() == pytest.approx(weight * math.exp(20), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_below_their_floor(grpo, level, mode):
+    config = grpo.MLXGRPOConfig(importance_mode=f"{level}_{mode}", importance_floor=0.5)
+    mismatch = mx.log(mx.array([[0.25], [1.0], [4.0]]))
+    weights, outside = grpo.importance_weights(mismatch, mx.ones((3, 1)), config)
+    limits = [0.5, 1.0, 2.0] if mode == "truncate" else [0.0, 1.0, 0.0]
+    assert weights[:, 0].tolist() == pytest.approx(limits)
+    assert outside[:, 0].tolist() == [True, False, True]
+
+
+AVERAGES = {"sequence": [1 / 2, 1 / 6], "token": [1 / 4, 1 / 4], "constant": [1 / 10, 1 / 10]}
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "average"),
+    [
+        *((name, "sequence") for name in ("grpo", "gspo", "gmpo", "cpgd", "sapo")),
+        *((name, "token") for name in ("bnpo", "dapo", "cispo", "reinforce")),
+        ("dr_grpo", "constant"),
+    ],
+)
+def test_how_each_loss_is_averaged(grpo, loss_type, average):
+    """As docs/objectives.md has it: 1 and 3 tokens, where there could have been 5."""
+    weights = grpo.sequence_weights(np.array([1, 3]), loss_type, 5)
+    assert weights == pytest.approx(AVERAGES[average])
 
 
 # What must change nothing.
@@ -242,6 +312,24 @@ def test_the_quantile_is_that_of_the_whole_update(model_dir, data_dir, tmp_path)
     assert sum(chosen) == pytest.approx(0.25 * sum(counts), abs=1)
     shares = [c / n for c, n in zip(chosen, counts, strict=True)]
     assert max(shares) - min(shares) > 0.1, "not a quarter of each micro-batch"
+
+
+def test_tokens_of_one_entropy_are_all_selected(model_dir, data_dir, tmp_path):
+    settings = {"top_entropy_quantile": 0.5, "entropy_coeff": 0.1, "max_new_tokens": 1}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
+    [batch] = trainer.select_tokens(trainer.micro_batches(*rollout(trainer, rows=[0])))
+    assert batch["selected"].tolist() == [[1.0]] * 4, "the first tokens of one prompt"
+    assert batch["entropy_weight"].item() == pytest.approx(0.1 / 4)
+
+
+def test_truncated_tokens_are_not_in_the_normaliser(model_dir, data_dir, tmp_path):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", loss_type="dapo")
+    rows, responses, advantages = rollout(trainer)
+    advantages[[1, 5]] = np.nan
+    batches = trainer.micro_batches(rows, responses, advantages)
+    used = sum((b["mask"] * b["weights"][:, None]).sum().item() for b in batches)
+    assert used == pytest.approx(1), "a mean over the tokens that are trained"
+    assert sum(len(b["mask"]) for b in batches) == len(rows) - 2
 
 
 def test_the_quantile_of_an_update_without_tokens(model_dir, data_dir, tmp_path):
@@ -507,6 +595,36 @@ def test_the_penalty_in_the_reward_is_the_sum_over_tokens(grpo, model_dir, data_
             for model in (trainer.model, trainer.ref_model)
         )
         assert found[i] == pytest.approx(((policy - ref) * batch["mask"]).sum().item(), abs=1e-4)
+    trainer.scorer.splits = trainer.scorer.shares = False  # an unknown architecture
+    assert trainer.kl_of(rows, responses) == pytest.approx(found, abs=1e-4)
+
+    def add_reference(batch):
+        batch["ref_logprobs"] = mx.full(batch["mask"].shape, -1000.0)
+
+    trainer.add_reference = add_reference
+    lengths = [len(response.ids) for response in responses]
+    assert trainer.kl_of(rows, responses).tolist() == [20 * n for n in lengths], "at most 20 each"
+
+
+def test_the_kl_in_the_log_is_per_token_wherever_it_is_placed(model_dir, data_dir, tmp_path):
+    settings = {"kl_coeff": 0.1, "quantize_for_rollouts": True}
+    kl = []
+    for place in ("loss", "reward"):
+        trainer = make_trainer(
+            model_dir, data_dir, tmp_path / place, kl_placement=place, **settings
+        )
+        kl.append(trainer.train_step([0, 1])[0]["kl"])
+    assert kl[0] == pytest.approx(kl[1], rel=1e-3)
+    assert kl[0] > 1e-4
+
+
+def test_the_controller_goes_by_the_last_update_on_a_rollout(model_dir, data_dir, tmp_path):
+    """Before the first one, policy and reference are the same."""
+    settings = {"kl_coeff": 0.1, "kl_target": 1e-9, "num_iterations": 2, "learning_rate": 0.01}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", digest, **settings)
+    first, second = trainer.train_step([0, 1])
+    assert first["kl"] < 1e-9 < 1e-6 < second["kl"]
+    assert trainer.kl_coeff > 0.1
 
 
 # Dynamic sampling.
@@ -571,6 +689,21 @@ def test_dynamic_sampling_is_bounded_and_the_schedule_stays(model_dir, data_dir,
     [record] = trainer.train_step(trainer.prompts_of_update(1)[0])
     assert sum(calls) == 24 * 4, "no prompt twice in an update: 24 in all, then it stops"
     assert record["update"] == 2
+    rows, _ = trainer.order.draw(10, trainer.drawn, set())
+    [record] = trainer.train_step(rows)
+    assert record["resampled_prompts"] == 14, "in the last round there are four for ten places"
+
+
+def test_what_a_reward_says_of_one_round_is_not_shown_beside_another(model_dir, data_dir, tmp_path):
+    def telling(completions, log_extra, question, **_):
+        log_extra("asked", list(question))
+        return sometimes_dull(completions, question)
+
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", telling, **DYNAMIC)
+    rows = trainer.prompts_of_update(0)[0]
+    [record] = trainer.train_step(rows)
+    assert record["resampled_prompts"] > 0
+    assert trainer.reward_calls.extras == {}
 
 
 def test_the_stream_wraps_with_a_new_order_each_time(model_dir, data_dir, tmp_path):

@@ -84,7 +84,10 @@ def test_full_fine_tuning_samples_from_a_4_bit_copy_made_anew(grpo, model_dir, d
     weight = "model.layers.1.mlp.up_proj.weight"
     stale = flat(trainer.model_old.parameters())[weight]
     assert not mx.array_equal(flat(expected.parameters())[weight], stale), "before the refresh"
+    copy_policy, held = trainer.copy_policy, []
+    trainer.copy_policy = lambda: held.append(trainer.model_old) or copy_policy()
     trainer.refresh_old_policy()
+    assert held == [None], "never two copies at once"
     for name, value in flat(trainer.model_old.parameters()).items():
         assert mx.array_equal(value, flat(expected.parameters())[name])
 

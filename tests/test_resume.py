@@ -96,6 +96,7 @@ def test_an_evaluation_that_was_cut_short_is_done_again(model_dir, data_dir, tmp
     parts = tmp_path / "parts"
     code, stopped = run_training(model_dir, data_dir, parts, interrupt, **settings)
     assert (code, stopped.update_step) == (130, 3)
+    assert (parts / f"checkpoint-{stopped.step}").is_dir(), "the update itself is not lost"
     done = [r["split"] for r in read_log(parts) if r["update"] == 3 and "split" in r]
     assert done == ([] if split == "train" else ["train"]), "that one is not in the log yet"
     _, resumed = run_training(model_dir, data_dir, parts, resume="auto", **settings)

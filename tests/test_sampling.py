@@ -88,6 +88,7 @@ FILTERS = [
     (SEVEN, {"temperature": 1.0, "top_k": 3, "top_p": 0.7}, {1, 3}),  # of what top_k left
     (SEVEN, {"temperature": 1.0, "top_k": 2, "top_p": 0.3}, {1}),
     (SEVEN, {"temperature": 1.0, "top_p": 0.7, "min_p": 0.7}, {1, 3}),
+    (SEVEN, {"temperature": 1.0, "top_p": 0.6, "min_p": 0.6}, {1, 3, 5}),  # {1, 3} the other way
     (SEVEN, {"temperature": 1.5, "top_k": 6, "top_p": 0.9, "min_p": 0.45}, {1, 3, 5, 6}),
     (SEVEN, {"temperature": 1.0, "top_k": 7}, set(range(7))),
     (SEVEN, {"temperature": 1.0, "top_k": 99}, set(range(7))),

@@ -292,11 +292,16 @@ def test_groups_without_spread_stay_in_the_normaliser(model_dir, data_dir, tmp_p
     assert record["groups_without_signal"] == 0.5
 
 
-def test_with_a_reference_they_still_pull(model_dir, data_dir, tmp_path):
+@pytest.mark.parametrize(
+    "settings", [{"kl_coeff": 0.1}, {"entropy_coeff": 0.1}, {"top_entropy_quantile": 0.5}]
+)
+def test_with_another_pull_they_stay_in_the_gradient(model_dir, data_dir, tmp_path, settings):
+    """Of a reference or an entropy bonus; and a quantile is that of all tokens."""
+
     def same(completions, **_):
         return [1.0] * len(completions)
 
-    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", same, kl_coeff=0.1)
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", same, **settings)
     calls, _ = spy_on_gradients(trainer)
     trainer.train_step([0, 1])
     assert sum(batch["mask"].shape[0] for batch, _, _ in calls) == 8
@@ -401,6 +406,27 @@ def test_dropout_is_decided_by_the_seed(model_dir, data_dir, tmp_path):
     dropped = weights(1, lora_dropout=0.4)
     assert weights(2, lora_dropout=0.4) == dropped
     assert weights(1) != dropped
+
+
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_all_updates_on_a_rollout_drop_the_same(model_dir, data_dir, tmp_path, use_compile):
+    """Another mask would move the ratio to the anchor; the next rollout has another."""
+    settings = {"train_type": "lora", "lora_dropout": 0.5, "lora_learning_rate": 1e-9}
+    settings |= {"num_iterations": 2, "use_compile": use_compile}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", digest, **settings)
+    for name, module in trainer.model.named_modules():
+        if "lora_b" in module:
+            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(len(name)))
+    rows = [trainer.train_dataset[row] for row in (0, 1) for _ in range(4)]
+    responses = trainer.generate_responses([0, 1])
+    tokens = sum(len(response.ids) for response in responses)
+    calls, _ = spy_on_gradients(trainer)
+    for trainer.rollout in (0, 1):
+        trainer.learn(rows, responses, np.arange(8) - 3.5, tokens)
+    passes = np.array_split([mx.sum(logprobs).item() for _, _, logprobs in calls], 4)
+    assert passes[1] == pytest.approx(passes[0], rel=1e-5)
+    assert passes[2] != pytest.approx(passes[0], rel=1e-3)
+    assert passes[3] == pytest.approx(passes[2], rel=1e-5)
 
 
 def test_gradient_checkpointing_with_adapters_changes_nothing(model_dir, data_dir, tmp_path):
@@ -579,6 +605,8 @@ def test_policy_reward_is_the_mean_of_ratio_times_advantage(grpo, model_dir, dat
         expected = (rewards / batch["mask"].sum()).item()
         assert record["policy_reward"] == pytest.approx(expected, abs=1e-5)
         assert record["kl"] is None
+        sampled = record["tokens_per_second"] * record["seconds_rollout"]
+        assert sampled == pytest.approx(record["tokens"])
 
 
 # Evaluation.
