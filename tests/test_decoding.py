@@ -1,6 +1,8 @@
 """Decode steps that are compiled for every position are the plain ones."""
 
+import gc
 import sys
+import weakref
 
 import mlx.core as mx
 import mlx_lm
@@ -37,18 +39,18 @@ def test_compiled_steps_sample_the_same(
     plain = sample(grpo, loaded, prompts, rows, stops=stops)
     assert len({len(completion.ids) for completion in plain}) > 3
     steps, counts = [], []
-    call, trace = decoding.CompiledStep.__call__, decoding.CompiledStep._at_position
+    call, trace = decoding.CompiledStep.__call__, decoding._at_position
 
     def counted(self, tokens):
         steps.append(len(tokens))
         return call(self, tokens)
 
-    def traced(self, *arguments):
-        counts.append(len(arguments[0]))
-        return trace(self, *arguments)
+    def traced(*arguments):
+        counts.append(len(arguments[2]))
+        return trace(*arguments)
 
     monkeypatch.setattr(decoding.CompiledStep, "__call__", counted)
-    monkeypatch.setattr(decoding.CompiledStep, "_at_position", traced)
+    monkeypatch.setattr(decoding, "_at_position", traced)
     as_on_cuda(True)
     ours = sample(grpo, loaded, prompts, rows, stops=stops)
     assert len(steps) > 2 * len(counts) > 0, "built less often than used"
@@ -71,6 +73,52 @@ def test_a_model_that_needs_positions_as_numbers_is_not_compiled(
         ours = sample(grpo, loaded, random_prompts(9, 9))
         assert [c.ids for c in ours] == [c.ids for c in plain]
     assert capsys.readouterr().out.count("steps of gpt_bigcode are not compiled") == 1
+
+
+def test_a_model_that_cannot_mask_rows_is_not_compiled(grpo, tmp_path, as_on_cuda, capsys):
+    """With one row, or as many as heads of keys, its mask of rows passes for one of heads."""
+    extra = {"query_pre_attn_scalar": 16}
+    for heads in (1, 2):
+        size = {"num_key_value_heads": heads}
+        folder = make_model(tmp_path / str(heads), model_type="gemma2", **extra, **size)
+        loaded = mlx_lm.load(str(folder))
+        as_on_cuda(False)
+        plain = sample(grpo, loaded, random_prompts(9), rows=[0] * 5)
+        as_on_cuda(True)
+        ours = sample(grpo, loaded, random_prompts(9), rows=[0] * 5)
+        assert [c.ids for c in ours] == [c.ids for c in plain]
+    assert capsys.readouterr().out.count("steps of gemma2 are not compiled") == 2
+
+
+def test_a_head_that_is_not_trained_yet_is_compiled(grpo, tmp_path, as_on_cuda, capsys):
+    """All logits are 0, so that there is no spread to compare a difference with."""
+    folder = make_model(tmp_path / "m", tie_word_embeddings=False)
+    model, tokenizer = mlx_lm.load(str(folder))
+    model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
+    plain = sample(grpo, (model, tokenizer), random_prompts(9, 7))
+    as_on_cuda(True)
+    assert [c.ids for c in sample(grpo, (model, tokenizer), random_prompts(9, 7))] == [
+        c.ids for c in plain
+    ]
+    assert "not compiled" not in capsys.readouterr().out
+
+
+def test_the_cache_goes_with_the_step(model_dir, as_on_cuda):
+    """At once: the gradient, or a second try after memory ran out, needs its room."""
+    model, _ = mlx_lm.load(str(model_dir))
+    as_on_cuda(True)
+    cache = caches.prefill(model, random_prompts(9, 7), [0, 0, 1], 20)
+    forward = decoding.forward(model, cache)
+    for _ in range(9):
+        mx.eval(forward(mx.ones((3, 1), mx.int32)))
+    layer = weakref.ref(cache[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del cache, forward
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_that_leaves_out_the_mask_is_found(
