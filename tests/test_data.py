@@ -5,7 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_model
 from helpers import QUIET, make_config, make_trainer, write_toml
 
 from utils.errors import UserError
@@ -248,6 +248,23 @@ def test_a_prompt_is_template_then_prefix_tokenized_apart(grpo, tokenizer):
         "<|im_start|>system\n Think. <|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
         "<|im_start|>assistant\n<reasoning>\n"
     )
+
+
+def test_no_text_begins_anew_at_the_prefix(grpo, tokenizer, tmp_path):
+    """Many tokenizers put a token before whatever they encode."""
+    from mlx_lm.utils import load_tokenizer
+    from tokenizers import Tokenizer, processors
+
+    folder = make_model(tmp_path / "model")
+    with_bos = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with_bos.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    with_bos.save(str(folder / "tokenizer.json"))
+    other = load_tokenizer(folder)
+    assert other.encode("so") == [0, *tokenizer.encode("so")]
+    config = grpo.MLXGRPOConfig()
+    assert grpo.encode_prompt(other, config, ROW) == grpo.encode_prompt(tokenizer, config, ROW)
 
 
 def test_no_merge_crosses_the_border_to_the_prefix(grpo, tokenizer, tmp_path):

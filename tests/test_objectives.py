@@ -563,15 +563,20 @@ def test_the_controller_follows_its_target(grpo):
 @pytest.mark.parametrize("use_compile", [False, True])
 def test_an_adaptive_coefficient_reaches_the_gradient(model_dir, data_dir, tmp_path, use_compile):
     """Also in a compiled step, where a number would have become a constant."""
+
+    def same(completions, **_):
+        return [1.0] * len(completions)  # so that the loss is the penalty alone
+
     settings = {"quantize_for_rollouts": True, "kl_coeff": 0.5, "use_compile": use_compile}
     trainer = make_trainer(
-        model_dir, data_dir, tmp_path / "o", kl_target=1e-4, kl_horizon=8, **settings
+        model_dir, data_dir, tmp_path / "o", same, kl_target=1e-4, kl_horizon=8, **settings
     )
-    trainer.args.learning_rate = trainer.peak_lr = 0.0  # the same update again
+    trainer.args.learning_rate = trainer.peak_lr = 0.0  # the same policy again
     losses = [trainer.train_step([0, 1])[0] for _ in range(2)]
     assert [record["kl_coeff"] for record in losses] == pytest.approx([0.5, 0.6])
+    assert losses[0]["loss"] > 1e-3
     trainer.kl_coeff = 0.0
-    assert losses[0]["loss"] > 0.01
+    assert trainer.train_step([0, 1])[0]["loss"] == 0
 
 
 def test_the_penalty_in_the_reward_is_the_sum_over_tokens(grpo, model_dir, data_dir, tmp_path):
@@ -604,6 +609,26 @@ def test_the_penalty_in_the_reward_is_the_sum_over_tokens(grpo, model_dir, data_
     trainer.add_reference = add_reference
     lengths = [len(response.ids) for response in responses]
     assert trainer.kl_of(rows, responses).tolist() == [20 * n for n in lengths], "at most 20 each"
+
+
+def test_an_adaptive_coefficient_reaches_the_reward(
+    grpo, model_dir, data_dir, tmp_path, monkeypatch
+):
+    settings = {"kl_coeff": 0.1, "kl_target": 0.01, "kl_placement": "reward"}
+    trainer = make_trainer(
+        model_dir, data_dir, tmp_path / "o", quantize_for_rollouts=True, **settings
+    )
+    trainer.kl_coeff, seen = 0.5, []
+
+    def estimate(scores, *rest, call=grpo.estimate_advantages):
+        seen.append(scores)
+        return call(scores, *rest)
+
+    monkeypatch.setattr(grpo, "estimate_advantages", estimate)
+    [record] = trainer.train_step([0, 1])
+    total = 0.5 * record["kl"] * seen[0].lengths.sum()
+    assert seen[0].penalty.sum() == pytest.approx(total)
+    assert total > 1e-3
 
 
 def test_the_kl_in_the_log_is_per_token_wherever_it_is_placed(model_dir, data_dir, tmp_path):
@@ -662,6 +687,7 @@ def test_dull_groups_are_replaced_from_the_stream(grpo, model_dir, data_dir, tmp
     last = stream.index(bright[5])
     assert trainer.drawn == last + 1
     assert record["resampled_prompts"] == last + 1 - 6
+    assert record["reward/vowels"] == pytest.approx(record["reward_mean"]), "of the new groups"
     assert record["groups_without_signal"] == 0
     assert len(trainer.shown) == 24
     assert trainer.prompts_of_update(1)[0][0] == stream[last + 1], "the next update goes on there"
