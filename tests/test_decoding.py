@@ -121,11 +121,14 @@ def test_the_cache_goes_with_the_step(model_dir, as_on_cuda):
         gc.enable()
 
 
+@pytest.mark.parametrize("level", [0.0, 1000.0])
 def test_a_model_that_leaves_out_the_mask_is_found(
-    grpo, model_dir, monkeypatch, as_on_cuda, capsys
+    grpo, model_dir, monkeypatch, as_on_cuda, capsys, level
 ):
-    """It would attend to the room that is left."""
+    """It would attend to the room that is left. The level of all logits means nothing."""
     loaded = mlx_lm.load(str(model_dir))
+    forward = type(loaded[0]).__call__
+    monkeypatch.setattr(type(loaded[0]), "__call__", lambda *a, **k: forward(*a, **k) + level)
     plain = sample(grpo, loaded, random_prompts(9, 9))
     module = sys.modules[type(loaded[0]).__module__]
     function = module.scaled_dot_product_attention
@@ -140,6 +143,16 @@ def test_a_model_that_leaves_out_the_mask_is_found(
     assert "steps of llama are not compiled, and slower for it: the logits differ" in (
         capsys.readouterr().out
     )
+
+
+def test_each_size_of_a_model_is_compared_once(grpo, tmp_path, as_on_cuda):
+    for name, layers in ("small", 1), ("large", 2):
+        loaded = mlx_lm.load(str(make_model(tmp_path / name, layers=layers)))
+        as_on_cuda(True)
+        for _ in range(2):
+            sample(grpo, loaded, random_prompts(9, 9))
+        as_on_cuda(False)
+    assert list(decoding._usable.values()) == [True, True]
 
 
 @pytest.mark.parametrize("window", [None, 3, 6, 100])

@@ -452,7 +452,7 @@ def test_checkpoints_within_so_many_gb(model_dir, data_dir, tmp_path):
     assert [f.name for f in checkpoints.found(tmp_path / "o")] == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_the_last_checkpoint_outlives_a_limit_that_is_too_small(model_dir, data_dir, tmp_path):
+def test_the_last_checkpoint_outlives_a_limit_that_is_too_small(tmp_path):
     for folder in ("checkpoint-2", "checkpoint-4"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "big").write_bytes(bytes(1000))

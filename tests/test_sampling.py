@@ -236,6 +236,37 @@ def test_a_batch_of_ragged_prompts_is_each_prompt_alone(grpo, tmp_path, family):
         assert np.array(forward) == pytest.approx(together[n].logprobs, abs=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_prompts_are_read_in_pieces(grpo, tmp_path, monkeypatch, family):
+    folder = make_model(tmp_path / family, model_type=family, **FAMILIES[family])
+    loaded, prompts = mlx_lm.load(str(folder)), random_prompts(5, 23, 1, 40)
+    whole = sample(grpo, loaded, prompts)
+    read, forward = [], type(loaded[0]).__call__
+
+    def noted(self, tokens, *args, **kwargs):
+        read.append(tokens.size)
+        return forward(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(type(loaded[0]), "__call__", noted)
+    monkeypatch.setattr(caches, "PREFILL_TOKENS", 24)
+    pieces = sample(grpo, loaded, prompts)
+    assert max(read) <= 24 < sum(map(len, prompts))
+    assert [c.ids for c in pieces] == [c.ids for c in whole]
+    for a, b in zip(pieces, whole, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+def test_rows_of_two_prompts_stay_apart_in_batches_smaller_than_a_group(model_dir, monkeypatch):
+    model, _ = mlx_lm.load(str(model_dir))
+    monkeypatch.setattr(caches, "_can_batch", lambda _: False)
+    assert list(caches.batches(model, 8, 4, 3)) == [
+        range(3),
+        range(3, 4),
+        range(4, 7),
+        range(7, 8),
+    ]
+
+
 def test_a_mask_hides_padding_and_what_is_out_of_the_window():
     """Against the tokens' true positions, before and after the longest prompt has left."""
     rows = caches.Rows([5, 2, 9], 20)
