@@ -22,10 +22,11 @@ def masks(rows, length, own):
     seen = seen | (mx.arange(own) == 0)
     added = mx.where(seen, mx.array(0, mx.bfloat16), mx.array(-mx.inf, mx.bfloat16))
     square = mx.arange(length)[:, None] + (own - length) >= mx.arange(own)
-    return {"none": None, "causal": "causal", "bool": seen, "added": added, "square": square}
+    squares = {"bool": seen, "added": added, "square": square}
+    return {"none": None, "causal": "causal", "keys": seen[:, :, :1], **squares}
 
 
-@pytest.mark.parametrize("kind", ["none", "causal", "bool", "added", "square"])
+@pytest.mark.parametrize("kind", ["none", "causal", "keys", "bool", "added", "square"])
 def test_attention_in_tiles_is_the_same(kind):
     """As MLX on CUDA wants it for its fused backward pass: 128 queries, of which 37 are real."""
     rows, length, own = 2, 37, 37 if kind == "causal" else 50

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from test_gradient import gradient, micro_batches, relative_difference, rollout
 
 from utils import batching, scoring
+from utils.memory import MAX_LOGITS
 from utils.prefix import RowCache, checkpoint_layers
 
 SHAPE = {
@@ -185,6 +186,12 @@ def test_a_model_that_cannot_be_taken_apart_is_scored_the_plain_way(grpo, said):
     assert not scorer.splits
     assert "all positions" in said[0]
     assert "window" not in scorer.layout(packs[0], PAIRS, np.ones((12, 4)), 5)
+    scorer.vocabulary = MAX_LOGITS // 100
+    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
+    assert len(packs) > 1
+    for pack in packs:
+        longest = max(len(prompt) + len(ids) for prompt, ids in (PAIRS[i] for i in pack.rows))
+        assert len(pack.rows) * longest <= 100, "MLX could not index the logits of more"
 
 
 def peak_of_head(vocabulary, trainable, piece):
