@@ -453,8 +453,12 @@ def test_checkpoints_within_so_many_gb(model_dir, data_dir, tmp_path):
 
 
 def test_the_last_checkpoint_outlives_a_limit_that_is_too_small(tmp_path):
-    for folder in ("checkpoint-2", "checkpoint-4"):
+    for folder in ("checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-10"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "big").write_bytes(bytes(1000))
+    for limit, kept in (3e-6, [4, 6, 10]), (2.99e-6, [6, 10]):  # a GB is 10^9 bytes
+        checkpoints.prune(tmp_path, limit=0, max_gb=limit)
+        found = checkpoints.found(tmp_path)
+        assert [f.name for f in found] == [f"checkpoint-{step}" for step in kept]
     checkpoints.prune(tmp_path, limit=1, max_gb=1e-9)
-    assert [f.name for f in checkpoints.found(tmp_path)] == ["checkpoint-4"]
+    assert [f.name for f in checkpoints.found(tmp_path)] == ["checkpoint-10"]

@@ -24,6 +24,7 @@ from helpers import (
 )
 from mlx.utils import tree_flatten, tree_map
 
+from utils import checkpoints
 from utils.errors import RunError, UserError
 
 TOKENS = [list(range(3, 60))]
@@ -546,6 +547,9 @@ def test_stop_strings_join_a_generation_config_and_none_leaves_it_alone(data_dir
         run_training(folder, data_dir, output, max_updates=1, stop_strings=stops)
         found = json.loads((output / "final" / "generation_config.json").read_text())
         assert found == {"eos_token_id": 2, "top_k": 20, **expected}
+    checkpoints.write_stop_strings(tmp_path, ["x"], {5, 2})  # where the model has no such file
+    found = json.loads((tmp_path / "generation_config.json").read_text())
+    assert found == {"eos_token_id": [2, 5], "stop_strings": ["x"]}, "EOS still ends a text"
 
 
 LOGGED = {
