@@ -17,7 +17,7 @@ frozen reference), and, with `num_iterations` = 1, the old policy: the ratio is 
     uv run mlx-grpo.py --help                              every setting with its meaning
 
 Shapes in comments: B sequences, T tokens, V vocabulary, G completions a prompt. `utils/` holds
-what changes only where, how fast or how it looks; everything that changes the mathematics is here.
+what changes only where, how fast or how it looks; the mathematics of GRPO is all here.
 """
 
 from __future__ import annotations
@@ -69,13 +69,11 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 if TYPE_CHECKING or not __package__:  # these import MLX
-    from utils import decoding, drawing, exponentials, optimizers, policies, rollouts
-    from utils import scoring, views
-    from utils.policies import quantize_copy, without_adapters
+    from utils import decoding, drawing, exponentials, optimizers, rollouts, scoring, views
+    from utils.policies import quantize_copy, quantizes, without_adapters
 else:
-    from .utils import decoding, drawing, exponentials, optimizers, policies, rollouts
-    from .utils import scoring, views
-    from .utils.policies import quantize_copy, without_adapters
+    from .utils import decoding, drawing, exponentials, optimizers, rollouts, scoring, views
+    from .utils.policies import quantize_copy, quantizes, without_adapters
 
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
 # `--help` and a mistyped setting answer at once.
@@ -164,8 +162,8 @@ class MLXGRPOConfig(RunSettings):
     importance_sampling_level: str = "auto"
     """Ratio per token, or one per sequence; auto: sequence for gspo (token: GSPO-token)."""
     clip_eps: float = 0.2
-    """The ratio to the old policy counts only from 1 - this on (gspo 3e-4, gmpo 0.4 in its log)
-    to 1 + clip_eps_high. Acts when num_iterations > 1."""
+    """The ratio to the old policy is clipped below 1 - this (gspo 3e-4, gmpo 0.4 in its log) and
+    above 1 + clip_eps_high. Acts when num_iterations > 1."""
     clip_eps_high: float = 0.0
     """0: as clip_eps (dapo 0.28, "clip higher"; gspo 4e-4, gmpo 0.4, cispo 4)."""
     delta: float = 0.0
@@ -481,7 +479,7 @@ def estimate_advantages(s: Scores, moments: list[float], a: MLXGRPOConfig) -> np
     if a.reward_clip:
         rewards = np.clip(rewards, -a.reward_clip, a.reward_clip)
     s = dataclasses.replace(s, rewards=rewards - s.penalty, eps=a.advantage_eps)
-    advantages = ADVANTAGES[a.advantage_estimator](s)
+    advantages = np.nan_to_num(ADVANTAGES[a.advantage_estimator](s))  # NaN is for what is left out
     if a.advantages_norm:
         advantages = whiten(advantages, s)
     if a.advantage_clip:
@@ -542,8 +540,8 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
     return tokens, (chosen - best - mx.log(weights.sum(axis=-1, keepdims=True)))[:, 0]
 
 
-# Decode steps between looks at the tokens on the host. A look costs a GPU more than a few steps for
-# nothing; a CPU is kept busy by it, and rows that have ended cost it as much as others.
+# Decode steps between looks at the tokens on the host. A look costs a GPU more than a few steps of
+# rows that have ended; a CPU pays as much for such rows as for any other.
 BLOCK = 2 if mx.default_device() == mx.cpu else 8
 
 
@@ -608,14 +606,14 @@ def token_logprobs(
 
 @dataclass(frozen=True)
 class Terms:
-    """What an objective is made of: (B, T), advantages (B, 1), and a ratio per sequence (B, 1)."""
+    """What an objective is made of."""
 
-    logprobs: mx.array
-    old: mx.array
-    log_ratio: mx.array  # of tokens
-    ratio: mx.array  # of tokens or sequences
-    advantages: mx.array
-    mask: mx.array
+    logprobs: mx.array  # (B, T)
+    old: mx.array  # (B, T)
+    log_ratio: mx.array  # (B, T)
+    ratio: mx.array  # (B, T), or (B, 1): one per sequence
+    advantages: mx.array  # (B, 1)
+    mask: mx.array  # (B, T)
 
 
 # An objective gives what a token (or sequence) contributes, and the share of its gradient that
@@ -877,7 +875,7 @@ class MLXGRPOTrainer(RunState):
             else:
                 self.ref_model = without_adapters(self.model)
             self.ref_model.freeze()
-        self.quantizes = a.quantize_for_rollouts and policies.quantizes(self.model)
+        self.quantizes = a.quantize_for_rollouts and quantizes(self.model)
         self.old_is_copy = self.quantizes or a.sync_every_updates > 1
         self.model_old: nn.Module | None = None if self.old_is_copy else self.model
         self.last_sync = 0
@@ -961,10 +959,10 @@ class MLXGRPOTrainer(RunState):
     def micro_batches(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
     ) -> list[dict[str, mx.array]]:
-        """The update cut into padded batches of at most `micro_batch_tokens` tokens that are read.
+        """The update in padded batches; the model reads at most `micro_batch_tokens` for each.
 
-        Where only the advantage has a gradient, sequences with advantage 0 are left out; the
-        weights were fixed before, so they stay in the normaliser. NaN: its tokens are not in it.
+        Sequences with advantage 0 are left out where nothing else gives them a gradient, but stay
+        in the normaliser: the weights are made before. With NaN they are not in that either.
         """
         a = self.args
         lengths = np.array([len(response.ids) for response in responses])  # (B,)
@@ -1155,8 +1153,8 @@ class MLXGRPOTrainer(RunState):
         return {**record, "skipped": skipped, "kl": None, **sums.means(tokens)}
 
     def gradient(self, first: bool, batch: dict[str, mx.array]) -> Any:
-        """What `loss_and_grad` makes of a micro-batch, and of the reference in the first pass."""
-        if first:
+        """Loss and gradient of a micro-batch, which gets the reference's log-probs at the first."""
+        if first:  # later, weights have moved, and an update can't be dropped
             self.pulse("gradient")
             if self.args.kl_placement == "loss":
                 self.add_reference(batch)

@@ -411,6 +411,15 @@ def test_batch_advantages_by_hand(grpo):
     assert found == pytest.approx(expected * (std + 1e-4) / (std + 1))
 
 
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:Degrees of freedom")
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("rewards", [[[np.nan, np.nan]] * 2, [[1.0, np.nan], [np.nan, np.nan]]])
+def test_without_rewards_to_compare_the_advantage_is_0(grpo, estimator, rewards):
+    """NaN would leave the completions out of the KL penalty, too."""
+    a = grpo.MLXGRPOConfig(advantage_estimator=estimator)
+    assert not grpo.estimate_advantages(scores(grpo, rewards), [0, 0, 0], a).any()
+
+
 def test_reinforce_whitens_over_tokens(grpo):
     rewards, lengths = [[1.0, 0.0], [0.0, 0.0]], [[3, 1], [2, 4]]
     s = scores(grpo, rewards, lengths)

@@ -3,7 +3,7 @@
 Three kinds, whichever the model's own caches allow:
 
 * plain KV caches in every layer (most models): `RowCache`, with one set of positions and one mask
-  for all layers, and no mask at all when the prompts are equally long;
+  for all layers; no mask when the prompts are equally long (unless steps are compiled);
 * caches that mlx-lm can merge (rotating ones, recurrent state, mixtures): mlx-lm's batch caches;
 * any other: the rows of one prompt, which need no padding, in caches of the model's own kind.
 """
@@ -182,10 +182,9 @@ class Rows:
 
     def __init__(self, lengths: list[int], max_tokens: int) -> None:
         self.limit = max(lengths) + max_tokens  # no position beyond it will be used
-        # In a step that is compiled for every position (utils/decoding.py): (B,) where the tokens
-        # are, and the mask of all that they see.
-        self.position: Any = None
-        self.all_seen: Any = None
+        # Set only in a step that is compiled for every position (utils/decoding.py):
+        self.position: Any = None  # (B,) of the tokens
+        self.all_seen: Any = None  # the mask of all that they see
         self._set(lengths)
 
     def _set(self, lengths: list[int]) -> None:

@@ -1,9 +1,9 @@
 """Decode steps on CUDA, compiled once for every position of the cache.
 
 A step of a model of 28 layers is some 700 operations, and building them in Python keeps the host
-about as long as the GPU needs for 64 rows. A compiled step is built once for as long as the rows,
-and the room in the cache, stay as they are: it takes the whole cache, and where in it the rows are
-is an array instead of a shape.
+about as long as the GPU needs for 64 rows. A compiled step is built once and serves until rows
+leave or the cache grows: it takes all of the cache, its free room too, and the position of the next
+token, on which shapes depend in a plain step, is an array.
 """
 
 import copy
