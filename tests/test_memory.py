@@ -366,6 +366,15 @@ def test_given_batch_sizes_are_kept():
     assert long.micro_batch_tokens == 12_256  # one sequence at least
 
 
+@pytest.mark.parametrize("asked", [0, 20_000])
+def test_the_logits_of_a_rollout_batch_can_be_indexed(asked):
+    """On a large GPU, memory would take more rows of few tokens."""
+    sizes = {"prompts_per_update": 512, "num_generations": 64, "completion_tokens": 16}
+    wide = plan(**sizes, budget_bytes=10**15, rollout_batch_size=asked)
+    most = memory.MAX_LOGITS // QWEN.vocab_size
+    assert wide.rollout_batch_size == (most if asked else most // 64 * 64) < 512 * 64
+
+
 def test_logits_are_kept_where_there_is_room_and_made_in_pieces_that_mlx_can_index():
     roomy, tight = plan(), plan(budget_bytes=29 * 10**9, gradient_checkpointing=True)
     assert roomy.keep_logits

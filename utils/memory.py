@@ -683,11 +683,12 @@ def head_bytes(shape: ModelShape, batch: MicroBatch, keep: bool) -> int:
     return logits + 2 * scored * shape.hidden_size * width + sums
 
 
-def _rollout_rows(settings: Settings, left: float, row: int) -> int:
+def _rollout_rows(shape: ModelShape, settings: Settings, left: float, row: int) -> int:
     """All completions of the update if they fit, else whole groups, else single rows."""
+    most = max(1, min(settings.completions, MAX_LOGITS // shape.vocab_size))
     if settings.rollout_batch_size:
-        return min(settings.rollout_batch_size, settings.completions)
-    rows = max(1, min(settings.completions, int(left // row)))
+        return min(settings.rollout_batch_size, most)
+    rows = max(1, min(most, int(left // row)))
     return rows - rows % settings.num_generations if rows > settings.num_generations else rows
 
 
@@ -768,7 +769,7 @@ def _build(shape: ModelShape, settings: Settings) -> Plan:
     plan = Plan(shape, settings, **constant, budget_bytes=settings.budget_bytes)
     cache, logits = _row_bytes(shape, settings)
     left = HEADROOM * settings.budget_bytes - plan.resident
-    rows = _rollout_rows(settings, left, cache + logits)
+    rows = _rollout_rows(shape, settings, left, cache + logits)
     plan = _with_largest_micro_batch(plan)
     plan = replace(
         plan, kv_cache=rows * cache, rollout_logits=rows * logits, rollout_batch_size=rows

@@ -25,7 +25,7 @@ def plan_memory(
     """What an update takes on this machine, and the batch sizes that fit.
 
     Raises:
-        UserError: a micro-batch that MLX can't index (utils/memory.py, MAX_LOGITS).
+        UserError: a run that there is no plan for, see `memory.plan`.
     """
     platform = runtime.platform_name()
     auto = 4 if platform == "cpu" else 2
