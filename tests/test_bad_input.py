@@ -705,6 +705,11 @@ def test_a_model_that_overwriting_would_delete(typed, refused, tmp_path):
     assert typed(max_updates=1)[0] == 0
     message = refused(model_name="out/final", overwrite=True)
     assert_names(message, "overwrite would delete model_name = ", "choose another output_dir")
+    data = tmp_path / "out" / "final" / "train.jsonl"
+    data.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    message = refused(dataset=str(data), overwrite=True)
+    assert_names(message, "overwrite would delete dataset = ", "choose another output_dir")
+    data.unlink()
     settings = {"model_name": "out/final", "output_dir": "second", "max_updates": 1}
     assert typed(**settings, overwrite=True)[0] == 0, "as advised"
 

@@ -404,6 +404,19 @@ def test_every_file_of_a_checkpoint_is_watched(killed, tmp_path, capsys, harm):
         assert "checkpoint-6 is left out" in capsys.readouterr().out
 
 
+def test_a_manifest_names_the_state_and_what_is_beside_it(killed, tmp_path):
+    folder = shutil.copytree(killed, tmp_path / "o") / "checkpoint-6"
+    manifest = folder / "manifest.json"
+    files = json.loads(manifest.read_text())["files"]
+    for name in ("trainer_state.json", "trainer_state.safetensors"):
+        rest = {other: entry for other, entry in files.items() if other != name}
+        manifest.write_text(json.dumps({"files": rest}))
+        assert checkpoints.damage(folder) == f"manifest.json does not name {name}"
+    elsewhere = {"../checkpoint-6/config.json": files["config.json"]}
+    manifest.write_text(json.dumps({"files": files | elsewhere}))
+    assert checkpoints.damage(folder) == "../checkpoint-6/config.json is missing"
+
+
 @pytest.mark.parametrize("harm", HARM)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     killed, tmp_path, ends_well, capsys, harm
@@ -525,6 +538,10 @@ def test_weights_that_are_not_finite(model_dir, data_dir, tmp_path, ends_well, c
     ends_well()
     trainer = run_training(model_dir, data_dir, tmp_path / "p", **RUN)[1]
     prepare(trainer)
+    moments = trainer.optimizer.state["model.norm.weight"][0]
+    moments["v"] = moments["v"] * float("nan")
+    with pytest.raises(RunError, match=r"no longer finite numbers \(model\.norm\.weight\.0\.v"):
+        trainer.save_checkpoint(tmp_path / "p" / "checkpoint-99")
     trainer.model.update(tree_map(lambda w: w * float("nan"), trainer.model.parameters()))
     with pytest.raises(RunError, match="no longer finite numbers"):
         trainer.save_checkpoint(tmp_path / "p" / "checkpoint-99")

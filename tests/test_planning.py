@@ -85,9 +85,16 @@ def test_a_correction_is_kept_over_a_stop(model_dir, data_dir, tmp_path):
         trainer.measured_factor = 2.5
         stop_after(1)(trainer)
 
+    def with_little(trainer):
+        given_budget(trainer, 0.8)
+        planned.append(trainer.plan.micro_batch_tokens)
+
+    planned = []
     run_training(model_dir, data_dir, tmp_path / "o", correct, max_updates=2)
-    _, resumed = run_training(model_dir, data_dir, tmp_path / "o", resume="auto", max_updates=2)
-    assert resumed.measured_factor == 2.5
+    settings = {"resume": "auto", "max_updates": 2}
+    _, resumed = run_training(model_dir, data_dir, tmp_path / "o", with_little, **settings)
+    assert resumed.measured_factor == resumed.plan.settings.measured_factor == 2.5
+    assert resumed.plan.micro_batch_tokens < planned[0], "and it acts"
 
 
 def test_advice_for_too_little_memory_is_what_would_need_less(model_dir, data_dir, tmp_path):

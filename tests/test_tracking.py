@@ -227,6 +227,27 @@ def test_without_a_log_a_resumed_run_tracks_nothing_twice(model_dir, data_dir, t
     assert ours == expected
 
 
+def test_without_a_log_what_an_interrupted_evaluation_follows_is_tracked_once(
+    model_dir, data_dir, tmp_path
+):
+    settings = {"max_updates": 4, "eval_samples": 3, "eval_steps": 2, "max_new_tokens": 2}
+    settings |= {"log_jsonl": False, "report_to": ["csv"]}
+
+    def interrupt(trainer):
+        def evaluate(split="test", call=trainer.evaluate):
+            trainer.interrupted = trainer.update_step == 3
+            return call(split)
+
+        trainer.evaluate = evaluate
+
+    output = tmp_path / "o"
+    assert run_training(model_dir, data_dir, output, interrupt, **settings)[0] == 130
+    assert run_training(model_dir, data_dir, output, resume="auto", **settings)[0] == 0
+    for name, updates in ("metrics.csv", "1234"), ("metrics_eval.csv", "01234"):
+        with (output / name).open() as file:
+            assert [row["update"] for row in csv.DictReader(file)] == list(updates)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
 def test_tensorboard_of_a_resumed_run_shows_each_record_once(model_dir, data_dir, tmp_path, kept):
     """Killed after update 3, and gone on with from there or before (0: there is no checkpoint)."""
