@@ -43,6 +43,13 @@ def test_a_heavy_row_is_spread_over_the_epoch():
     assert 5 <= gaps.min() <= gaps.max() <= 20
 
 
+def test_rows_beside_each_other_are_rounded_on_their_own():
+    """Of two with half a draw each come none, one or two, wherever they stand in the data."""
+    weights = np.array([0.5, 0.5, 1.5, 1.5])
+    orders = [curriculum.weighted_order(np.random.default_rng(n), weights) for n in range(100)]
+    assert {(order < 2).sum() for order in orders} == {0, 1, 2}
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -86,6 +87,12 @@ def test_wilson_against_published_intervals(right, trials, low, high):
 )
 def test_sign_test_known_values(better, worse, p):
     assert sign_test(better, worse) == pytest.approx(p)
+
+
+@pytest.mark.parametrize(("given", "n", "used"), [(None, 1, 0.0), (None, 4, 0.7), (0.3, 4, 0.3)])
+def test_several_samples_are_drawn_as_in_training(given, n, used):
+    args, config = SimpleNamespace(temperature=given, n=n), SimpleNamespace(temperature=0.7)
+    assert evaluate_model.temperature_of(args, config) == used
 
 
 def test_comparison_pairs_by_question():

@@ -750,6 +750,7 @@ def test_the_stream_wraps_with_a_new_order_each_time(model_dir, data_dir, tmp_pa
     across, _ = trainer.order.draw(6, 21, set())
     assert len(set(across)) == 6, "no row twice in an update, also where two passes meet"
     assert across[:3] == first[21:]
+    assert sorted(trainer.order.draw(24, 12, set())[0]) == [*range(24)], "from anywhere, all"
 
 
 def extra_state(trainer):

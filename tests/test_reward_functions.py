@@ -4,6 +4,7 @@ import asyncio
 import builtins
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 from helpers import make_config, make_trainer, read_log, run_training
@@ -53,7 +54,7 @@ def test_cosine_favours_short_right_and_long_wrong_answers(load):
     """TRL's formula at its ends and in the middle (its documentation: 0.75 and -0.75)."""
     reward = load("cosine")
     texts = ["<answer>12</answer>", "<answer>13</answer>"]
-    lengths = (0, 50, 100, 300)
+    lengths = (0, 50, 100, 250)
     completions = [[{"content": text}] for text in texts for _ in lengths]
     values = reward(completions=completions, completion_ids=tokens(*lengths) * 2, answer=["12"] * 8)
     assert values == pytest.approx([1.0, 0.75, 0.5, 0.5, -1.0, -0.75, -0.5, -0.5])
@@ -78,6 +79,7 @@ BAD_PARAMETERS = {
     "no n-gram": ("repetition", {"ngram_size": 0}, "ngram_size = 0 must be at least 1"),
     "far target": ("length", {"target": 100}, "target = 100 must be at least 0 and below max_len"),
     "large cache": ("soft_overlong", {"cache": 101}, "cache = 101 must be above 0 and at most"),
+    "a setting": ("remote_rm", {"timeout": 3.0}, "remote_rm has no parameter 'timeout'"),
     "none at all": ("correctness", {"value": 1.0}, "it has none with a default"),
 }
 
@@ -176,6 +178,9 @@ def test_math_compares_what_the_answers_mean(grpo, given, expected, value):
 def test_math_reads_a_whole_text_without_tags(grpo):
     text = r"First 3 + 4 = 7, so we get \boxed{\frac{7}{2}}."
     assert grpo.REWARDS["math"](completions=[[{"content": text}]], answer=["3.5"]) == [1.0]
+    late = [[{"content": "We go on. " * 200 + text}]]
+    assert grpo.REWARDS["math"](completions=late, answer=["3.5"]) == [1.0], "it is at the end"
+    assert grpo.REWARDS["math"](completions=late, answer=["1+" * 600 + "1"]) == [None], "too long"
 
 
 def test_math_works_in_a_thread(grpo):
@@ -314,6 +319,23 @@ def test_extras_have_a_value_for_each_completion():
 
     with pytest.raises(RunError, match=r"reward wrong: log_extra\('seen'\) got 1 values for 2"):
         reward_calls.RewardCalls()({"wrong": wrong}, completions("x", "y"))
+
+
+def test_a_column_is_not_taken_for_a_parameter_of_its_name(load):
+    columns = completions("x", "y") | {"completion_ids": tokens(50, 100)}
+    columns |= {"target": ["a", "b"], "penalty": [9.0, 9.0]}
+    values = reward_calls.RewardCalls()({"length": load("length")}, columns)["length"]
+    assert values.tolist() == [-0.5, -1]
+
+
+@pytest.mark.parametrize("prefix", ["", "<reasoning>\n"])
+def test_prompts_as_the_model_reads_them(model_dir, data_dir, tmp_path, prefix):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", reasoning_prefix=prefix)
+    row = trainer.train_dataset[0]
+    response = SimpleNamespace(text="so", ids=[5])
+    [text] = rewarding.keywords(trainer, [row], [response])["prompt_texts"]
+    assert text + prefix == trainer.tokenizer.decode(row["prompt_ids"])
+    assert text.endswith("assistant\n")
 
 
 def test_a_timeout_that_nothing_heeds_is_refused(grpo, model_dir, data_dir, tmp_path):
