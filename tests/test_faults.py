@@ -636,6 +636,25 @@ def test_out_of_memory_before_the_gradient(model_dir, data_dir, tmp_path, monkey
             assert record[name] == pytest.approx(before[name], rel=1e-3, abs=1e-5)
 
 
+def test_after_the_gradient_ran_out_entropies_are_again_without_dropout(
+    model_dir, data_dir, tmp_path, monkeypatch
+):
+    grpo, modes = load_script(), []
+    rescored = grpo.MLXGRPOTrainer.rescored
+
+    def spy(self, model, *rest):
+        modes.append(model.training)
+        return rescored(self, model, *rest)
+
+    monkeypatch.setattr(grpo.MLXGRPOTrainer, "rescored", spy)
+    settings = RUN | {"train_type": "lora", "lora_dropout": 0.5, "top_entropy_quantile": 0.5}
+    prepare = starve(monkeypatch, "gradient", 5)
+    _, trainer = run_training(model_dir, data_dir, tmp_path / "o", prepare, **settings)
+    assert trainer.plan.halved == ("micro_batch_tokens",)
+    assert modes
+    assert not any(modes)
+
+
 @pytest.mark.parametrize("once", [True, False], ids=["plain-way", "shared-prompts"])
 def test_out_of_memory_in_the_check_before_the_first_update(
     model_dir, data_dir, tmp_path, monkeypatch, capsys, once

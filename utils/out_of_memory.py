@@ -116,6 +116,7 @@ def updated(
         if trainer.update_step != begun or any("old_logprobs" in b for b in micro_batches[-1:]):
             raise RunError(f"out of memory after the first step of a rollout: {GRADIENT_ADVICE}")
         done = halve_micro_batches(trainer, micro_batches)
+        trainer.model.eval()  # it was left with its dropout on, and `cut_up` may score
         micro_batches[:] = cut_up()
         return done
 
