@@ -86,6 +86,7 @@ SETTINGS = [
     ("output_dir=", "output_dir = '' must be text"),
     ("loss_type=ppo", "loss_type = 'ppo', allowed: grpo, bnpo, dapo, dr_grpo, gspo, gmpo"),
     ("train_type=qlora", "train_type = 'qlora', allowed: auto, full, lora, dora"),
+    ("temperature=true", "temperature = True must be a number"),
     # contradictions
     ("reward_funcs=[]", "reward_funcs is empty: nothing would be learned"),
     ("reward_funcs=int,int", "reward_funcs names a function twice"),
@@ -179,6 +180,7 @@ OBJECTIVES = [
     ),
     ("loss_type=sapo delta=3", "delta = 3.0 bounds PPO's clipped ratio, which loss_type = sapo"),
     ("delta=1.1", "delta = 1.1 must be above 1 + clip_eps_high = 1.2"),
+    ("delta=1.2", "delta = 1.2 must be above 1 + clip_eps_high = 1.2"),
     ("loss_type=dapo delta=1.25", "delta = 1.25 must be above 1 + clip_eps_high = 1.28"),
     (
         "loss_type=gmpo importance_sampling_level=sequence",
@@ -197,6 +199,10 @@ OBJECTIVES = [
     ),
     ("importance_floor=3", "importance_floor = 3.0 is above importance_cap = 2.0"),
     ("reward_running_norm_minus_mean=true", "needs reward_running_norm"),
+    (
+        "early_stopping_patience=2 eval_samples=5 eval_steps=0",
+        "early_stopping_patience counts evaluations on the test split, which need eval_samples",
+    ),
     (
         "reward_running_norm=true advantage_estimator=rloo reward_running_norm_minus_mean=true",
         "reward_running_norm_minus_mean needs reward_clip",

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from helpers import make_trainer
 
-from utils import evaluate_model
+from utils import checks, evaluate_model
 from utils.evaluate_model import Scores, comparison, pass_at_k, sign_test, wilson
 
 TINY = ROOT / "models/tiny-math"
@@ -160,6 +160,7 @@ def test_samples_do_not_depend_on_the_batch_size(evaluate, tmp_path):
     first = [r["completion"] for r in records_of(tmp_path / "1.jsonl")]
     for size in (5, 64):
         assert [r["completion"] for r in records_of(tmp_path / f"{size}.jsonl")] == first
+    assert any(len({*first[n : n + 3]}) > 1 for n in range(0, 18, 3)), "samples of one question"
 
 
 def test_side_by_side(evaluate, model_dir, tmp_path):
@@ -213,6 +214,16 @@ def test_gsm8k_means_the_hub_data_set_whatever_the_run_had():
     config, _ = evaluate_model.resolve(args)
     assert (config.dataset, config.dataset_config) == ("openai/gsm8k", "main")
     assert (config.question_column, config.answer_column) == ("question", "answer")
+
+
+def test_so_many_tokens_follow_the_prefix():
+    """Also where that is more than the run's max_completion_length."""
+    words = ["m", "--max-tokens", "5000", "--set", "temperature=0.5"]
+    config, _ = evaluate_model.resolve(evaluate_model.build_parser().parse_args(words))
+    assert config.explicit == {"temperature"}, "what the command adds nobody set on purpose"
+    assert config.reasoning_prefix
+    prefix = len(config.reasoning_prefix)  # a character a token, at most
+    assert checks.room_for_sampling(config, prefix) >= config.eval_max_new_tokens == 5000
 
 
 def sometimes(completions, **_):

@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 from test_gradient import gradient, micro_batches, relative_difference, rollout
 from test_training import RESUMED, snapshot, timeless
 
+from utils import checks
 from utils.errors import UserError
 
 LOSSES = ["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gmpo", "cpgd", "cispo", "sapo", "reinforce"]
@@ -824,6 +825,21 @@ def test_papers_fill_in_what_is_not_set(grpo):
     mine = grpo.MLXGRPOConfig(loss_type="gspo", clip_eps=0.2, clip_eps_high=0.3)
     assert (mine.clip_eps, mine.clip_eps_high) == (0.2, 0.3), "also where it is the usual default"
     assert grpo.MLXGRPOConfig(loss_type="gspo").importance_sampling_level == "sequence"
+
+
+def test_what_has_no_effect_may_be_written_down_at_its_default(model_dir, data_dir, tmp_path):
+    settings = {"clip_eps": 0.2, "kl_estimator": "k3", "ref_sync_alpha": 0.6}
+    make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
+    for name, other in ("clip_eps", 0.1), ("kl_estimator", "k2"), ("ref_sync_alpha", 0.5):
+        with pytest.raises(UserError, match=f"^{name} has no effect with"):
+            make_trainer(model_dir, data_dir, tmp_path / "o", **settings | {name: other})
+
+
+def test_the_prefix_leaves_room_for_a_token(grpo):
+    config = grpo.MLXGRPOConfig(max_completion_length=5)
+    assert checks.room_for_sampling(config, 4) == 1
+    with pytest.raises(UserError, match=r"leaves no room after reasoning_prefix \(5 tokens\)"):
+        checks.room_for_sampling(config, 5)
 
 
 @pytest.mark.parametrize("alias", ["gspo", "gmpo", "cpgd"])
