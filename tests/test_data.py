@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, make_model
 from helpers import QUIET, make_config, make_trainer, write_toml
 
+from utils import datafiles
 from utils.errors import UserError
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -173,7 +174,7 @@ def test_own_column_and_split_names_and_no_system_message(grpo, tmp_path):
     assert own["solution"] == "worked out", "a column of that name is the data's own"
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (9, 1), (20, 2)])
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (9, 1), (19, 1), (20, 2)])
 def test_a_single_file_holds_out_its_last_tenth(grpo, tmp_path, count, held_out):
     path = write_rows(tmp_path / "all.jsonl", ROWS[:count])
     config = config_of(grpo, tmp_path, dataset=str(path))
@@ -248,6 +249,13 @@ def test_a_prompt_is_template_then_prefix_tokenized_apart(grpo, tokenizer):
         "<|im_start|>system\n Think. <|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
         "<|im_start|>assistant\n<reasoning>\n"
     )
+
+
+def test_a_prompt_without_tokens_is_left_out(grpo, capsys):
+    rows = [{"prompt_ids": ids} for ids in ([], [5], [5] * 512, [5] * 513)]
+    kept = datafiles.usable_prompts(grpo.MLXGRPOConfig(), rows, "training", 9)
+    assert [len(row["prompt_ids"]) for row in kept] == [1, 512]
+    assert "2 training prompts" in capsys.readouterr().out
 
 
 def test_no_text_begins_anew_at_the_prefix(grpo, tokenizer, tmp_path):

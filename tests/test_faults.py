@@ -893,10 +893,12 @@ def test_the_watchdog_names_what_went_wrong(name):
         {"reward_mean": lambda i: 0.1 * i, "entropy": lambda i: max(1.0 - 0.1 * i, 0.01)},
         {"reward_mean": lambda i: 1.0 + 0.4 * (-1) ** i},
         {"reward_mean": lambda i: -1.0 + 0.05 * (i % 3), "kl": None},
+        {"reward_mean": lambda i: 0.4 * (i % 2) if i < 10 else 0.05},
         {"kl": lambda i: 0.3, "truncation_rate": lambda i: 0.5},
+        {"kl": lambda i: 0.5 if i < 10 else 2.0},
         {"reward_mean": float("nan"), "entropy": float("nan"), "kl": None},
     ],
-    ids=["steady", "learns", "noisy", "negative", "far", "unknown"],
+    ids=["steady", "learns", "noisy", "negative", "by-chance", "far", "4-bit", "unknown"],
 )
 def test_the_watchdog_is_quiet_when_nothing_is_wrong(figures):
     assert warnings(records(40, **figures)) == []

@@ -24,7 +24,7 @@ from helpers import (
 )
 from mlx.utils import tree_flatten, tree_map
 
-from utils import checkpoints
+from utils import checkpoints, runlog
 from utils.errors import RunError, UserError
 
 TOKENS = [list(range(3, 60))]
@@ -572,9 +572,10 @@ def test_a_training_record_has_every_figure(model_dir, data_dir, tmp_path):
 
     settings = {"max_updates": 2, "logging_steps": 4, "stop_strings": ["t", "0"]}
     settings |= {"max_new_tokens": 30, "kl_coeff": 0.1, "eval_samples": 3}
-    run_training(model_dir, data_dir, tmp_path / "o", prepare, **settings)
+    _, trainer = run_training(model_dir, data_dir, tmp_path / "o", prepare, **settings)
     first, record, last = read_log(tmp_path / "o")
     assert set(record) == LOGGED
+    assert record["lr"] == trainer.lr_schedule(2), "of the newest update, not a mean"
     assert all(isinstance(value, int | float) for value in record.values())
     assert (record["update"], record["batch_step"]) == (2, 4)
     responses = [response for rollout in rollouts for response in rollout]
@@ -595,6 +596,24 @@ def test_a_training_record_has_every_figure(model_dir, data_dir, tmp_path):
     keys = {"update", "batch_step", "split", "em", "em_subset", "truncation_rate"}
     assert set(first) == set(last) == keys
     assert (first["update"], last["update"], last["split"], last["em_subset"]) == (0, 2, "test", 3)
+
+
+def test_what_is_no_number_is_null_in_the_log(grpo, tmp_path):
+    log = runlog.RunLog(grpo.MLXGRPOConfig(output_dir=str(tmp_path)))
+    log.write({"update": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5, "kl": None})
+    assert log.path.read_text() == (
+        '{"update": 1, "loss": null, "grad_norm": null, "lr": 0.5, "kl": null}\n'
+    )
+
+
+def test_shares_are_of_the_tokens_that_they_are_about():
+    """4 of an update's 8 tokens had a gradient: those without advantage can't be clipped."""
+    sums = runlog.TokenSums()
+    sums.add({"clip_low": 1.0, "policy_reward": 2.0, "importance_weight": 3.0}, mx.ones((1, 3)))
+    sums.add({"clip_low": 1.0, "policy_reward": 2.0, "importance_weight": 1.0}, mx.ones((1, 1)))
+    means = sums.means(8)
+    assert (means["clip_low"], means["policy_reward"]) == (0.25, 0.5)
+    assert means["importance_weight"] == 1.0
 
 
 def test_policy_reward_is_the_mean_of_ratio_times_advantage(grpo, model_dir, data_dir, tmp_path):
@@ -674,13 +693,20 @@ def test_many_answers_cut_off_are_warned_of(
     ]
     trainer.evaluate()
     trainer.evaluate()
-    assert ("eval_max_new_tokens = 128" in capsys.readouterr().out) == warned
+    assert capsys.readouterr().out.count("eval_max_new_tokens = 128") == warned, "once a run"
 
 
 def test_every_run_ends_with_before_and_after(model_dir, data_dir, tmp_path, capsys):
-    run_training(model_dir, data_dir, tmp_path / "o", max_updates=1, eval_samples=4)
+    settings = {"max_updates": 1, "eval_samples": 4, "eval_subset_size": 3, "eval_every_updates": 1}
+    _, trainer = run_training(model_dir, data_dir, tmp_path / "o", **settings)
     out = capsys.readouterr().out
     assert "exact match 0.0% -> 0.0% after 1 updates" in out
+    assert [r["split"] for r in read_log(tmp_path / "o") if "split" in r] == [
+        "test",
+        "train",
+        "test",
+    ]
+    assert [r["em_subset"] for r in trainer.log.history] == [4, 4], "of the test questions"
 
 
 # Stopping and going on.

@@ -145,10 +145,9 @@ def rollout_metrics(scores: Any, advantages: np.ndarray, names: Iterable[str]) -
     rewards, lengths = scores.rewards, scores.lengths
     responses = scores.responses.reshape(-1).tolist()
     logprobs = [logprob for response in responses for logprob in response.logprobs]
-    valued = rewards[~np.isnan(rewards).any(axis=1)]
     metrics = {
         "reward_mean": mean(rewards),
-        "reward_std": mean(valued.std(axis=1, ddof=1)),
+        "reward_std": mean(rewards.std(axis=1, ddof=1)),
         "groups_without_signal": (advantages == 0).all(axis=1).mean(),
         "completion_length": lengths.mean(),
         "completion_length_max": lengths.max(),
