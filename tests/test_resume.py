@@ -171,6 +171,17 @@ def test_going_back_to_an_older_checkpoint(model_dir, data_dir, tmp_path, capsys
     assert snapshot(resumed) == snapshot(whole)
 
 
+def test_a_renamed_checkpoint_can_be_gone_on_from(model_dir, data_dir, tmp_path, capsys):
+    """Such as one that was set aside."""
+    settings = {"max_updates": 2, "save_steps": 2, "save_total_limit": 0}
+    _, whole = run_training(model_dir, data_dir, tmp_path / "o", **settings)
+    older = (tmp_path / "o" / "checkpoint-2").rename(tmp_path / "o" / "checkpoint-2.abandoned")
+    code, resumed = run_training(model_dir, data_dir, tmp_path / "o", resume=str(older), **settings)
+    assert code == 0
+    assert "checkpoint-4.abandoned is set aside" in capsys.readouterr().out
+    assert snapshot(resumed) == snapshot(whole)
+
+
 def test_a_checkpoint_goes_on_in_another_folder_with_its_log(model_dir, data_dir, tmp_path):
     settings = {"max_updates": 3, "save_steps": 2}
     _, whole = run_training(model_dir, data_dir, tmp_path / "one", **settings)

@@ -240,7 +240,7 @@ def remains_of_run(output_dir: Path) -> list[Path]:
     return [path for path in [*names, *output_dir.glob("checkpoint-[0-9]*")] if path.exists()]
 
 
-def clear_leftovers(output_dir: Path, resume_from: Path | None) -> None:
+def clear_leftovers(output_dir: Path, resume_from: Path | None, step: int) -> None:
     """Delete what a kill left half written or half deleted; set aside what is not gone on from.
 
     A checkpoint after the one that is resumed is damaged, or was gone back from on purpose: it
@@ -254,7 +254,7 @@ def clear_leftovers(output_dir: Path, resume_from: Path | None) -> None:
     with contextlib.suppress(FileNotFoundError):
         (output_dir / "final" / ENDED).unlink()
     for folder in found(output_dir) if in_folder(resume_from, output_dir) else []:
-        if int(folder.name[11:]) > int(resume_from.name[11:]):
+        if int(folder.name[11:]) > step:  # the other may have been renamed
             aside = folder.with_name(f"{folder.name}.abandoned")
             shutil.rmtree(aside, ignore_errors=True)
             say(f"resume    {folder.rename(aside)} is set aside")
@@ -676,7 +676,7 @@ def open_run(
     config, folder = trainer.args, trainer.output_dir
     stays = resume_from is not None and in_folder(resume_from, folder)
     claim(folder, overwrite=config.overwrite and not stays, lock=lock)
-    clear_leftovers(folder, resume_from)
+    clear_leftovers(folder, resume_from, trainer.step)
     provenance: dict[str, Any] = {
         **runtime.provenance(repo),
         "seed": config.seed,
