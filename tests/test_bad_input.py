@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import logging
 import math
 import os
 import shlex
@@ -83,14 +84,15 @@ SETTINGS = [
     ("clip_eps=1.5", "clip_eps = 1.5 must be above 0, below 1"),
     ("seed=18446744073709551616", "seed = 18446744073709551616 must be at least 0, below 2 ** 64"),
     ("max_train_samples=-1", "max_train_samples = -1 must be at least 0"),
-    ("output_dir=", "output_dir = '' must be text"),
+    ("output_dir=", "output_dir = '' must be text that is not empty"),
     ("loss_type=ppo", "loss_type = 'ppo', allowed: grpo, bnpo, dapo, dr_grpo, gspo, gmpo"),
     ("train_type=qlora", "train_type = 'qlora', allowed: auto, full, lora, dora"),
     ("temperature=true", "temperature = True must be a number"),
     # contradictions
     ("reward_funcs=[]", "reward_funcs is empty: nothing would be learned"),
     ("reward_funcs=int,int", "reward_funcs names a function twice"),
-    ("reward_weights=1,2", "reward_weights has 2 values for 4 reward_funcs"),
+    ("reward_weights=1,2", "reward_weights has 2 values for 4 reward_funcs: give each"),
+    ("reward_weights=1", "reward_weights has 1 value for 4 reward_funcs"),
     ("eval_metric=accuracy", "eval_metric = 'accuracy' is neither em nor one of reward_funcs"),
     ("stop_strings=['']", "stop_strings holds an empty string"),
     ("stop_strings=<reasoning>", "stop string '<reasoning>' is part of reasoning_prefix"),
@@ -116,12 +118,14 @@ TOML = [
     ("model_name = 3", "model_name = 3 must be text in quotes"),
     ("stop_strings = '</a>'", "stop_strings = '</a>' must be a list"),
     ("seed = = 1", "bad.toml cannot be read as TOML: Invalid value (at line 1, column 8)"),
+    ("run_name = x", "(at line 1, column 12); text stands in quotes"),
+    ("[mlx-grpo]\nseed = 2", "unknown key 'mlx-grpo' in bad.toml; did you mean 'mlx_grpo'?"),
     ("seed = 1\nseed = 2", "bad.toml cannot be read as TOML"),
     ("seed = " + "9" * 5000, "bad.toml cannot be read as TOML: Exceeds the limit (4300 digits)"),
     ("stop_strings = " + "[" * 9000, "bad.toml cannot be read as TOML: nested too deeply"),
     ("learning_rate = 0x" + "f" * 5000, "learning_rate = a number of thousands of digits holds"),
     ('output_dir = "a\\u0000b"', "output_dir = 'a\\x00b' holds something else than text without"),
-    ("run_name = '\xff'", "bad.toml cannot be read as TOML: 'utf-8' codec"),
+    ("run_name = '\xff'", "bad.toml cannot be read as TOML: byte 13 is not UTF-8"),
     ("seed = 1\n[mlx_grpo]\nseed = 2", "mixes [mlx_grpo] with other top-level keys: seed"),
     ("[train]\nseed = 2", "unknown key 'train' in bad.toml"),
     ("mlx_grpo = 3", "mlx_grpo = 3 must be a table, [mlx_grpo]"),
@@ -148,6 +152,20 @@ def test_a_missing_config_file_names_its_neighbours(grpo, tmp_path, monkeypatch,
         "config file smok.toml does not exist",
         "smoke.toml",
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("tiny_math", "tiny_math does not exist (did you mean configs/tiny_math.toml?)"),
+        ("configs/tinymath.toml", "(did you mean configs/tiny_math.toml?)"),
+        ("zzz.toml", "config file zzz.toml does not exist (beside it: pyproject.toml)"),
+        ("configs", "config file configs is a folder (beside it: configs/default.toml, "),
+    ],
+)
+def test_a_mistyped_preset_is_named(grpo, monkeypatch, capsys, given, answer):
+    monkeypatch.chdir(ROOT)
+    assert_names(the_message(grpo.main(["--config", given]), *capsys.readouterr()), answer)
 
 
 MODELS = [
@@ -533,6 +551,9 @@ def test_a_bad_data_file(refused, tmp_path, name):
 
 def test_data_that_is_not_there(refused, tmp_path):
     assert_names(refused(dataset="none.jsonl"), "dataset none.jsonl does not exist")
+    (tmp_path / "questions.jsonl").touch()
+    message = refused(dataset=str(tmp_path / "question.jsonl"))
+    assert_names(message, f"does not exist; did you mean {tmp_path / 'questions.jsonl'}?")
     assert_names(refused("--dry-run", dataset="~/none"), "/none does not exist")
     (tmp_path / "folder").mkdir()
     message = refused(dataset="folder")
@@ -597,7 +618,8 @@ def offline(tmp_path, **settings):
 def test_a_model_from_a_hub_out_of_reach(tmp_path, data_dir):
     code, out, err = offline(tmp_path, model_name="owner/model", dataset=str(data_dir))
     message = the_message(code, out, err, expected_code=1)
-    assert_names(message, "model owner/model (hub) cannot be loaded", "HF_HUB_OFFLINE=0")
+    assert_names(message, "model owner/model cannot be loaded from the hub", "HF_HUB_OFFLINE=0")
+    assert err.endswith("\nA folder works too: --set model_name=FOLDER\n")
 
 
 def test_a_data_set_from_a_hub_out_of_reach(tmp_path, model_dir):
@@ -627,6 +649,20 @@ def test_what_the_hub_answers_decides_the_exit_code(typed, monkeypatch, error, c
     got, out, err, changed = typed(dataset="owner/questions")
     assert_names(the_message(got, out, err, code), str(error))
     assert not changed
+
+
+def test_retries_of_the_hub_are_said_once(typed, monkeypatch):
+    def load_dataset(*_, **__):
+        for retry in range(5):
+            logger.warning("'[Errno -2]' thrown while requesting HEAD; retry %d", retry)
+        raise ConnectionError("Couldn't reach the hub")
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    code, out, err, _ = typed(dataset="owner/questions")
+    assert (code, out.count("no answer from the hub yet")) == (1, 1)
+    assert "requesting" not in out + err
+    assert not logger.filters
 
 
 def test_an_output_folder_that_cannot_be(refused, tmp_path):

@@ -17,19 +17,18 @@ from conftest import ROOT
 from helpers import read_log, tree, typed_in_a_shell, write_toml
 
 SCRIPT = ROOT / "mlx-grpo.py"
-SLACK = float(os.environ.get("MLX_GRPO_TEST_SLACK", "1"))  # for slow or busy machines
 VOWELS = """
 def vowels(completions, **_):
     return [sum(c[0]["content"].count(v) for v in "aeiou0123456789") for c in completions]
 """
 
 
-def best_seconds(words, exit_code):
+def best_seconds(words, exit_code=0):
     """The best of three: processor time, which other programs on the machine inflate least."""
     times = []
     for _ in range(3):
         before = os.times()
-        done = subprocess.run([sys.executable, SCRIPT, *words], cwd=ROOT, capture_output=True)
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True)
         after = os.times()
         used = after.children_user + after.children_system
         times.append(used - before.children_user - before.children_system)
@@ -49,7 +48,10 @@ def best_seconds(words, exit_code):
     ids=["help", "unknown key", "no config", "no model", "no reward"],
 )
 def test_help_and_configuration_errors_answer_at_once(words):
-    assert best_seconds(words, exit_code=0 if words == ["--help"] else 2) <= 0.5 * SLACK
+    """Within three times what MLX itself takes to import, on a machine of any speed."""
+    imports = best_seconds(["-c", "import numpy, mlx.nn"])
+    code = 0 if words == ["--help"] else 2
+    assert best_seconds([SCRIPT, *words], code) <= 3 * imports
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--set", "num_generations=1"], ["--dry-run"]])

@@ -993,7 +993,7 @@ FIELDS = {
         "em",
         "rewards.py:length",
         lines("result"),
-        ["result    rewards.py:length 5.000 -> 5.000 after 1 updates"],
+        ["result    rewards.py:length 5.000 -> 5.000 after 1 update"],
         {**LENGTH, "eval_max_new_tokens": 5},
     ),
     "logging_steps": Watch(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from tqdm import tqdm
 
 from utils import console, runtime
 from utils.errors import UserError
@@ -294,4 +295,17 @@ def test_the_progress_bar_shows_the_metric_that_is_evaluated(tmp_path):
     for metric, text in (("em", "exact match 230.0%"), ("correctness", "correctness 2.300")):
         log = RunLog(types.SimpleNamespace(output_dir=tmp_path, eval_metric=metric))
         log.history = [{"em": 2.3}]
-        assert console.progress_text(record, log).endswith(f", {text}")
+        assert console.progress_text(record, log) == f"reward 1.00, {text}, length 9"
+
+
+def test_80_columns_have_room_for_time_left_reward_and_score():
+    """Of a long run, too: ten hours, and as many left."""
+    line = tqdm.format_meter(
+        *(950, 1869, 36_000),
+        ncols=80,
+        prefix="gradient",
+        bar_format=console.BAR,
+        postfix="reward 1.38, exact match 100.0%, length 20",
+    )
+    assert len(line) == 80
+    assert "<9:40:25, reward 1.38, exact match 100.0%" in line

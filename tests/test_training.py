@@ -700,7 +700,7 @@ def test_every_run_ends_with_before_and_after(model_dir, data_dir, tmp_path, cap
     settings = {"max_updates": 1, "eval_samples": 4, "eval_subset_size": 3, "eval_every_updates": 1}
     _, trainer = run_training(model_dir, data_dir, tmp_path / "o", **settings)
     out = capsys.readouterr().out
-    assert "exact match 0.0% -> 0.0% after 1 updates" in out
+    assert "exact match 0.0% -> 0.0% after 1 update" in out
     assert [r["split"] for r in read_log(tmp_path / "o") if "split" in r] == [
         "test",
         "train",

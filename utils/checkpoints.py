@@ -177,9 +177,13 @@ def to_resume(output_dir: Path, resume: str) -> Path | None:
     return folder
 
 
-def named(resume: str) -> Path:
+def refuse_no_checkpoint(resume: str) -> None:
     if not (Path(resume) / STATE).is_file():
         raise UserError(f"resume = {resume!r} is not a checkpoint folder (no {STATE} in it)")
+
+
+def named(resume: str) -> Path:
+    refuse_no_checkpoint(resume)
     if complaint := damage(Path(resume)):
         raise UserError(
             f"resume: checkpoint {resume} is damaged: {complaint}; resume = auto takes the "
@@ -279,6 +283,7 @@ def check_output(output_dir: Path, command: str, config: Any) -> None:
             raise UserError(f"overwrite would delete {name} = {source}: choose another output_dir")
     elsewhere = config.resume not in ("", "auto") and not in_folder(Path(config.resume), output_dir)
     if old and elsewhere and not config.overwrite:
+        refuse_no_checkpoint(config.resume)
         raise UserError(
             f"output_dir {output_dir} holds another run than {config.resume}: choose another one"
         )

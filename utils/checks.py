@@ -10,10 +10,13 @@ from typing import Any
 
 from .datafiles import MIX_KEYS
 from .errors import UserError
-from .text import shown
+from .text import counted, shown
 
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "text": (lambda v: v.strip() != "", "model_name output_dir dataset train_split test_split"),
+    "text that is not empty": (
+        lambda v: v.strip() != "",
+        "model_name output_dir dataset train_split test_split",
+    ),
     "above 0 and finite": (
         lambda v: 0 < v < math.inf,
         "learning_rate lora_learning_rate lora_scale temperature max_grad_norm importance_cap "
@@ -111,7 +114,8 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
     """(complaint, does it apply) for settings that make no sense together."""
     yield "reward_funcs is empty: nothing would be learned", not c.reward_funcs
     yield (
-        f"reward_weights has {len(c.reward_weights)} values for {len(c.reward_funcs)} reward_funcs",
+        f"reward_weights has {counted(len(c.reward_weights), 'value')} for "
+        f"{len(c.reward_funcs)} reward_funcs: give each one a factor, or leave it out",
         len(c.reward_weights) not in (0, len(c.reward_funcs)),
     )
     yield "reward_funcs names a function twice", len({*c.reward_funcs}) != len(c.reward_funcs)

@@ -10,7 +10,10 @@ from tqdm import tqdm
 
 from . import runtime, settings
 from .errors import readable
-from .text import redact
+from .text import counted, redact
+
+# Without tqdm's rate: 80 columns have no room for it beside reward and score. ETA says as much.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 def say(text: str) -> None:
@@ -39,7 +42,7 @@ def progress_bar(trainer: Any) -> tqdm:
     return tqdm(
         total=trainer.total_updates,
         initial=trainer.update_step,
-        unit="update",
+        bar_format=BAR,
         disable=None,  # silent when the output is not a terminal
         leave=False,  # the lines that were printed stay
         dynamic_ncols=True,
@@ -53,10 +56,12 @@ def no_bar() -> tqdm:
 
 
 def progress_text(record: dict[str, Any], log: Any) -> str:
-    text = f"reward {record['reward_mean']:.2f}, length {record['completion_length']:.0f}"
-    if record["kl"] is not None:
-        text += f", kl {record['kl']:.3f}"
-    return text + (f", {log.score_text(log.history[-1]['em'])}" if log.history else "")
+    """What matters most stands first: a narrow terminal shows no more."""
+    parts = [f"reward {record['reward_mean']:.2f}"]
+    parts += [log.score_text(log.history[-1]["em"])] if log.history else []
+    parts += [f"length {record['completion_length']:.0f}"]
+    parts += [] if record["kl"] is None else [f"kl {record['kl']:.3f}"]
+    return ", ".join(parts)
 
 
 def warn_of_kl(kl: float | None) -> None:
@@ -86,19 +91,21 @@ def introduce(trainer: Any, blas: str | None) -> None:
     advice = runtime.blas_advice(blas) if device == "CPU" else None
     if advice:
         say(f"speed     {advice}")
-    tested = f"{len(trainer.eval_dataset):,} for evaluation"
+    asked = min(a.eval_samples, len(trainer.eval_dataset))
     names = ", ".join(part["dataset"] for part in a.dataset_mix) or a.dataset
-    say(f"data      {names}: {len(trainer.train_dataset):,} questions, {tested}")
+    questions = counted(len(trainer.train_dataset), "question")
+    say(f"data      {names}: {questions}, {asked:,} for evaluation")
     if a.top_k or a.top_p < 1 or a.min_p:
         say("sampling  top_k, top_p and min_p bias the gradient: what they cut off is never learnt")
     from . import views  # imports MLX, before which a BLAS may have to be loaded
 
     if trainer.quantizes and (cost := views.cost_of_quantizing(trainer)):
         say(f"speed     {cost}")
-    prompts = a.batch_size * a.gradient_accumulation_steps
+    updates = counted(trainer.total_updates, "update")
+    prompts = counted(a.batch_size * a.gradient_accumulation_steps, "prompt")
     say(
-        f"plan      {trainer.total_updates} updates of {prompts} prompts x {a.num_generations} "
-        f"completions, about {readable(trainer.plan.needed)}"
+        f"plan      {updates} of {prompts} x {a.num_generations} completions, "
+        f"about {readable(trainer.plan.needed)}"
     )
     if not trainer.plan.fits:
         say("          that may not fit this machine; what would:")

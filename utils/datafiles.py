@@ -2,10 +2,13 @@
 
 import copy
 import csv
+import difflib
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +234,10 @@ def local_path(dataset: str) -> Path | None:
     if path.is_symlink():
         raise UserError(f"dataset {dataset} is a link that leads nowhere")
     if path.suffix in SUFFIXES or dataset.startswith(("/", ".", "~")):
-        raise UserError(f"dataset {dataset} does not exist")
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise UserError(f"dataset {dataset} does not exist{hint}")
     refuse_mistyped_path("dataset", dataset)
     return None
 
@@ -264,14 +270,36 @@ def find_rows(config: Any, split: str, name: str) -> list[dict[str, Any]]:
     return rows[:-held_out] if split == "train" else rows[-held_out:]
 
 
+@contextmanager
+def retries_in_one_line() -> Iterator[None]:
+    """huggingface_hub tries five times, for half a minute, and logs two lines each time."""
+    from .console import say
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    said: list[logging.LogRecord] = []
+
+    def shortened(record: logging.LogRecord) -> bool:
+        if not said:
+            say("data      no answer from the hub yet, trying again for half a minute")
+        said.append(record)
+        return False
+
+    logger.addFilter(shortened)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shortened)
+
+
 def read_hub_dataset(config: Any, split: str) -> list[dict[str, Any]]:
     import datasets
 
     what = f"data set {config.dataset} ({config.dataset_config}, {split})"
     try:
-        rows = list(
-            datasets.load_dataset(config.dataset, config.dataset_config or None, split=split)
-        )
+        with retries_in_one_line():
+            rows = list(
+                datasets.load_dataset(config.dataset, config.dataset_config or None, split=split)
+            )
     except (OSError, ValueError) as error:  # not found; unknown configuration, split; out of reach
         kind = UserError if isinstance(error, FileNotFoundError | ValueError) else RunError
         raise kind(

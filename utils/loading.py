@@ -26,6 +26,9 @@ HOW_TO_MAKE = {
 }
 
 
+HUB_ADVICE = "\nA folder works too: --set model_name=FOLDER"
+
+
 def find_model(name: str) -> Path | None:
     """The folder of a local model; None for a hub name.
 
@@ -62,8 +65,9 @@ def read_shape(model: Path | str) -> memory.ModelShape:
     try:
         return memory.read_hub_shape(model) if isinstance(model, str) else memory.read_shape(model)
     except (ValueError, OSError) as error:
-        kind = RunError if isinstance(model, str) else UserError
-        raise kind(f"model {error}") from None
+        if isinstance(model, str):
+            raise RunError(f"model {error}{HUB_ADVICE}") from None
+        raise UserError(f"model {error}") from None
 
 
 def check_model(name: str) -> None:
@@ -268,8 +272,12 @@ def load_model(config: Any) -> LoadedModel:
             cast(model, config.dtype)
             try_out(model, tokenizer)
     except Exception as error:  # other libraries on untrusted files: they raise anything
-        kind, where = (UserError, local) if local else (RunError, f"{config.model_name} (hub)")
-        raise kind(f"model {where} cannot be loaded: {reason(error)}") from error
+        if local:
+            raise UserError(f"model {local} cannot be loaded: {reason(error)}") from error
+        text = "; ".join(filter(None, reason(error).splitlines()))
+        raise RunError(
+            f"model {config.model_name} cannot be loaded from the hub: {text}{HUB_ADVICE}"
+        ) from error
     train_type = choose_train_type(config, model)
     fingerprint = sources.of_model(folder)
     loaded = LoadedModel(model, tokenizer, model_config, folder, train_type, fingerprint)

@@ -290,7 +290,8 @@ def read_hub_shape(name: str, revision: str | None = None) -> ModelShape:
             return read_shape(config_file.parent)
         metadata = get_safetensors_metadata(name, revision=revision)
     except (HTTPError, NotASafetensorsRepoError, OSError) as error:
-        raise ValueError(f"{name}: cannot be read from the hub ({error})") from error
+        text = "; ".join(filter(None, str(error).splitlines()))
+        raise ValueError(f"{name}: cannot be read from the hub ({text})") from error
     tensors = {
         key: Tensor(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
         for file in metadata.files_metadata.values()

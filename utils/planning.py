@@ -9,7 +9,7 @@ from typing import Any
 from . import datafiles, loading, memory, runtime, settings
 from .console import say
 from .errors import UserError
-from .text import shown
+from .text import counted, shown
 
 SIZES = ("rollout_batch_size", "micro_batch_tokens")
 
@@ -205,6 +205,6 @@ def planned_updates(config: Any) -> str:
         asked = rollouts * min(prompts * (1 + config.dynamic_sampling), questions)
     completions = asked * config.num_generations
     return (
-        f"updates: {updates} on at most {questions} questions, "
+        f"updates: {updates:,} on at most {counted(questions, 'question')}, "
         f"at most {completions * config.max_new_tokens:,} sampled tokens"
     )

@@ -15,7 +15,7 @@ from . import tracking, watchdog
 from .console import say
 from .errors import disk_errors_named
 from .meter import Meter
-from .text import redacted
+from .text import counted, redacted
 
 
 class RunLog:
@@ -75,9 +75,10 @@ class RunLog:
         self.write(record)
         cut = record["truncation_rate"]
         note = f", {cut:.0%} cut off" if cut else ""
+        asked = counted(record["em_subset"], "question")
         say(
             f"eval      update {record['update']:>4}  {self.score_text(record['em'])} on "
-            f"{record['split']} ({record['em_subset']} questions, greedy{note})"
+            f"{record['split']} ({asked}, greedy{note})"
         )
         if record["split"] == "test":
             self.history.append(record)
@@ -97,7 +98,7 @@ class RunLog:
         if len(self.history) > 1:
             before, after = self.history[0]["em"], self.history[-1]["em"]
             then = self.score_text(after).rpartition(" ")[2]
-            say(f"result    {self.score_text(before)} -> {then} after {update} updates")
+            say(f"result    {self.score_text(before)} -> {then} after {counted(update, 'update')}")
 
     def completions(
         self, shown: list[tuple[dict[str, Any], Any, float]], extras: dict[str, list]

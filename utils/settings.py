@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import os
 import tomllib
 import typing
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from .text import is_unicode, redact, redacted, shown, without_secrets
 
 T = TypeVar("T")
 TABLE = "mlx_grpo"
+PRESETS = Path(__file__).resolve().parent.parent / "configs"
 KINDS: dict[type, str] = {
     str: "text in quotes",
     int: "a whole number",
@@ -39,12 +41,17 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        presets = ", ".join(str(p) for p in sorted(path.parent.glob("*.toml"))) or "none"
-        raise UserError(f"config file {path} does not exist (beside it: {presets})") from None
+        raise UserError(f"config file {path} does not exist ({_presets(path)})") from None
+    except IsADirectoryError:
+        raise UserError(f"config file {path} is a folder ({_presets(path / 'x')})") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start + 1} is not UTF-8"
+        raise UserError(f"config file {path} cannot be read as TOML: {byte}") from None
     except RecursionError:
         raise UserError(f"config file {path} cannot be read as TOML: nested too deeply") from None
     except (OSError, ValueError) as error:  # a number of over 4,300 digits is a bare ValueError
-        raise UserError(f"config file {path} cannot be read as TOML: {error}") from None
+        hint = "; text stands in quotes" if str(error).startswith("Invalid value") else ""
+        raise UserError(f"config file {path} cannot be read as TOML: {error}{hint}") from None
     table = data.pop(TABLE, None)
     if table is None:
         return data
@@ -54,6 +61,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         others = shown(", ".join(data))[1:-1]
         raise UserError(f"config file {path} mixes [{TABLE}] with other top-level keys: {others}")
     return table
+
+
+def _presets(path: Path) -> str:
+    """What to name instead of a file that is not there: the nearest preset, or those beside it."""
+    beside = sorted(path.parent.glob("*.toml"))
+    known = [*beside, *sorted(PRESETS.glob("*.toml"))]
+    near = difflib.get_close_matches(path.stem, [file.stem for file in known], n=1)
+    if near:
+        return f"did you mean {next(os.path.relpath(f) for f in known if f.stem == near[0])}?"
+    return f"beside it: {', '.join(map(str, beside)) or 'none'}"
 
 
 def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T:
@@ -92,7 +109,7 @@ def replaced(config: Any, **changes: Any) -> Any:
 def _known(key: str, types: dict[str, Any], where: str) -> str:
     if key in types:
         return key
-    near = difflib.get_close_matches(key, types, n=1)
+    near = difflib.get_close_matches(key, [*types, TABLE], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists the keys"
     raise UserError(f"unknown key {shown(key)} in {where}{hint}")
 

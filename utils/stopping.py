@@ -239,7 +239,11 @@ def finish(trainer: Any, early: str) -> None:
     if trainer.args.closing_note:
         say(f"note      {trainer.args.closing_note}")
     say(f"saved     {final}")
-    say(f"reason    {early}" if early else f"finished  all {trainer.total_updates} updates")
+    say(f"reason    {early}" if early else f"finished  {all_updates(trainer.total_updates)}")
+
+
+def all_updates(number: int) -> str:
+    return "the only update" if number == 1 else f"all {number:,} updates"
 
 
 def evaluated(trainer: Any) -> bool:

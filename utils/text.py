@@ -44,6 +44,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 prompt`, `1,200 prompts`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def redact(text: str) -> str:
     """`text` without passwords and tokens in addresses, API keys, and secrets of the environment.
 
