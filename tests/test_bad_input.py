@@ -861,4 +861,12 @@ def test_an_unknown_option_is_a_usage_error(grpo, capsys):
     with pytest.raises(SystemExit) as stop:
         grpo.main(["--confg", "x.toml"])
     assert stop.value.code == 2
-    assert "unrecognized arguments: --confg" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.endswith("error: unrecognized arguments: --confg x.toml\n")
+
+
+def test_a_settings_file_without_its_option_is_told_where_it_goes(grpo, capsys):
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(["configs/tiny_math.toml"])
+    assert stop.value.code == 2
+    assert "a settings file goes behind --config: --config configs/tiny_" in capsys.readouterr().err

@@ -386,14 +386,16 @@ def test_moe_200m_has_the_sizes_its_preset_states():
     assert "549 M parameters" in PRESET.read_text()
 
 
-def test_smoke_test_takes_one_step_and_saves_no_weights(work, capsys):
+def test_smoke_test_takes_one_step_and_saves_no_weights(work, capfd):
     missing = ("--train-data-path", work / "nowhere", "--tokenizer-dir", work / "no_tokenizer")
     assert pretrain.main(flags(work, *missing, "--padded", "--smoke-test")) == 2
-    capsys.readouterr()
+    capfd.readouterr()
     text = CONFIG.replace("384", "512").replace('"32-true"', '"bf16-mixed"')
     (work / "tiny.toml").write_text(text)
     assert pretrain.main(flags(work, *missing, "--smoke-test", "--final-validation")) == 0
-    assert "one step, no weights saved" in capsys.readouterr().out
+    out = capfd.readouterr().out
+    assert "one step, no weights saved" in out
+    assert "\n\n" not in out, "no empty lines from the training of a tokenizer"
     rows = (work / "out/smoke_test/metrics.csv").read_text().splitlines()
     assert len(rows) == 2
     assert rows[1].startswith("1,64,")

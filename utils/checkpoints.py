@@ -41,17 +41,17 @@ def written_aside(path: Path) -> Iterator[Path]:
         DiskError: it cannot be written; what stood at `path` still does.
     """
     temporary = path.with_name(f".{path.name}.incomplete")
-    with disk_errors_named(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with disk_errors_named(path):  # which looks how much space is left, before it is cleared
+            temporary.mkdir(parents=True)
             yield temporary
             for file in (*temporary.rglob("*"), temporary):
                 _flush(file)
             take_place(temporary, path)
             _flush(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def take_place(new: Path, path: Path) -> None:

@@ -37,7 +37,11 @@ def parse_arguments(
     again = "go on from the newest whole checkpoint of output_dir, or from this one"
     add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=again)
     add("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = f"; a settings file goes behind --config: --config {unknown[0]}"
+        known = unknown[0].endswith(".toml")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint if known else ''}")
     resume = [f"resume={arguments.resume}"] if arguments.resume else []
     arguments.overrides = [*arguments.set, *resume]
     arguments.command = console.command_line(script, arguments.config, arguments.set)

@@ -49,6 +49,7 @@ from utils import checkpoints, litgpt, pretrain_data, pretrain_model, runtime, s
 from utils.errors import RunError, UserError  # noqa: E402
 from utils.prefix import checkpoint_layers  # noqa: E402
 from utils.pretrain_data import Rows  # noqa: E402
+from utils.text import counted  # noqa: E402
 from utils.tracking import Tracker, check_available, make_tracker  # noqa: E402
 
 DEFAULT_CONFIG = ROOT / "configs/pretrain/moe_200m.toml"
@@ -570,8 +571,9 @@ def describe(trainer: Trainer, materials: Materials) -> dict[str, Any]:
     )
     passes = trainer.steps * config.global_batch_size / len(rows)
     print(
-        f"training data: {len(rows):,} rows of {rows.length} tokens; {trainer.steps} updates of "
-        f"{config.global_batch_size} rows, {passes:.2f} passes"
+        f"training data: {counted(len(rows), 'row')} of {rows.length} tokens; "
+        f"{counted(trainer.steps, 'update')} of {counted(config.global_batch_size, 'row')}, "
+        f"{passes:.2f} passes"
     )
     figures: dict[str, Any] = {"parameters": total, "active_parameters": active}
     figures |= {"train_rows": len(rows), "row_tokens": rows.length, "updates": trainer.steps}
@@ -667,14 +669,15 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
 
 
 def smoke_config(config: PretrainConfig) -> PretrainConfig:
-    """One tiny step; the repository's own text stands in for data that are not there."""
+    """One tiny step; text that never changes stands in for data that are not there."""
     changes: dict[str, Any] = dict(SMOKE_TEST)
     changes["out_dir"] = str(Path(config.out_dir) / "smoke_test")
     changes |= {"eval_interval": 0, "final_validation": False, "overwrite": True}
     if not Path(config.train_data_path).exists():
-        print(f"smoke test: {config.train_data_path} does not exist, using this repository's text")
+        print(f"smoke test: {config.train_data_path} does not exist, using models/tiny-math's text")
         changes["data_class_path"] = "litgpt.data.TextFiles"
-        changes["train_data_path"], changes["text_suffixes"] = str(ROOT / "utils"), [".py", ".md"]
+        text = str(ROOT / "models/tiny-math")
+        changes["train_data_path"], changes["text_suffixes"] = text, [".jsonl"]
     return dataclasses.replace(config, **changes)
 
 

@@ -7,6 +7,7 @@ nothing but its step.
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +219,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size=vocab_size,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),  # elsewhere it prints empty lines
     )
     core.train_from_iterator(texts, trainer)
     settings: dict[str, Any] = {"eos_token": END, "pad_token": END}
