@@ -111,8 +111,21 @@ def test_zeros_stay_zeros_and_second_moments_do_not_vanish():
     codes, scales = optimizers.quantize(zeros, zeros, 127)
     assert optimizers.dequantize(codes, scales, 127).tolist() == zeros.tolist()
     spike = mx.where(mx.arange(optimizers.BLOCK) == 3, 1.0, 1e-30)
-    codes, scales = optimizers.quantize(spike, zeros, 255)
-    assert optimizers.dequantize(codes, scales, 255).min().item() > 1e-10
+    for noise in 0.0, 0.5:  # the second would round them down
+        codes, scales = optimizers.quantize(spike, zeros + noise, 255)
+        assert optimizers.dequantize(codes, scales, 255).min().item() > 1e-10
+
+
+def test_rounding_at_random_is_decided_by_the_seed():
+    def after_an_update(seed):
+        model = network(mx.bfloat16)
+        rounding = {"master_weights": False, "seed": seed}
+        optimizers.AdamW(model, BETAS, **rounding).update(model, slopes(model, 0), 1e-4)
+        return mx.concatenate([x.reshape(-1) for x in flat(model.parameters()).values()])
+
+    first = after_an_update(0)
+    assert mx.array_equal(first, after_an_update(0))
+    assert not mx.array_equal(first, after_an_update(1))
 
 
 MODES = {

@@ -383,6 +383,29 @@ def unadapted(trainer):
     return sys.modules[type(trainer).__module__].without_adapters(trainer.model)
 
 
+ROTATIONS = {
+    "traditional": {"rope_traditional": True},
+    "two bases": {"model_type": "gemma3_text", "layers": 4, **SLIDING},
+    "a quarter": {
+        "model_type": "stablelm",
+        "layer_norm_eps": 1e-5,
+        "use_qkv_bias": False,
+        "partial_rotary_factor": 0.25,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_views_rotate_as_the_model_does(grpo, tmp_path, kind):
+    model, tokenizer = mlx_lm.load(str(make_model(tmp_path / "m", **ROTATIONS[kind])))
+    view = views.joined(model, float("inf"))
+    assert view is not model
+    plain, ours = (sample(grpo, (m, tokenizer), random_prompts(5, 23, 9)) for m in (model, view))
+    assert [c.ids for c in ours] == [c.ids for c in plain]
+    for a, b in zip(ours, plain, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
 def test_a_small_adapter_is_not_rounded_away(model_dir, data_dir, tmp_path):
     """bfloat16, and an adapter far below half a step of the weights: it still acts on average."""
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", train_type="lora", dtype="bfloat16")
@@ -448,6 +471,13 @@ def test_adapters_are_merged_only_where_there_is_room(policy, monkeypatch):
     assert [r.ids for r in with_room] == [r.ids for r in without]
     trainer.evaluate_em(trainer.train_dataset, 2)
     assert seen[2] is trainer.model, "evaluated as it is, never rounded by merging"
+
+
+def test_merging_leaves_room_for_joining(model_dir, data_dir, tmp_path):
+    model = make_trainer(model_dir, data_dir, tmp_path / "o", train_type="lora").model
+    weights = sum(m.linear.weight.nbytes for _, m in model.named_modules() if "lora_a" in m)
+    assert views.merged(model, 2 * weights) is not model
+    assert views.merged(model, 2 * weights - 1) is model
 
 
 def test_what_quantizing_costs_is_measured(model_dir, data_dir, tmp_path, monkeypatch):
