@@ -225,6 +225,9 @@ def test_log_ratios_beyond_20_count_as_20(grpo):
         assert sums["policy_reward"].item() == pytest.approx(-math.exp(20), rel=1e-5)
         assert sums["sampler_mismatch"].item() == 20
         assert loss.item() == pytest.approx(weight * math.exp(20), rel=1e-5)
+    config = grpo.MLXGRPOConfig(importance_mode="sequence_truncate", importance_cap=1e12)
+    weights, _ = grpo.importance_weights(mx.array([[20.0, 20.0]]), mx.ones((1, 2)), config)
+    assert weights.item() == pytest.approx(math.exp(20), rel=1e-5), "nor a sequence of them"
 
 
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
