@@ -385,7 +385,7 @@ def unadapted(trainer):
 
 ROTATIONS = {
     "traditional": {"rope_traditional": True},
-    "two bases": {"model_type": "gemma3_text", "layers": 4, **SLIDING},
+    "two bases": {"model_type": "gemma3_text", "layers": 4, **SLIDING, "rope_theta": 50.0},
     "a quarter": {
         "model_type": "stablelm",
         "layer_norm_eps": 1e-5,
