@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import statistics
 import struct
 import time
 from unittest import mock
@@ -152,21 +151,21 @@ def seconds(function, argument):
         start = time.process_time()
         function(argument)
         times.append(time.process_time() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 @pytest.mark.parametrize("shape", LONG)
 def test_parsing_takes_linear_time(grpo, shape):
-    """At n, 2n and 4n characters; under a millisecond for 100,000 of them nothing is measured."""
+    """At n and 4n characters, 16-fold if quadratic; what takes under 50 ms is not measured."""
     unit, length = LONG[shape], 100_000
     for before, after in (("", ""), ("<answer>", "</answer>"), ("<reasoning>", "")):
-        texts = [before + unit * (k * length // len(unit)) + after for k in (1, 2, 4)]
+        texts = [before + unit * (k * length // len(unit)) + after for k in (1, 4)]
         for name, parse in parsers(grpo).items():
-            last = seconds(parse, texts[2])
+            last = seconds(parse, texts[1])
             assert last < 2, name
             if last > 0.05:
-                first, second = (seconds(parse, t) for t in texts[:2])
-                assert last < 3 * second < 9 * first, (name, first, second, last)
+                first = seconds(parse, texts[0])
+                assert last < 9 * first, (name, first, last)
 
 
 @pytest.mark.parametrize("unit", ["1 / ", "7 ", "\\\\frac{", "("])
