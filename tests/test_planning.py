@@ -60,6 +60,21 @@ def test_micro_batches_grow_only_where_the_plan_had_cut_them(
     assert after_a_peak(trainer, little, monkeypatch) == whole
 
 
+def test_micro_batches_that_were_half_full_count_twice(model_dir, data_dir, tmp_path, monkeypatch):
+    """Completions may become longer than those of the first update."""
+    trainer = trainer_with(model_dir, data_dir, tmp_path / "o")
+    given_budget(trainer, 0.8)
+    plan = trainer.plan
+    base = plan.resident + plan.summed_gradients
+    peak = int(base + 0.8 * (plan.gradient_peak - base))
+    monkeypatch.setattr(trainer.log.meter, "peak", lambda: peak)
+    batch = {"tokens": mx.zeros((1, plan.micro_batch_tokens // 2))}
+    planning.recalibrate(trainer, [batch, batch])
+    assert 1.55 < trainer.measured_factor < 1.65
+    after_a_peak(trainer, 100 * GB * GB, monkeypatch)
+    assert trainer.measured_factor == 5.0, "what else took memory is not the plan's fault"
+
+
 def test_what_ran_out_of_memory_stays_halved(model_dir, data_dir, tmp_path, monkeypatch):
     trainer = trainer_with(model_dir, data_dir, tmp_path / "o")
     given_budget(trainer, 0.8)

@@ -682,6 +682,29 @@ def test_exact_match_or_a_reward_is_the_metric(
     assert test["truncation_rate"] == pytest.approx(0.1)
 
 
+def test_an_answer_that_a_metric_does_not_value_counts_nowhere(model_dir, data_dir, tmp_path):
+    settings = {"eval_metric": "helpers:digest", "reward_funcs": ["helpers:digest"]}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", None, **settings)
+
+    def first_two(completions, **_):
+        return [1.0, 2.0] + [None] * (len(completions) - 2)
+
+    trainer.reward_funcs = {"helpers:digest": first_two}
+    assert trainer.evaluate_em(trainer.train_dataset, 5) == 1.5
+
+
+def test_only_evaluations_on_the_test_split_decide_what_is_best(
+    model_dir, data_dir, tmp_path, monkeypatch
+):
+    settings = {"save_best": True, "eval_samples": 3, "eval_subset_size": 3}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
+    asked = []
+    monkeypatch.setattr(checkpoints, "keep_best", lambda _: asked.append(split))
+    for split in ("test", "train"):
+        trainer.evaluate(split)
+    assert asked == ["test"]
+
+
 @pytest.mark.parametrize(("cut", "warned"), [(0, False), (1, True)])
 def test_many_answers_cut_off_are_warned_of(
     grpo, model_dir, data_dir, tmp_path, capsys, cut, warned
