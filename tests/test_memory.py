@@ -165,6 +165,9 @@ def damage(folder, what):
     config, weights = folder / "config.json", folder / "model.safetensors"
     data = weights.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
+    entry = {"dtype": "F32", "shape": [2]}
+    entries = {n: {**entry, "data_offsets": [s, s + 8]} for n, s in (("a", 0), ("b", 4))}
+    overlap = json.dumps(entries).encode()
     contents = {
         "config missing": (config, None),
         "config garbage": (config, b"{not json"),
@@ -177,6 +180,7 @@ def damage(folder, what):
         "data cut": (weights, data[:-100]),
         "header garbage": (weights, data[:8] + b"\xff" * length + data[8 + length :]),
         "bad entry": (weights, struct.pack("<Q", 12) + b'{"a": "bad"}'),
+        "overlap": (weights, struct.pack("<Q", len(overlap)) + overlap + bytes(12)),
         "shard missing": (
             folder / "model.safetensors.index.json",
             b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}',
@@ -202,6 +206,7 @@ def damage(folder, what):
         ("data cut", "model.safetensors: truncated, 100 bytes of weights are missing"),
         ("header garbage", "model.safetensors: not JSON"),
         ("bad entry", "model.safetensors: bad header entry for tensor 'a'"),
+        ("overlap", "model.safetensors: tensors overlap, so the file is damaged"),
         ("shard missing", "model-00001-of-00002.safetensors: missing, but model.safetensors.index"),
     ],
 )
