@@ -267,6 +267,14 @@ def test_rows_of_two_prompts_stay_apart_in_batches_smaller_than_a_group(model_di
     ]
 
 
+def test_a_window_is_masked_from_the_first_token_that_it_leaves_out():
+    rows = caches.Rows([4, 4], 9)
+    for end in range(4, 13):
+        mask = rows.mask(end, 6)
+        seen = end + 1 if mask is None else mask[0, 0, 0].sum().item()
+        assert seen == min(end + 1, 6)
+
+
 def test_a_mask_hides_padding_and_what_is_out_of_the_window():
     """Against the tokens' true positions, before and after the longest prompt has left."""
     rows = caches.Rows([5, 2, 9], 20)
