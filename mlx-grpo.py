@@ -27,7 +27,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
@@ -552,11 +552,11 @@ def sample_batch(
     keys: np.ndarray,
     how: Sampling,
     stop: StopRule,
-    between_blocks: Callable[[], None] = lambda: None,
-) -> list[Completion]:
+) -> Generator[tuple[mx.array, mx.array], None, list[Completion]]:
     """One completion for each of `rows` (indices into `prompts`), all in one batch.
 
-    The host looks for ends one block behind the device; what was sampled past them is dropped.
+    Yields what a step is to compute, so that several batches can take turns. The host looks for
+    ends one block behind the device; what was sampled past them is dropped.
     """
     completions = [Completion() for _ in rows]
     reader = Reader(stop, completions)
@@ -572,9 +572,8 @@ def sample_batch(
         for step in range(start, min(start + BLOCK, how.max_tokens)):
             logits = forward(tokens[:, None])[:, -1]  # (B, V)
             tokens, logprobs = sample_step(logits, step_keys[step])  # (B,)
-            mx.async_eval(tokens, logprobs)  # the device works while the host builds the next step
+            yield tokens, logprobs  # the device works while the host builds the next step
             block.append((tokens, logprobs))
-        between_blocks()
         keep = reader.read(block)
         if not keep:
             break

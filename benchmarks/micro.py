@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import results  # noqa: E402
 from benchmarks.update_cost import SHAPES, WithoutStop, write_model, write_questions  # noqa: E402
-from utils import attention, caches, decoding, runtime, views  # noqa: E402
+from utils import attention, caches, decoding, runtime, streams, views  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/micro.jsonl"
@@ -69,7 +69,7 @@ class Bench:
         import numpy as np
 
         prompts = self.prompts(max(1, rows // 16), ragged)
-        done = self.grpo.sample_batch(
+        sampler = self.grpo.sample_batch(
             model,
             prompts,
             sorted(n % len(prompts) for n in range(rows)),
@@ -77,6 +77,7 @@ class Bench:
             self.grpo.Sampling(temperature=1.0, max_tokens=tokens),
             self.grpo.StopRule(WithoutStop(self.trainer.tokenizer), ()),
         )
+        (done,) = streams.in_turns([sampler])
         assert {len(completion.ids) for completion in done} == {tokens}
 
     def plain_steps(self, rows: int, tokens: int) -> None:

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 from conftest import ROOT, load_script
-from helpers import flat, read_log, run_training, stop_after, timeless, write_toml
+from helpers import flat, make_trainer, read_log, run_training, stop_after, timeless, write_toml
 from mlx.utils import tree_map
 from test_bad_input import lose_the_right_to_write_everywhere
 from test_resume import both
@@ -609,6 +609,20 @@ def test_out_of_memory_halves_and_goes_on(
         for name in {"reward_mean", "completion_length", "loss", "grad_norm", "em"} & {*record}:
             assert record[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
     assert trainer.update_step == 4
+
+
+def test_out_of_memory_in_an_evaluation_goes_back_to_rollouts_size(
+    model_dir, data_dir, tmp_path, monkeypatch, capsys
+):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **RUN)
+    questions = trainer.train_dataset
+    planned = trainer.plan.rollout_batch_size
+    expected = [response.ids for response in trainer.answers(questions)[1]]
+    assert trainer.plan.rows_at_once(30) > planned < len(questions)
+    starve(monkeypatch, "rollout", planned)
+    assert [response.ids for response in trainer.answers(questions)[1]] == expected
+    assert f"once more with rollout_batch_size = {planned}" in capsys.readouterr().out
+    assert trainer.plan.rows_at_once(30) == planned
 
 
 SCORED = {

@@ -270,6 +270,21 @@ def test_on_a_gpu_swiglu_keeps_less_but_not_that_of_experts(experts, activation)
     assert kept[0] - kept[1] == less
 
 
+def test_an_evaluation_takes_as_many_rows_as_fit_into_what_training_needs():
+    whole = plan(prompts_per_update=1)
+    assert whole.rollout_batch_size == 16
+    assert whole.needed == whole.gradient_needed > whole.rollout_peak
+    rows = whole.rows_at_once(whole.settings.sequence)
+    row = (whole.kv_cache + whole.rollout_logits) / 16
+    assert rows > 100
+    assert whole.needed - row < whole.resident + whole.views + rows * row <= whole.needed
+    assert rows / 2 - 1 <= whole.rows_at_once(2 * whole.settings.sequence) <= rows / 2
+    assert whole.rows_at_once(10**9) == 16, "never fewer than of a rollout"
+    assert plan(prompts_per_update=1, rollout_batch_size=8).rows_at_once(406) == 8, "as it is set"
+    halved = dataclasses.replace(whole, rollout_batch_size=4, halved=("rollout_batch_size",))
+    assert halved.rows_at_once(406) == 4, "memory ran out"
+
+
 def test_full_fine_tuning_of_half_precision_keeps_float32_masters_and_moments():
     full = plan()
     assert (full.weights, full.master_weights, full.moments) == (2 * P, 2 * P, 8 * P)

@@ -14,7 +14,7 @@ from conftest import make_model
 from helpers import flat, make_trainer
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
 
-from utils import caches, nucleus, views
+from utils import caches, nucleus, streams, views
 
 EOS = 2
 
@@ -35,7 +35,7 @@ def sample(grpo, loaded, prompts, rows=None, keys=None, stops=(), **how):
     keys = keys_for(grpo, len(rows)) if keys is None else keys
     how = grpo.Sampling(**{"temperature": 1.0, "max_tokens": 30, **how})
     stop = grpo.StopRule(tokenizer, stops)
-    return grpo.sample_batch(model, prompts, rows, keys, how, stop)
+    return streams.in_turns([grpo.sample_batch(model, prompts, rows, keys, how, stop)])[0]
 
 
 def random_prompts(*lengths):
@@ -494,8 +494,8 @@ def test_what_quantizing_costs_is_measured(model_dir, data_dir, tmp_path, monkey
     rows, seconds = [], {True: 0.5, False: 0.1}
     measure = views._step_seconds
 
-    def timed(model, count, **limit):
-        assert measure(model, count, **limit) is not None
+    def timed(model, count, **_):
+        assert measure(model, count, limit=60.0) is not None
         rows.append(count)
         return seconds[any(isinstance(m, nn.QuantizedEmbedding) for m in model.modules())]
 

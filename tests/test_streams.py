@@ -60,3 +60,55 @@ def test_one_after_the_other_where_several_would_not_do(model_dir, data_dir, tmp
         setattr(trainer.args, name, True)
         assert streams.at_once(trainer) == 1
         setattr(trainer.args, name, False)
+
+
+def test_large_batches_are_sampled_on_several_cores(model_dir, data_dir, tmp_path, monkeypatch):
+    """The same completions, in turns, and rewards see all of them."""
+    settings = {"stop_strings": ["t", "0"], "gradient_accumulation_steps": 3}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
+    expected = trainer.generate_responses([2, 0, 5])
+    monkeypatch.setattr(streams, "cores", lambda: 3)
+    monkeypatch.setattr(streams, "ROWS", 5)
+    sizes, order, sample = [], [], trainer.sample.__globals__["sample_batch"]
+
+    def noted(model, prompts, rows, *rest):
+        number = len(sizes)
+        sizes.append(len(rows))
+        sampler = sample(model, prompts, rows, *rest)
+        while True:
+            order.append(number)
+            try:
+                yield next(sampler)
+            except StopIteration as end:
+                return end.value
+
+    monkeypatch.setitem(trainer.sample.__globals__, "sample_batch", noted)
+    ours = trainer.generate_responses([2, 0, 5])
+    assert sizes == [6, 6]
+    assert order[:4] == [0, 1, 0, 1]
+    assert [r.ids for r in ours] == [r.ids for r in expected]
+    assert [r.text for r in ours] == [r.text for r in expected]
+    for a, b in zip(ours, expected, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_generators_take_turns_on_streams_of_their_own(monkeypatch):
+    """Those that end sooner do not keep the others from going on; results stay in order."""
+    monkeypatch.setattr(streams, "cores", lambda: 3)
+    seen, between = [], []
+
+    def count(name, steps):
+        for _ in range(steps):
+            seen.append((name, str(mx.default_stream(mx.cpu))))
+            yield mx.zeros(1)
+        return name
+
+    before = str(mx.default_stream(mx.cpu))
+    assert streams.in_turns([count("a", 3), count("b", 1)], lambda: between.append(1)) == ["a", "b"]
+    assert [name for name, _ in seen] == ["a", "b", "a", "a"]
+    assert len({stream for name, stream in seen if name == "a"}) == 1
+    assert len({stream for _, stream in seen}) == 2
+    assert len(between) == 1, "not every step"
+    assert streams.in_turns([count("alone", 1)]) == ["alone"]
+    assert seen[-1] == ("alone", before)
+    assert str(mx.default_stream(mx.cpu)) == before

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0] is utils/ itself
@@ -176,6 +175,18 @@ def read_questions(args: argparse.Namespace, config: Any) -> list[dict[str, Any]
     return subset(rows, args.samples) if args.samples else rows
 
 
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """What sampling asks of a trainer's plan."""
+
+    rollout_batch_size: int
+    spare_for_rollouts: float = 0.0
+    halved: tuple[str, ...] = ()
+
+    def rows_at_once(self, _: int) -> int:
+        return self.rollout_batch_size
+
+
 def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size: int) -> Any:
     """A trainer without what trains (optimizer, master weights, copies of the policy).
 
@@ -195,9 +206,7 @@ def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size
     evaluator.update_step = evaluator.total_updates = evaluator.rollout = evaluator.step = 0
     evaluator.log = RunLog(dataclasses.replace(config, log_jsonl=False))
     evaluator.rollouts_per_epoch = 1
-    evaluator.plan = SimpleNamespace(
-        rollout_batch_size=batch_size, spare_for_rollouts=0.0, halved=()
-    )
+    evaluator.plan = Batches(batch_size)
     evaluator.interrupted, evaluator.bar = False, console.no_bar()
     return evaluator
 

@@ -458,6 +458,17 @@ class Plan:
         parts = (self.weights, self.master_weights, self.moments)
         return sum(parts) + self.rollout_copy + self.reference_copy
 
+    def rows_at_once(self, longest: int) -> int:
+        """How many sequences of up to `longest` tokens to sample together.
+
+        Those of a rollout, and more of an evaluation if they fit into what the run needs anyway.
+        """
+        if self.settings.rollout_batch_size or "rollout_batch_size" in self.halved:
+            return self.rollout_batch_size
+        row = (self.kv_cache + self.rollout_logits) / self.rollout_batch_size
+        row *= max(1, longest / self.settings.sequence)
+        return max(self.rollout_batch_size, int((self.needed - self.resident - self.views) // row))
+
     @property
     def rollout_peak(self) -> int:
         return self.resident + self.kv_cache + self.rollout_logits + self.views

@@ -66,11 +66,13 @@ def record(trainer: Any, text: str) -> str:
     return text
 
 
-def sampled(trainer: Any, work: Callable[[], T], completions: int) -> T:
-    """Run `work`, which samples so many completions in batches of the plan's size."""
+def sampled(trainer: Any, work: Callable[[], T], completions: int, longest: int) -> T:
+    """Run `work`, which samples so many completions, of sequences of up to `longest` tokens."""
 
     def halve() -> str:
-        size = min(trainer.plan.rollout_batch_size, completions) // 2
+        planned = trainer.plan.rollout_batch_size
+        most = min(trainer.plan.rows_at_once(longest), completions)
+        size = planned if most > planned else most // 2
         if not size:
             raise RunError("out of memory with one completion at once: lower max_new_tokens")
         trainer.plan = resized(trainer.plan, rollout_batch_size=size)

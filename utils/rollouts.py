@@ -1,18 +1,18 @@
 """Completions of many prompts in as few batches as memory allows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from . import caches, out_of_memory, stopping, views
+from . import caches, out_of_memory, stopping, streams, views
 from .stop_rule import StopRule
 
 
 def sampled(
     trainer: Any,
-    sample_batch: Callable[..., list[Any]],
+    sample_batch: Callable[..., Generator[Any, None, list[Any]]],
     model: Any,
     rows: list[dict[str, Any]],
     keys: list[np.ndarray],
@@ -29,27 +29,32 @@ def sampled(
     """
     stop = StopRule(trainer.tokenizer, how.stop_strings)
     prompts, group = [row["prompt_ids"] for row in rows], len(keys) // len(rows)
+    longest = max(map(len, prompts)) + how.max_tokens
 
     def in_batches() -> list[Any]:
         trainer.reward_calls.reset()  # what began on batches that did not fit
         policy = views.joined(model, trainer.plan.spare_for_rollouts)
+        most = min(trainer.plan.rows_at_once(longest), len(keys))
+        together = streams.batches_at_once(most)
+        chunks = list(caches.batches(policy, len(keys), group, -(-most // together)))
         completions: list[Any] = []
-        for chunk in caches.batches(policy, len(keys), group, trainer.plan.rollout_batch_size):
-            first, last = chunk[0] // group, chunk[-1] // group
-            completions += sample_batch(
-                policy,
-                prompts[first : last + 1],
-                [n // group - first for n in chunk],
-                np.stack(keys[chunk[0] : chunk[-1] + 1]),
-                how,
-                stop,
-                partial(trainer.pulse, "sampling"),
-            )
-            for completion in completions[-len(chunk) :]:
-                completion.text = trainer.args.reasoning_prefix + completion.text
+        for start in range(0, len(chunks), together):
+            samplers = [sampler(policy, chunk) for chunk in chunks[start : start + together]]
+            for sampled in streams.in_turns(samplers, partial(trainer.pulse, "sampling")):
+                completions += sampled
             after_batch(completions)
         return completions
 
-    completions = out_of_memory.sampled(trainer, in_batches, len(keys))
+    def sampler(policy: Any, chunk: range) -> Generator[Any, None, list[Any]]:
+        first, last = chunk[0] // group, chunk[-1] // group
+        few = prompts[first : last + 1]
+        keys_of_rows = np.stack(keys[chunk[0] : chunk[-1] + 1])
+        rows = [n // group - first for n in chunk]
+        completions = yield from sample_batch(policy, few, rows, keys_of_rows, how, stop)
+        for completion in completions:
+            completion.text = trainer.args.reasoning_prefix + completion.text
+        return completions
+
+    completions = out_of_memory.sampled(trainer, in_batches, len(keys), longest)
     stopping.refuse_broken_policy(completions)
     return completions
