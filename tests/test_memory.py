@@ -280,6 +280,8 @@ def test_an_evaluation_takes_as_many_rows_as_fit_into_what_training_needs():
     assert whole.needed - row < whole.resident + whole.views + rows * row <= whole.needed
     assert rows / 2 - 1 <= whole.rows_at_once(2 * whole.settings.sequence) <= rows / 2
     assert whole.rows_at_once(10**9) == 16, "never fewer than of a rollout"
+    wide = dataclasses.replace(QWEN, vocab_size=2**26, parameters=10**9)
+    assert plan(wide, prompts_per_update=1).rows_at_once(1) == 31, "2^31 logits: utils/memory.py"
     assert plan(prompts_per_update=1, rollout_batch_size=8).rows_at_once(406) == 8, "as it is set"
     halved = dataclasses.replace(whole, rollout_batch_size=4, halved=("rollout_batch_size",))
     assert halved.rows_at_once(406) == 4, "memory ran out"

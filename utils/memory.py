@@ -467,7 +467,8 @@ class Plan:
             return self.rollout_batch_size
         row = (self.kv_cache + self.rollout_logits) / self.rollout_batch_size
         row *= max(1, longest / self.settings.sequence)
-        return max(self.rollout_batch_size, int((self.needed - self.resident - self.views) // row))
+        fitting = int((self.needed - self.resident - self.views) // row)
+        return max(self.rollout_batch_size, min(fitting, MAX_LOGITS // self.shape.vocab_size))
 
     @property
     def rollout_peak(self) -> int:
