@@ -93,6 +93,19 @@ def run_training(model_dir, data_dir, output_dir, prepare=lambda trainer: None, 
     return code, built[0]
 
 
+def stop_in_evaluation(update, split=None):
+    """Ctrl-C while the evaluation (of `split`, or any) after this update runs; see `stop_after`."""
+
+    def prepare(trainer):
+        def evaluate(which="test", call=trainer.evaluate):
+            trainer.interrupted = trainer.update_step == update and split in (None, which)
+            return call(which)
+
+        trainer.evaluate = evaluate
+
+    return prepare
+
+
 def stop_after(update):
     """Ctrl-C once this many updates are done, as a `prepare` of run_training."""
 

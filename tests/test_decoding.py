@@ -19,7 +19,7 @@ def as_on_cuda(monkeypatch):
     """Steps are compiled, on the CPU; attention stays MLX's own, with masks."""
     monkeypatch.setattr(decoding, "_usable", {})
     monkeypatch.setattr(caches, "STEP", 7)  # room for so many tokens at a time
-    monkeypatch.setattr(attention, "install", lambda model: False)
+    monkeypatch.setattr(attention, "install", lambda model: None)
 
     def switch(on):
         monkeypatch.setattr(mx.cuda, "is_available", lambda: on)

@@ -11,7 +11,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import read_log, run_training, stop_after, timeless
+from helpers import read_log, run_training, stop_after, stop_in_evaluation, timeless
 from test_training import RESUMED, snapshot
 
 from utils import checkpoints, sources
@@ -88,14 +88,8 @@ def test_an_evaluation_that_was_cut_short_is_done_again(model_dir, data_dir, tmp
     del settings["lora_learning_rate"]
     _, whole = run_training(model_dir, data_dir, tmp_path / "whole", **settings)
 
-    def interrupt(trainer):
-        def evaluate(which="test", call=trainer.evaluate):
-            trainer.interrupted = trainer.update_step == 3 and which == split
-            return call(which)
-
-        trainer.evaluate = evaluate
-
     parts = tmp_path / "parts"
+    interrupt = stop_in_evaluation(3, split)
     code, stopped = run_training(model_dir, data_dir, parts, interrupt, **settings)
     assert (code, stopped.update_step) == (130, 3)
     assert (parts / f"checkpoint-{stopped.step}").is_dir(), "the update itself is not lost"
@@ -135,15 +129,8 @@ def test_a_stop_in_the_last_evaluation(model_dir, data_dir, tmp_path, train_type
     settings = {"max_updates": 2, "eval_samples": 3, "train_type": train_type, "logging_steps": 3}
     _, whole = run_training(model_dir, data_dir, tmp_path / "whole", **settings)
 
-    def interrupt(trainer):
-        def evaluate(which="test", call=trainer.evaluate):
-            trainer.interrupted = trainer.update_step == 2
-            return call(which)
-
-        trainer.evaluate = evaluate
-
     parts = tmp_path / "parts"
-    assert run_training(model_dir, data_dir, parts, interrupt, **settings)[0] == 130
+    assert run_training(model_dir, data_dir, parts, stop_in_evaluation(2), **settings)[0] == 130
     assert not (parts / "final").exists()
     code, resumed = run_training(model_dir, data_dir, parts, resume="auto", **settings)
     assert code == 0

@@ -7,7 +7,7 @@ import struct
 import sys
 
 import pytest
-from helpers import read_log, run_training
+from helpers import read_log, run_training, stop_in_evaluation
 
 from utils import tracking
 from utils.errors import UserError
@@ -233,15 +233,8 @@ def test_without_a_log_what_an_interrupted_evaluation_follows_is_tracked_once(
     settings = {"max_updates": 4, "eval_samples": 3, "eval_steps": 2, "max_new_tokens": 2}
     settings |= {"log_jsonl": False, "report_to": ["csv"]}
 
-    def interrupt(trainer):
-        def evaluate(split="test", call=trainer.evaluate):
-            trainer.interrupted = trainer.update_step == 3
-            return call(split)
-
-        trainer.evaluate = evaluate
-
     output = tmp_path / "o"
-    assert run_training(model_dir, data_dir, output, interrupt, **settings)[0] == 130
+    assert run_training(model_dir, data_dir, output, stop_in_evaluation(3), **settings)[0] == 130
     assert run_training(model_dir, data_dir, output, resume="auto", **settings)[0] == 0
     for name, updates in ("metrics.csv", "1234"), ("metrics_eval.csv", "01234"):
         with (output / name).open() as file:

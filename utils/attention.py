@@ -24,7 +24,7 @@ WARPS = 4  # of a block of `to_rows`
 NUMBERS = 32  # of queries that one of their lanes holds in registers
 
 
-def install(model: Any) -> bool:
+def install(model: Any) -> None:
     """Let the model's attention go by this module where its cache is ours or none. Only on CUDA.
 
     With other caches nothing changes.
@@ -32,11 +32,9 @@ def install(model: Any) -> bool:
     import mlx.core as mx
     from mlx_lm.models import base
 
-    if not mx.cuda.is_available():
-        return False
-    name = "scaled_dot_product_attention"
-    replace(model, name, base.scaled_dot_product_attention, dispatching)
-    return True
+    if mx.cuda.is_available():
+        name = "scaled_dot_product_attention"
+        replace(model, name, base.scaled_dot_product_attention, dispatching)
 
 
 def dispatching(plain: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import checks, datafiles, hf_config, memory, sources
 from .errors import RunError, UserError, panics_as_errors
+from .text import in_one_line
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,7 +275,7 @@ def load_model(config: Any) -> LoadedModel:
     except Exception as error:  # other libraries on untrusted files: they raise anything
         if local:
             raise UserError(f"model {local} cannot be loaded: {reason(error)}") from error
-        text = "; ".join(filter(None, reason(error).splitlines()))
+        text = in_one_line(reason(error))
         raise RunError(
             f"model {config.model_name} cannot be loaded from the hub: {text}{HUB_ADVICE}"
         ) from error

@@ -38,7 +38,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .text import shown
+from .text import in_one_line, shown
 
 GB = 10**9
 HEADROOM = 0.9  # of the budget: the rest is the allocator's cache, the process and the estimate
@@ -290,7 +290,7 @@ def read_hub_shape(name: str, revision: str | None = None) -> ModelShape:
             return read_shape(config_file.parent)
         metadata = get_safetensors_metadata(name, revision=revision)
     except (HTTPError, NotASafetensorsRepoError, OSError) as error:
-        text = "; ".join(filter(None, str(error).splitlines()))
+        text = in_one_line(str(error))
         raise ValueError(f"{name}: cannot be read from the hub ({text})") from error
     tensors = {
         key: Tensor(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])

@@ -66,13 +66,12 @@ def record(trainer: Any, text: str) -> str:
     return text
 
 
-def sampled(trainer: Any, work: Callable[[], T], completions: int, longest: int) -> T:
-    """Run `work`, which samples so many completions, of sequences of up to `longest` tokens."""
+def sampled(trainer: Any, work: Callable[[], T], most: Callable[[], int]) -> T:
+    """Run `work`, which samples at most `most()` completions at once."""
 
     def halve() -> str:
-        planned = trainer.plan.rollout_batch_size
-        most = min(trainer.plan.rows_at_once(longest), completions)
-        size = planned if most > planned else most // 2
+        planned, rows = trainer.plan.rollout_batch_size, most()
+        size = planned if rows > planned else rows // 2
         if not size:
             raise RunError("out of memory with one completion at once: lower max_new_tokens")
         trainer.plan = resized(trainer.plan, rollout_batch_size=size)

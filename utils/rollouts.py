@@ -31,12 +31,14 @@ def sampled(
     prompts, group = [row["prompt_ids"] for row in rows], len(keys) // len(rows)
     longest = max(map(len, prompts)) + how.max_tokens
 
+    def most() -> int:  # less once memory has run out
+        return min(trainer.plan.rows_at_once(longest), len(keys))
+
     def in_batches() -> list[Any]:
         trainer.reward_calls.reset()  # what began on batches that did not fit
         policy = views.joined(model, trainer.plan.spare_for_rollouts)
-        most = min(trainer.plan.rows_at_once(longest), len(keys))
-        together = streams.batches_at_once(most)
-        chunks = list(caches.batches(policy, len(keys), group, -(-most // together)))
+        together = streams.batches_at_once(most())
+        chunks = list(caches.batches(policy, len(keys), group, -(-most() // together)))
         completions: list[Any] = []
         for start in range(0, len(chunks), together):
             samplers = [sampler(policy, chunk) for chunk in chunks[start : start + together]]
@@ -55,6 +57,6 @@ def sampled(
             completion.text = trainer.args.reasoning_prefix + completion.text
         return completions
 
-    completions = out_of_memory.sampled(trainer, in_batches, len(keys), longest)
+    completions = out_of_memory.sampled(trainer, in_batches, most)
     stopping.refuse_broken_policy(completions)
     return completions

@@ -49,6 +49,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def in_one_line(text: str) -> str:
+    """The lines of someone else's message, without the empty ones."""
+    return "; ".join(filter(None, text.splitlines()))
+
+
 def redact(text: str) -> str:
     """`text` without passwords and tokens in addresses, API keys, and secrets of the environment.
 
