@@ -24,6 +24,7 @@ def as_on_cuda(monkeypatch):
     def switch(on):
         monkeypatch.setattr(mx.cuda, "is_available", lambda: on)
 
+    switch(False)  # on a machine with CUDA, too
     return switch
 
 
@@ -199,34 +200,41 @@ def test_attention_goes_by_rows(grpo, tmp_path, monkeypatch):
     assert not calls
 
 
-CASES = [  # rows, query heads, heads of keys, head size, type, largest difference
-    (4, 12, 2, 128, mx.float32, 1e-5),
-    (4, 12, 2, 128, mx.bfloat16, 0.01),
-    (4, 12, 2, 128, mx.float16, 0.002),
-    (3, 14, 2, 64, mx.bfloat16, 0.01),
-    (3, 32, 1, 96, mx.bfloat16, 0.01),
-    (2, 8, 8, 32, mx.float32, 1e-5),
-    (1, 16, 1, 256, mx.float32, 1e-5),
+CASES = [  # rows, query heads, heads of keys, head size, position, type, largest difference
+    (4, 12, 2, 128, 200, mx.float32, 1e-5),
+    (4, 12, 2, 128, 200, mx.bfloat16, 0.01),
+    (4, 12, 2, 128, 4000, mx.bfloat16, 0.01),
+    (4, 12, 2, 128, 200, mx.float16, 0.002),
+    (4, 7, 1, 128, 151, mx.float32, 1e-5),
+    (3, 14, 2, 64, 200, mx.bfloat16, 0.01),
+    (3, 32, 1, 96, 200, mx.bfloat16, 0.01),
+    (3, 6, 3, 80, 200, mx.float32, 1e-5),
+    (2, 8, 8, 32, 200, mx.float32, 1e-5),
+    (2, 4, 2, 48, 200, mx.bfloat16, 0.01),
+    (1, 16, 1, 256, 200, mx.float32, 1e-5),
 ]
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize(("count", "heads", "groups", "size", "dtype", "limit"), CASES)
-def test_attention_to_rows_is_mlxs_with_a_mask(count, heads, groups, size, dtype, limit):
-    """For queries that are a part of a larger array, as those of a joined product are."""
-    mx.set_default_device(mx.gpu)
+@pytest.mark.parametrize(("count", "heads", "groups", "size", "end", "dtype", "limit"), CASES)
+def test_attention_to_rows_is_mlxs_with_a_mask(count, heads, groups, size, end, dtype, limit):
+    """For queries that are a part of a larger array, as those of a joined product are.
+
+    The reference is the CPU's: products of float32 are rounded to TF32 on the GPU.
+    """
     keys = mx.random.split(mx.random.key(1), 3)
     product = mx.random.normal((count, 1, (heads + 3) * size), key=keys[0]).astype(dtype)
     queries = product[..., : heads * size].reshape(count, 1, heads, size).transpose(0, 2, 1, 3)
-    shape = (count, groups, 300, size)
+    shape = (count, groups, end + 100, size)
     stored = [mx.random.normal(shape, key=key).astype(dtype) for key in keys[1:]]
-    rows = caches.Rows([150, 20, 100, 1][:count], 150)
-    rows.position = mx.full((count,), 200)
+    rows = caches.Rows([150, 20, 100, 1][:count], end)
+    rows.position = mx.full((count,), end)
     args = (queries, *stored, size**-0.5)
-    got = attention.to_rows(*args, rows.ends, rows.padding, rows.position)
+    with mx.stream(mx.gpu):
+        got = attention.to_rows(*args, rows.ends, rows.padding, rows.position)
+        mx.eval(got)
     floats = [x.astype(mx.float32) for x in args[:3]]
-    mask = rows.mask_at_position(300, None)
+    mask = rows.mask_at_position(shape[2], None)
     expected = mx.fast.scaled_dot_product_attention(*floats, scale=size**-0.5, mask=mask)
     difference = mx.abs(got.astype(mx.float32) - expected).max().item()
-    mx.set_default_device(mx.cpu)
     assert difference < limit
