@@ -56,7 +56,8 @@ MAX_LOGITS = 2**31 - 1
 KV_CACHE_STEP = 256  # mlx_lm.models.cache.KVCache.step
 ROLLOUT_LOGIT_COPIES = 4  # raw, tempered, Gumbel noise, log-probs; float32
 LARGEST_FILE = 2**30  # utils/checkpoints.py: merged weights that exist at once
-QUEUE_BYTES = 5 * GB  # see in_flight_bytes
+# MLX on CUDA waits when ten graphs of 1 GB are in its queue, which then holds one more.
+QUEUE_BYTES = 11 * GB  # see in_flight_bytes
 MAX_PARTS = 10_000  # layers or experts; the largest models have some hundreds
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 # Of the safetensors format; the last ones are packed in whole bytes.
@@ -717,7 +718,8 @@ def in_flight_bytes(shape: ModelShape, batch: MicroBatch, parts: tuple[int, int,
     recomputed = batch.settings.gradient_checkpointing
     layers = batch.settings.trained_layers(shape.layers)
     everything = temporary * layers if recomputed else kept
-    return int(min(QUEUE_BYTES + 2 * temporary, everything // 10 + logits))
+    most = QUEUE_BYTES if recomputed else 5 * GB + 2 * temporary
+    return int(min(most, everything // 10 + logits))
 
 
 def _plan_of(plan: Plan, batch: MicroBatch, keep: bool = False) -> Plan:
