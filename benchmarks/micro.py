@@ -90,29 +90,35 @@ class Bench:
             decoding.forward = usual
 
     def attention(self, rows: int, tokens: int, ours: bool) -> Callable[[], None]:
-        """One query to the middle of completions of so many tokens, in every layer."""
+        """One query to the middle of completions of so many tokens, in each layer, in turn."""
         mx, a, prompt = self.mx, self.model.args, self.arguments.prompt
         groups, size = a.num_key_value_heads, a.hidden_size // a.num_attention_heads
         shape, end = (rows, groups, prompt + tokens, size), prompt + tokens // 2
-        queries = mx.random.normal((rows, a.num_attention_heads, 1, size)).astype(mx.bfloat16)
-        layers = [
-            [mx.random.normal(shape).astype(mx.bfloat16) for _ in "kv"]
-            for _ in range(a.num_hidden_layers)
-        ]
+
+        def random(*shape: int) -> Any:
+            return mx.random.normal(shape).astype(mx.bfloat16)
+
+        queries, new = random(rows, a.num_attention_heads, 1, size), random(rows, groups, 1, size)
+        layers = [[random(*shape) for _ in "kv"] for _ in range(a.num_hidden_layers)]
         state = caches.Rows([prompt] * rows, tokens)
         position = mx.zeros((rows,), mx.int32) + end
-        mx.eval(queries, layers, position)
+        mx.eval(queries, new, layers, position)
 
-        def in_rows(keys: Any, values: Any) -> Any:
-            at = state.ends, state.padding, position
-            return attention.to_rows(queries, keys, values, size**-0.5, *at)
+        def in_rows(queries: Any, keys: Any, values: Any) -> Any:
+            stored = keys, values, state.ends, state.padding, position
+            return attention.to_rows(queries, new, new, *stored, size**-0.5)
 
-        def fused(keys: Any, values: Any) -> Any:
+        def fused(queries: Any, keys: Any, values: Any) -> Any:
             seen = keys[:, :, : end + 1], values[:, :, : end + 1]
             return mx.fast.scaled_dot_product_attention(queries, *seen, scale=size**-0.5)
 
-        one = in_rows if ours else fused
-        return lambda: mx.eval([one(*layer) for layer in layers])
+        def every_layer() -> None:
+            result = queries
+            for layer in layers:  # as in a model, each waits for the one before
+                result = (in_rows if ours else fused)(result, *layer)
+            mx.eval(result)
+
+        return every_layer
 
     def peer(self, rows: int, tokens: int) -> None:
         """The same with mlx-lm's own batch generator."""

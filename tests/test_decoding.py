@@ -17,7 +17,7 @@ from utils import attention, caches, decoding
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Steps are compiled, on the CPU; attention stays MLX's own, with masks."""
-    monkeypatch.setattr(decoding, "_usable", {})
+    monkeypatch.setattr(decoding, "_ways", {})
     monkeypatch.setattr(caches, "STEP", 7)  # room for so many tokens at a time
     monkeypatch.setattr(attention, "install", lambda model: None)
 
@@ -153,7 +153,7 @@ def test_each_size_of_a_model_is_compared_once(grpo, tmp_path, as_on_cuda):
         for _ in range(2):
             sample(grpo, loaded, random_prompts(9, 9))
         as_on_cuda(False)
-    assert list(decoding._usable.values()) == [True, True]
+    assert list(decoding._ways.values()) == [decoding.CompiledStep] * 2
 
 
 @pytest.mark.parametrize("window", [None, 3, 6, 100])
@@ -171,20 +171,31 @@ def test_masks_and_offsets_at_a_position_are_those_of_the_number(window):
             rows.position = None
 
 
-def test_attention_goes_by_rows(grpo, tmp_path, monkeypatch):
+@pytest.fixture
+def eager():
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def test_attention_goes_by_rows(grpo, tmp_path, monkeypatch, eager):
     """As on CUDA, with masks made from what the kernel is told; other caches go by mlx-lm's way."""
     loaded = mlx_lm.load(str(make_model(tmp_path / "m", model_type="qwen2")))
     prompts, stops = random_prompts(5, 23, 2, 40), tuple("taei01")
     plain = sample(grpo, loaded, prompts, stops=stops)
     module = sys.modules[type(loaded[0]).__module__]
     monkeypatch.setattr(module, "scaled_dot_product_attention", module.scaled_dot_product_attention)
-    monkeypatch.setattr(decoding, "_usable", {})
+    monkeypatch.setattr(decoding, "_ways", {})
+    monkeypatch.setattr(caches, "STEP", 7)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention, "fits", lambda *_: True)
     calls = []
 
-    def to_rows(queries, keys, values, scale, ends, padding, position):
+    def to_rows(queries, new_keys, new_values, keys, values, ends, padding, position, scale):
         calls.append(queries.shape[0])
+        mx.eval(new_keys, new_values, keys, values)
+        for new, stored in ((new_keys, keys), (new_values, values)):  # in place, as the kernel
+            np.array(stored, copy=False)[:, :, position[0].item()] = np.array(new)[:, :, 0]
         at, ends, gaps = mx.arange(keys.shape[2]), ends[:, None], padding[:, None]
         seen = (at < ends) | (at >= ends + gaps) & (at <= position[:, None])
         return mx.fast.scaled_dot_product_attention(
@@ -193,7 +204,8 @@ def test_attention_goes_by_rows(grpo, tmp_path, monkeypatch):
 
     monkeypatch.setattr(attention, "to_rows", to_rows)
     ours = sample(grpo, loaded, prompts, stops=stops)
-    assert calls
+    assert list(decoding._ways.values()) == [decoding.StoringStep]
+    assert len(set(calls)) > 3  # rows have left
     assert [c.ids for c in ours] == [c.ids for c in plain]
     del calls[:]
     assert len(list(mlx_lm.stream_generate(*loaded, prompts[0], max_tokens=5))) == 5
@@ -223,17 +235,25 @@ def test_attention_to_rows_is_mlxs_with_a_mask(count, heads, groups, size, end, 
     The reference is the CPU's: products of float32 are rounded to TF32 on the GPU.
     """
     keys = mx.random.split(mx.random.key(1), 3)
-    product = mx.random.normal((count, 1, (heads + 3) * size), key=keys[0]).astype(dtype)
-    queries = product[..., : heads * size].reshape(count, 1, heads, size).transpose(0, 2, 1, 3)
+    product = mx.random.normal((count, 1, (heads + 2 * groups) * size), key=keys[0]).astype(dtype)
+    parts = [product[..., : heads * size], *mx.split(product[..., heads * size :], 2, axis=-1)]
+    queries, *new = [
+        part.reshape(count, 1, -1, size).transpose(0, 2, 1, 3) for part in parts
+    ]  # (count, heads, 1, size), (count, groups, 1, size) twice
     shape = (count, groups, end + 100, size)
     stored = [mx.random.normal(shape, key=key).astype(dtype) for key in keys[1:]]
+    expected = [
+        mx.put_along_axis(x, mx.array([[[[end]]]]), y, 2) for x, y in zip(stored, new, strict=True)
+    ]
     rows = caches.Rows([150, 20, 100, 1][:count], end)
     rows.position = mx.full((count,), end)
-    args = (queries, *stored, size**-0.5)
+    mx.eval(stored, new, queries, expected)
     with mx.stream(mx.gpu):
-        got = attention.to_rows(*args, rows.ends, rows.padding, rows.position)
+        place = rows.ends, rows.padding, rows.position
+        got = attention.to_rows(queries, *new, *stored, *place, size**-0.5)
         mx.eval(got)
-    floats = [x.astype(mx.float32) for x in args[:3]]
+    assert all(mx.array_equal(x, y) for x, y in zip(stored, expected, strict=True))
+    floats = [x.astype(mx.float32) for x in (queries, *expected)]
     mask = rows.mask_at_position(shape[2], None)
     expected = mx.fast.scaled_dot_product_attention(*floats, scale=size**-0.5, mask=mask)
     difference = mx.abs(got.astype(mx.float32) - expected).max().item()

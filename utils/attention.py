@@ -22,7 +22,7 @@ from .replacing import replace
 TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
 # Of a block of `to_rows`: measured on one H200 for 16 to 256 rows and 281 to 4,400 positions, among
 # 2 to 16 warps, and 8 to 32 lanes.
-WORKERS, LANES = 8, 16
+WORKERS, LANES, AT_ONCE = 8, 16, 4
 NUMBERS = 64  # of queries that a lane holds in registers
 
 
@@ -51,10 +51,13 @@ def dispatching(plain: Any) -> Any:
         if sinks is None and (cache is None or isinstance(cache, PromptCache | GradientCache)):
             return in_tiles(partial(plain, cache=cache, scale=scale), queries, keys, values, mask)
         rows: Any = getattr(cache, "rows", None)
-        everything = rows is not None and mask is not None and mask is rows.all_seen
-        if sinks is None and everything and fits(queries, keys, values):
-            return to_rows(queries, keys, values, scale, rows.ends, rows.padding, rows.position)
-        return plain(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+        if rows is None or not rows.kernel_stores:
+            return plain(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+        alike = fits(queries, keys, values, cache.keys, cache.values)
+        if sinks is not None or mask is not rows.all_seen or not alike:
+            raise ValueError("its attention is not to all tokens alike")
+        stored = cache.keys, cache.values, rows.ends, rows.padding, rows.position
+        return to_rows(queries, keys, values, *stored, scale)
 
     return attention
 
@@ -85,32 +88,40 @@ def in_tiles(plain: Any, queries: Any, keys: Any, values: Any, mask: Any) -> Any
     return plain(padded(queries), keys, values, mask=mask)[:, :, :count]
 
 
-def fits(queries: Any, keys: Any, values: Any) -> bool:
-    """Whether `to_rows` can be used: on a GPU, for heads of up to 256 in steps of 16."""
+def fits(*arrays: Any) -> bool:
+    """Whether `to_rows` takes these: on a GPU, for heads of up to 256 in steps of 16."""
     import mlx.core as mx
 
-    size = queries.shape[-1]
-    alike = queries.dtype == keys.dtype == values.dtype and size == values.shape[-1]
-    on_gpu = mx.default_device() == mx.gpu and mx.cuda.is_available()
-    return on_gpu and alike and size % LANES == 0 and size <= 256
+    (size,) = sizes if len(sizes := {x.shape[-1] for x in arrays}) == 1 else (0,)
+    alike = len({x.dtype for x in arrays}) == 1
+    return mx.default_device() == mx.gpu and alike and 0 < size <= 256 and size % LANES == 0
 
 
 def to_rows(
-    queries: Any, keys: Any, values: Any, scale: float, ends: Any, padding: Any, position: Any
+    queries: Any,
+    new_keys: Any,
+    new_values: Any,
+    keys: Any,
+    values: Any,
+    ends: Any,
+    padding: Any,
+    position: Any,
+    scale: float,
 ) -> Any:
     """(B, heads, 1, D) queries over (B, groups, N, D): what the tokens at `position` see.
 
-    (B,) int32 each: of its row, the first `ends` positions, and those after `padding` more.
+    Their own (B, groups, 1, D) new_keys and new_values are stored in keys and values, in place: MLX
+    would copy these for each token while the GPU is not done with the step before. So nothing else
+    may hold them. (B,) int32 each: of its row, the first `ends` positions are seen, and those after
+    `padding` more, up to `position`.
     """
     rows, heads, _, size = queries.shape
     most = max(1, NUMBERS * LANES // size)
     together = max(n for n in range(1, most + 1) if heads // keys.shape[1] % n == 0)
+    sizes = {"D": size, "HEADS": together, "LANES": LANES, "WORKERS": WORKERS, "AT_ONCE": AT_ONCE}
     (out,) = kernel(scale)(
-        inputs=[queries, keys, values, ends, padding, position],
-        template=[
-            ("T", queries.dtype),
-            *(("D", size), ("HEADS", together), ("WORKERS", WORKERS), ("LANES", LANES)),
-        ],
+        inputs=[queries, new_keys, new_values, keys, values, ends, padding, position],
+        template=[("T", queries.dtype), *sizes.items()],
         grid=(heads // together * WORKERS * LANES, rows, 1),
         threadgroup=(WORKERS * LANES, 1, 1),
         output_shapes=[queries.shape],
@@ -126,19 +137,22 @@ def kernel(scale: float) -> Any:
 
     return mx.fast.cuda_kernel(
         name="attention_to_rows",
-        input_names=["queries", "keys", "values", "ends", "padding", "position"],
+        input_names=[
+            *("queries", "new_keys", "new_values", "keys", "values"),
+            *("ends", "padding", "position"),
+        ],
         output_names=["out"],
         source=SOURCE.replace("SCALE", f"{float(scale)!r}f"),
-        # Keys and values are, and queries are a part of what one product computes for all three.
+        # The stored ones are, and the others are parts of what one product computes for all three.
         ensure_row_contiguous=False,
     )
 
 
 # A block computes HEADS query heads of one group of a row. A worker, LANES threads of a warp, takes
-# four positions at a time, and of each a lane has D / LANES numbers; so keys and values are read
+# AT_ONCE positions at a time, and of each a lane has D / LANES numbers; so keys and values are read
 # once for all heads. The workers' softmaxes are put together at the end.
 SOURCE = """
-constexpr int OWN = D / LANES, AT_ONCE = 4;
+constexpr int OWN = D / LANES;
 constexpr float LOWEST = -1e30f;
 struct alignas((OWN & -OWN) * sizeof(T)) Part { T x[OWN]; };
 __shared__ float bests[WORKERS][HEADS], totals[WORKERS][HEADS], outs[WORKERS][D];
@@ -148,7 +162,15 @@ const int groups = keys_shape[1], room = keys_shape[2];
 const int group = blockIdx.x / (gridDim.x / groups);
 const int64_t head = blockIdx.x * HEADS;  // the first of the block's
 const int64_t start = (int64_t(row) * groups + group) * room * D + lane * OWN;
-const int end = ends[row], gap = padding[row], count = position[row] + 1 - gap;
+const int end = ends[row], gap = padding[row], last = position[row] - gap;
+const T* new_key = new_keys + row * new_keys_strides[0] + group * new_keys_strides[1] + lane * OWN;
+const T* new_value =
+    new_values + row * new_values_strides[0] + group * new_values_strides[1] + lane * OWN;
+if (worker == 0) {
+  const int64_t at = start + int64_t(last + gap) * D;
+  *reinterpret_cast<Part*>(const_cast<T*>(keys + at)) = *reinterpret_cast<const Part*>(new_key);
+  *reinterpret_cast<Part*>(const_cast<T*>(values + at)) = *reinterpret_cast<const Part*>(new_value);
+}
 
 float q[HEADS][OWN], sum[HEADS][OWN], best[HEADS], total[HEADS];
 #pragma unroll
@@ -165,15 +187,14 @@ for (int h = 0; h < HEADS; h++) {
 }
 
 // All workers of a warp take as many turns: they exchange numbers.
-for (int first = 0; first < count; first += WORKERS * AT_ONCE) {
+for (int first = 0; first <= last; first += WORKERS * AT_ONCE) {
   const int n = first + worker * AT_ONCE;
   Part key[AT_ONCE], value[AT_ONCE];
   #pragma unroll
   for (int j = 0; j < AT_ONCE; j++) {
-    const int seen = n + j < count ? n + j : count - 1;
-    const int64_t at = start + int64_t(seen < end ? seen : seen + gap) * D;
-    key[j] = *reinterpret_cast<const Part*>(keys + at);
-    value[j] = *reinterpret_cast<const Part*>(values + at);
+    const int64_t at = start + int64_t(n + j < end ? n + j : n + j + gap) * D;
+    key[j] = *reinterpret_cast<const Part*>(n + j < last ? keys + at : new_key);
+    value[j] = *reinterpret_cast<const Part*>(n + j < last ? values + at : new_value);
   }
   #pragma unroll
   for (int h = 0; h < HEADS; h++) {
@@ -187,7 +208,7 @@ for (int first = 0; first < count; first += WORKERS * AT_ONCE) {
       for (int other = LANES / 2; other; other /= 2) {
         score[j] += __shfl_xor_sync(0xffffffff, score[j], other);
       }
-      score[j] = n + j < count ? score[j] : LOWEST;
+      score[j] = n + j <= last ? score[j] : LOWEST;
       top = fmaxf(top, score[j]);
     }
     const float factor = exp2f(best[h] - top);

@@ -185,6 +185,7 @@ class Rows:
         # Set only in a step that is compiled for every position (utils/decoding.py):
         self.position: Any = None  # (B,) of the tokens
         self.all_seen: Any = None  # the mask of all that they see
+        self.kernel_stores = False  # attention.to_rows keeps keys and values
         self._set(lengths)
 
     def _set(self, lengths: list[int]) -> None:
@@ -284,10 +285,13 @@ class RowCache:
     def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
         """Store (B, heads, 1, head size) at the next position; returns all positions in use.
 
-        In a step compiled for every position, returns all there are.
+        In a step compiled for every position, returns all there are, or those given where the
+        attention kernel stores them.
         """
         import mlx.core as mx
 
+        if self.rows.kernel_stores:
+            return keys, values
         if self.rows.position is not None:
             position = self.rows.position[:, None, None, None]
             self.keys = mx.put_along_axis(self.keys, position, keys, axis=2)

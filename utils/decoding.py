@@ -15,7 +15,7 @@ from .caches import RowCache, keep_rows
 from .console import say
 
 ALIKE = 0.1  # difference of the logits over their spread, both as norms: rounding gives 0.01
-_usable: dict[str, bool] = {}  # by model and its sizes
+_ways: dict[str, type | None] = {}  # the fastest that computes the same, by model and its sizes
 
 
 def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
@@ -26,17 +26,28 @@ def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
     if not own or not mx.cuda.is_available():
         return partial(model, cache=cache)
     kind = f"{type(model)} {getattr(model, 'args', '')}"
-    if kind not in _usable:
-        _usable[kind] = _agrees(model, cache)
-    return CompiledStep(model, cache) if _usable[kind] else partial(model, cache=cache)
+    if kind not in _ways:
+        _ways[kind] = _fastest(model, cache)
+    way = _ways[kind]
+    return way(model, cache) if way else partial(model, cache=cache)
 
 
-def _agrees(model: Any, cache: list[Any]) -> bool:
-    """Whether a compiled step gives the plain one's logits, for the shortest and longest prompt.
+def _fastest(model: Any, cache: list[Any]) -> type | None:
+    """The first way to compile steps that gives the plain one's logits, if one does."""
+    for way in (StoringStep, CompiledStep):
+        reason = _disagreement(model, cache, way)
+        if not reason:
+            return way
+    name = type(model).__module__.rpartition(".")[2]
+    say(f"rollouts  steps of {name} are not compiled, and slower for it: {reason}")
+    return None
 
-    It does not where a model needs the position as a number, or attends by itself without a mask.
+
+def _disagreement(model: Any, cache: list[Any], way: type) -> str:
+    """Why a compiled step is not the plain one, for the shortest and the longest prompt, if so.
+
+    It is not where a model needs the position as a number, or attends by itself without a mask.
     """
-    import mlx.core as mx
 
     cache = copy.deepcopy(cache)
     lengths, heads = cache[0].rows.lengths, cache[0].keys.shape[1]
@@ -44,23 +55,27 @@ def _agrees(model: Any, cache: list[Any]) -> bool:
     # Not one row, nor as many as heads: a mask of rows would pass where it is taken for one of
     # heads (gemma2 of mlx-lm 0.32).
     keep_rows(cache, [shortest, longest] if heads != 2 else [shortest, longest, longest])
-    tokens = mx.ones((len(cache[0].rows.lengths), 1), mx.int32)
-    plain = model(tokens, cache=copy.deepcopy(cache)).astype(mx.float32)
+    plain = _two_steps(partial(model, cache=copy.deepcopy(cache)), cache)
     for layer in cache:  # what is not to be seen shall be noticed
         layer.make_room(layer.keys, layer.values)
         layer.values[:, :, layer.end :] = 1000
     try:
-        difference = CompiledStep(model, cache)(tokens).astype(mx.float32) - plain
+        difference = _two_steps(way(model, cache), cache) - plain
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = str(error)
-    else:
-        apart, spread = _norm(difference), _norm(plain - plain.mean())
-        if apart <= ALIKE * spread:  # both 0 for a head that is not trained yet
-            return True
-        reason = f"the logits differ by {apart:.2g}, and spread by {spread:.2g}"
-    name = type(model).__module__.rpartition(".")[2]
-    say(f"rollouts  steps of {name} are not compiled, and slower for it: {reason}")
-    return False
+        return str(error) or repr(error)
+    apart, spread = _norm(difference), _norm(plain - plain.mean())
+    alike = apart <= ALIKE * spread  # both 0 for a head that is not trained yet
+    return "" if alike else f"the logits differ by {apart:.2g}, and spread by {spread:.2g}"
+
+
+def _two_steps(forward: Callable[[Any], Any], cache: list[Any]) -> Any:
+    """The second sees what the first has stored."""
+    import mlx.core as mx
+
+    tokens = mx.ones((len(cache[0].rows.lengths), 1), mx.int32)
+    logits = mx.concatenate([forward(tokens) for _ in range(2)]).astype(mx.float32)
+    mx.eval(logits)
+    return logits
 
 
 def _norm(x: Any) -> float:
@@ -69,6 +84,8 @@ def _norm(x: Any) -> float:
 
 class CompiledStep:
     """(B, 1) tokens -> (B, 1, V) logits, with a token more in the cache."""
+
+    kernel_stores = False
 
     def __init__(self, model: Any, cache: list[Any]) -> None:
         import mlx.core as mx
@@ -89,10 +106,11 @@ class CompiledStep:
         if self.stands_for != (end, count):  # at first, and when rows have left
             # Made by a sum, or it would be in the host's memory, as all that Python gives to MLX.
             self.position = mx.zeros((count,), mx.int32) + end
+        rows.kernel_stores = self.kernel_stores
         try:
             result = self.compiled(tokens, self.position, _stored(self.cache))
         finally:
-            rows.position = rows.all_seen = None
+            rows.position, rows.all_seen, rows.kernel_stores = None, None, False
         # Before anything is computed: arrays that nothing else holds are written in place.
         logits, self.position, stored = result
         _store(self.cache, stored)
@@ -100,6 +118,12 @@ class CompiledStep:
             layer.end += 1
         self.stands_for = end + 1, count
         return logits
+
+
+class StoringStep(CompiledStep):
+    """The same where all attention is `attention.to_rows`, which stores keys and values itself."""
+
+    kernel_stores = True
 
 
 def _at_position(
