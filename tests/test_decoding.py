@@ -171,6 +171,23 @@ def test_masks_and_offsets_at_a_position_are_those_of_the_number(window):
             rows.position = None
 
 
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_kernel_stores_what_later_steps_see(grpo, tmp_path, monkeypatch, capsys, family):
+    monkeypatch.setattr(decoding, "_ways", {})
+    monkeypatch.setattr(caches, "STEP", 7)
+    loaded = mlx_lm.load(str(make_model(tmp_path / "m", model_type=family)))
+    prompts, stops = random_prompts(5, 23, 2, 40), tuple("taei01")
+    with mx.stream(mx.gpu):
+        completions = sample(grpo, loaded, prompts, stops=stops)
+    assert list(decoding._ways.values()) == [decoding.StoringStep]
+    assert len({len(completion.ids) for completion in completions}) > 2
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tokens = mx.array([prompt + completion.ids])
+        logprobs, _ = grpo.token_logprobs(loaded[0], tokens, len(completion.ids), 1.0)
+        assert mx.abs(logprobs[0] - mx.array(completion.logprobs)).max().item() < 0.02
+
+
 @pytest.fixture
 def eager():
     mx.disable_compile()

@@ -22,8 +22,8 @@ from .replacing import replace
 TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
 # Of a block of `to_rows`: measured on one H200 for 16 to 256 rows and 281 to 4,400 positions, among
 # 2 to 16 warps, and 8 to 32 lanes.
-WORKERS, LANES, AT_ONCE = 8, 16, 4
-NUMBERS = 64  # of queries that a lane holds in registers
+WORKERS, LANES, AT_ONCE = 16, 16, 4
+NUMBERS = 56  # of queries that a lane holds in registers: 7 heads of 128
 
 
 def install(model: Any) -> None:
@@ -187,15 +187,25 @@ for (int h = 0; h < HEADS; h++) {
 }
 
 // All workers of a warp take as many turns: they exchange numbers.
+Part next_key[AT_ONCE], next_value[AT_ONCE];
+auto load = [&](int n) {
+  #pragma unroll
+  for (int j = 0; j < AT_ONCE; j++) {
+    const int64_t at = start + int64_t(n + j < end ? n + j : n + j + gap) * D;
+    next_key[j] = *reinterpret_cast<const Part*>(n + j < last ? keys + at : new_key);
+    next_value[j] = *reinterpret_cast<const Part*>(n + j < last ? values + at : new_value);
+  }
+};
+load(worker * AT_ONCE);
 for (int first = 0; first <= last; first += WORKERS * AT_ONCE) {
   const int n = first + worker * AT_ONCE;
   Part key[AT_ONCE], value[AT_ONCE];
   #pragma unroll
   for (int j = 0; j < AT_ONCE; j++) {
-    const int64_t at = start + int64_t(n + j < end ? n + j : n + j + gap) * D;
-    key[j] = *reinterpret_cast<const Part*>(n + j < last ? keys + at : new_key);
-    value[j] = *reinterpret_cast<const Part*>(n + j < last ? values + at : new_value);
+    key[j] = next_key[j];
+    value[j] = next_value[j];
   }
+  load(n + WORKERS * AT_ONCE);
   #pragma unroll
   for (int h = 0; h < HEADS; h++) {
     float score[AT_ONCE], top = best[h];

@@ -73,9 +73,11 @@ def _two_steps(forward: Callable[[Any], Any], cache: list[Any]) -> Any:
     import mlx.core as mx
 
     tokens = mx.ones((len(cache[0].rows.lengths), 1), mx.int32)
-    logits = mx.concatenate([forward(tokens) for _ in range(2)]).astype(mx.float32)
-    mx.eval(logits)
-    return logits
+    logits = []
+    for _ in range(2):
+        logits.append(forward(tokens).astype(mx.float32))
+        mx.eval(logits)  # the next tokens are not made from these logits: nothing else would wait
+    return mx.concatenate(logits)
 
 
 def _norm(x: Any) -> float:
@@ -121,7 +123,10 @@ class CompiledStep:
 
 
 class StoringStep(CompiledStep):
-    """The same where all attention is `attention.to_rows`, which stores keys and values itself."""
+    """The same where all attention is `attention.to_rows`, which stores keys and values itself.
+
+    MLX does not know that it does: the tokens of a step must be made from the logits before.
+    """
 
     kernel_stores = True
 
