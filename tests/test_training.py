@@ -693,6 +693,19 @@ def test_an_answer_that_a_metric_does_not_value_counts_nowhere(model_dir, data_d
     assert trainer.evaluate_em(trainer.train_dataset, 5) == 1.5
 
 
+def test_questions_that_the_trainer_has_not_seen_can_be_evaluated(
+    grpo, model_dir, data_dir, tmp_path
+):
+    """As from a notebook, with rows as `load_questions` gives them."""
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", None, eval_samples=10)
+    rows = grpo.load_questions(trainer.args, "test")
+    assert "prompt_ids" not in rows[0]
+    trainer.is_right = lambda response, row: row in trainer.eval_dataset
+    assert trainer.evaluate_em(rows, 5) == trainer.evaluate_em(trainer.eval_dataset, 5) == 1
+    with pytest.raises(UserError, match="holds no questions"):
+        trainer.evaluate_em([])
+
+
 def test_only_evaluations_on_the_test_split_decide_what_is_best(
     model_dir, data_dir, tmp_path, monkeypatch
 ):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import checkpoints, console, rewarding, stopping
-from .errors import RunError
+from .errors import RunError, UserError
 from .reward_calls import RewardCalls
 from .runlog import RunLog
 
@@ -111,8 +111,20 @@ class RunState:
         return float(result["em"])
 
     def evaluate_em(self, dataset: list[dict], samples: int = 0, **how: Any) -> float:
-        """Mean exact match (or `eval_metric`) over a fixed subset of `samples` rows (0: all)."""
+        """Mean exact match (or `eval_metric`) over a fixed subset of `samples` rows (0: all).
+
+        dataset: rows of `load_questions`, or of the trainer's own data sets.
+        Raises UserError if it holds no question whose prompt fits.
+        """
+        if not dataset:
+            raise UserError("there is nothing to evaluate: the data set holds no questions")
+        if "prompt_ids" not in dataset[0]:
+            dataset = self.encode(dataset, "evaluation")
         return float(self.score(dataset, samples, **how)["em"])
+
+    def encode(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+        """Rows with `prompt_ids`, without those whose prompts are too long."""
+        raise NotImplementedError
 
     def score(self, dataset: list[dict], samples: int = 0, **how: Any) -> dict[str, Any]:
         """Score the answers of the policy (or of another model)."""
