@@ -34,8 +34,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING or not __package__:
     from utils import caches, checks, console, curriculum, datafiles, launch, loading
     from utils import nucleus, out_of_memory, planning, reward_functions, rewarding
@@ -66,6 +64,7 @@ BLAS = runtime.preload_blas(as_command=__name__ == "__main__")
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map
 
 if TYPE_CHECKING or not __package__:  # these import MLX

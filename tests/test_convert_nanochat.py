@@ -443,6 +443,17 @@ def test_weights_that_compute_nan_leave_nothing(checkpoint, weights, convert, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_an_interrupt_leaves_nothing(checkpoint, weights, convert, tmp_path, monkeypatch):
+    def interrupted(folder, tokenizer):
+        assert list(folder.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_nanochat, "try_model", interrupted)
+    code, out, err = convert("--checkpoint-dir", checkpoint, "--output-dir", tmp_path / "mlx")
+    assert (code, out, err) == (130, "", "interrupted: nothing was written\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["nanochat"]
+
+
 def test_missing_torch_names_the_extra(checkpoint, convert, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     err = refused(convert, checkpoint, tmp_path)

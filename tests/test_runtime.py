@@ -1,6 +1,7 @@
 """Platform set-up: BLAS preloading, memory limits, what a run may use, provenance."""
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -122,6 +123,41 @@ def test_a_wrong_choice_of_blas_is_one_line_on_the_command_line(script):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: MLX_GRPO_BLAS='fast' is not one of auto, mkl, openblas, none\n"
+
+
+COMMANDS = [
+    "mlx-grpo.py",
+    *(
+        f"utils/{name}.py"
+        for name in ("convert_model", "convert_nanochat", "evaluate_model", "inference", "pretrain")
+    ),
+]
+CTRL_C = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "utils.errors":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 130), (signal.SIG_IGN, 0)])
+def test_ctrl_c_while_modules_are_imported_is_quiet(tmp_path, script, handler, code):
+    """And does nothing where a shell ignores it, for what it starts in the background."""
+    (tmp_path / "sitecustomize.py").write_text(CTRL_C)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    assert bool(done.stdout) == (code == 0)
 
 
 def test_a_blas_that_is_loaded_already_is_left_alone(slow_cpu_build, monkeypatch):

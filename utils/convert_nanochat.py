@@ -417,7 +417,7 @@ def convert(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for input to correct, 1 for a conversion that failed."""
+    """Returns the exit code: 0, 2 for input to correct, 1 for a conversion that failed, 130."""
     args = build_parser().parse_args(argv)
     args.checkpoint_dir = args.checkpoint_dir.expanduser()
     try:
@@ -432,6 +432,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     print(summary)
     print(f"Train it with: --set model_name={args.output_dir}")
     return 0
