@@ -100,13 +100,13 @@ class Bench:
 
         queries, new = random(rows, a.num_attention_heads, 1, size), random(rows, groups, 1, size)
         layers = [[random(*shape) for _ in "kv"] for _ in range(a.num_hidden_layers)]
-        state = caches.Rows([prompt] * rows, tokens)
-        position = mx.zeros((rows,), mx.int32) + end
-        mx.eval(queries, new, layers, position)
+        cache = caches.RowCache(caches.Rows([prompt] * rows, tokens))
+        cache.rows.position = mx.zeros((rows,), mx.int32) + end
+        mx.eval(queries, new, layers, cache.rows.position)
 
         def in_rows(queries: Any, keys: Any, values: Any) -> Any:
-            stored = keys, values, state.ends, state.padding, position
-            return attention.to_rows(queries, new, new, *stored, size**-0.5)
+            cache.keys, cache.values = keys, values
+            return attention.to_rows(queries, new, new, cache, size**-0.5)
 
         def fused(queries: Any, keys: Any, values: Any) -> Any:
             seen = keys[:, :, : end + 1], values[:, :, : end + 1]

@@ -4,13 +4,15 @@ The gradient: MLX has a fused backward pass for whole tiles of 128 queries only,
 
 One new token per row: MLX's kernel for one query takes no mask, and no number of keys that is on
 the device, and reads the keys and values once for every query head. `to_rows` reads them once for
-all. One H200, microseconds a layer with 12 heads on 2 of keys and values, head size 128, bfloat16,
-281 positions of 406 (`benchmarks/micro.py --stage attention` has all layers):
+all. One H200, microseconds a layer with 12 heads on 2 of keys and values, head size 128, bfloat16
+(`benchmarks/micro.py --stage attention` has all layers of a model, in turn):
 
-    rows  MLX, no mask  `to_rows`
-      16            16         15
-      64            41         21
-     256           141         51
+    rows  positions  MLX, no mask  `to_rows`
+      64        281            52         34
+     256        281           159         69
+      64      1,200           202         56
+      64      4,400           523        132
+      16      4,400           164        124
 """
 
 import functools
@@ -20,8 +22,8 @@ from typing import Any
 from .replacing import replace
 
 TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
-# Of a block of `to_rows`: measured on one H200 for 16 to 256 rows and 281 to 4,400 positions, among
-# 2 to 16 warps, and 8 to 32 lanes.
+# Of a block of `to_rows`: the best for this table among 2 to 16 warps, and 8 to 32 lanes. Positions
+# are loaded a turn ahead: 64 rows at 4,400 took 225 microseconds without, 132 with it.
 WORKERS, LANES, AT_ONCE = 16, 16, 4
 NUMBERS = 56  # of queries that a lane holds in registers: 7 heads of 128
 
@@ -41,6 +43,7 @@ def install(model: Any) -> None:
 
 def dispatching(plain: Any) -> Any:
     """mlx-lm's attention function, but for caches with rows of their own and for the gradient."""
+    from .caches import RowCache
     from .prefix import PromptCache
     from .prefix import RowCache as GradientCache
 
@@ -50,14 +53,12 @@ def dispatching(plain: Any) -> Any:
     ) -> Any:
         if sinks is None and (cache is None or isinstance(cache, PromptCache | GradientCache)):
             return in_tiles(partial(plain, cache=cache, scale=scale), queries, keys, values, mask)
-        rows: Any = getattr(cache, "rows", None)
-        if rows is None or not rows.kernel_stores:
+        if not isinstance(cache, RowCache) or cache.rows.position is None:
             return plain(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
         alike = fits(queries, keys, values, cache.keys, cache.values)
-        if sinks is not None or mask is not rows.all_seen or not alike:
-            raise ValueError("its attention is not to all tokens alike")
-        stored = cache.keys, cache.values, rows.ends, rows.padding, rows.position
-        return to_rows(queries, keys, values, *stored, scale)
+        if sinks is not None or mask is not cache.rows.all_seen or not alike:
+            raise ValueError("its attention is not a plain one to all tokens")
+        return to_rows(queries, keys, values, cache, scale)
 
     return attention
 
@@ -97,30 +98,20 @@ def fits(*arrays: Any) -> bool:
     return mx.default_device() == mx.gpu and alike and 0 < size <= 256 and size % LANES == 0
 
 
-def to_rows(
-    queries: Any,
-    new_keys: Any,
-    new_values: Any,
-    keys: Any,
-    values: Any,
-    ends: Any,
-    padding: Any,
-    position: Any,
-    scale: float,
-) -> Any:
-    """(B, heads, 1, D) queries over (B, groups, N, D): what the tokens at `position` see.
+def to_rows(queries: Any, keys: Any, values: Any, cache: Any, scale: float) -> Any:
+    """(B, heads, 1, D) queries to all that the tokens at `cache.rows.position` see.
 
-    Their own (B, groups, 1, D) new_keys and new_values are stored in keys and values, in place: MLX
-    would copy these for each token while the GPU is not done with the step before. So nothing else
-    may hold them. (B,) int32 each: of its row, the first `ends` positions are seen, and those after
-    `padding` more, up to `position`.
+    `cache` has (B, groups, N, D) keys and values. The tokens' own (B, groups, 1, D) ones are stored
+    there, in place: MLX would copy all of them for each token while the GPU is not yet done with
+    the one before. So nothing else may hold them.
     """
     rows, heads, _, size = queries.shape
     most = max(1, NUMBERS * LANES // size)
     together = max(n for n in range(1, most + 1) if heads // keys.shape[1] % n == 0)
     sizes = {"D": size, "HEADS": together, "LANES": LANES, "WORKERS": WORKERS, "AT_ONCE": AT_ONCE}
+    seen = cache.rows.ends, cache.rows.padding, cache.rows.position
     (out,) = kernel(scale)(
-        inputs=[queries, new_keys, new_values, keys, values, ends, padding, position],
+        inputs=[queries, keys, values, cache.keys, cache.values, *seen],
         template=[("T", queries.dtype), *sizes.items()],
         grid=(heads // together * WORKERS * LANES, rows, 1),
         threadgroup=(WORKERS * LANES, 1, 1),

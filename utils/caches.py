@@ -181,11 +181,12 @@ class Rows:
     """
 
     def __init__(self, lengths: list[int], max_tokens: int) -> None:
+        import mlx.core as mx
+
         self.limit = max(lengths) + max_tokens  # no position beyond it will be used
-        # Set only in a step that is compiled for every position (utils/decoding.py):
+        # Only in a step that is compiled for every position (utils/decoding.py):
         self.position: Any = None  # (B,) of the tokens
-        self.all_seen: Any = None  # the mask of all that they see
-        self.kernel_stores = False  # attention.to_rows keeps keys and values
+        self.all_seen = mx.array(True)  # stands for the mask of all that they see
         self._set(lengths)
 
     def _set(self, lengths: list[int]) -> None:
@@ -223,17 +224,6 @@ class Rows:
         visible = self._visible[..., : end + 1]
         return visible if window is None else visible & self._near(end, end + 1, window)
 
-    def mask_at_position(self, count: int, window: int | None) -> Any:
-        """(B, 1, 1, count) the same of the tokens at `position`, in a cache with so much room."""
-        import mlx.core as mx
-
-        position = self.position[:, None, None, None]
-        seen = self._unpadded(count) & (mx.arange(count) <= position)
-        if window is not None:
-            return seen & self._near(position, count, window)
-        self.all_seen = seen
-        return seen
-
     def _unpadded(self, count: int) -> Any:
         import mlx.core as mx
 
@@ -241,7 +231,7 @@ class Rows:
         seen = (position < ends) | (position >= ends + self.padding[:, None])
         return seen[:, None, None]
 
-    def _near(self, end: Any, count: int, window: int) -> Any:
+    def _near(self, end: int, count: int, window: int) -> Any:
         """Distance in tokens: from behind the padding, a prompt is so much nearer."""
         import mlx.core as mx
 
@@ -271,9 +261,10 @@ class RowCache:
 
     def make_mask(self, count: int, return_array: bool = False, window_size: Any = None) -> Any:
         assert count == 1
-        if self.rows.position is not None:
-            return self.rows.mask_at_position(self.keys.shape[2], window_size)
-        return self.rows.mask(self.end, window_size)
+        if self.rows.position is None:
+            return self.rows.mask(self.end, window_size)
+        everything = window_size is None or self.rows.limit <= window_size
+        return self.rows.all_seen if everything else None
 
     def make_room(self, keys: Any, values: Any) -> None:
         """Room for one token more, of keys and values like these, if there is none."""
@@ -285,18 +276,11 @@ class RowCache:
     def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
         """Store (B, heads, 1, head size) at the next position; returns all positions in use.
 
-        In a step compiled for every position, returns all there are, or those given where the
-        attention kernel stores them.
+        In a step compiled for every position, attention.to_rows stores them, and takes what is in
+        use from here.
         """
-        import mlx.core as mx
-
-        if self.rows.kernel_stores:
-            return keys, values
         if self.rows.position is not None:
-            position = self.rows.position[:, None, None, None]
-            self.keys = mx.put_along_axis(self.keys, position, keys, axis=2)
-            self.values = mx.put_along_axis(self.values, position, values, axis=2)
-            return self.keys, self.values
+            return keys, values
         self.make_room(keys, values)
         end = self.end = self.end + 1
         self.keys[:, :, end - 1 : end], self.values[:, :, end - 1 : end] = keys, values

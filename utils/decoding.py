@@ -15,7 +15,7 @@ from .caches import RowCache, keep_rows
 from .console import say
 
 ALIKE = 0.1  # difference of the logits over their spread, both as norms: rounding gives 0.01
-_ways: dict[str, type | None] = {}  # the fastest that computes the same, by model and its sizes
+_usable: dict[str, bool] = {}  # by model and its sizes
 
 
 def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
@@ -26,41 +26,29 @@ def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
     if not own or not mx.cuda.is_available():
         return partial(model, cache=cache)
     kind = f"{type(model)} {getattr(model, 'args', '')}"
-    if kind not in _ways:
-        _ways[kind] = _fastest(model, cache)
-    way = _ways[kind]
-    return way(model, cache) if way else partial(model, cache=cache)
+    if kind not in _usable:
+        problem = _disagreement(model, cache)
+        if problem:
+            name = type(model).__module__.rpartition(".")[2]
+            say(f"rollouts  steps of {name} are not compiled, and slower for it: {problem}")
+        _usable[kind] = not problem
+    return CompiledStep(model, cache) if _usable[kind] else partial(model, cache=cache)
 
 
-def _fastest(model: Any, cache: list[Any]) -> type | None:
-    """The first way to compile steps that gives the plain one's logits, if one does."""
-    for way in (StoringStep, CompiledStep):
-        reason = _disagreement(model, cache, way)
-        if not reason:
-            return way
-    name = type(model).__module__.rpartition(".")[2]
-    say(f"rollouts  steps of {name} are not compiled, and slower for it: {reason}")
-    return None
+def _disagreement(model: Any, cache: list[Any]) -> str:
+    """Why compiled steps are not the plain ones, for the shortest and the longest prompt, if so.
 
-
-def _disagreement(model: Any, cache: list[Any], way: type) -> str:
-    """Why a compiled step is not the plain one, for the shortest and the longest prompt, if so.
-
-    It is not where a model needs the position as a number, or attends by itself without a mask.
+    They are not where a model needs the position as a number, or has an attention of its own.
     """
-
     cache = copy.deepcopy(cache)
-    lengths, heads = cache[0].rows.lengths, cache[0].keys.shape[1]
-    shortest, longest = lengths.index(min(lengths)), lengths.index(max(lengths))
-    # Not one row, nor as many as heads: a mask of rows would pass where it is taken for one of
-    # heads (gemma2 of mlx-lm 0.32).
-    keep_rows(cache, [shortest, longest] if heads != 2 else [shortest, longest, longest])
+    lengths = cache[0].rows.lengths
+    keep_rows(cache, [lengths.index(min(lengths)), lengths.index(max(lengths))])
     plain = _two_steps(partial(model, cache=copy.deepcopy(cache)), cache)
     for layer in cache:  # what is not to be seen shall be noticed
         layer.make_room(layer.keys, layer.values)
         layer.values[:, :, layer.end :] = 1000
     try:
-        difference = _two_steps(way(model, cache), cache) - plain
+        difference = _two_steps(CompiledStep(model, cache), cache) - plain
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         return str(error) or repr(error)
     apart, spread = _norm(difference), _norm(plain - plain.mean())
@@ -85,9 +73,11 @@ def _norm(x: Any) -> float:
 
 
 class CompiledStep:
-    """(B, 1) tokens -> (B, 1, V) logits, with a token more in the cache."""
+    """(B, 1) tokens -> (B, 1, V) logits, with a token more in the cache.
 
-    kernel_stores = False
+    All attention is `attention.to_rows`, which stores keys and values without telling MLX: tokens
+    must be made from the logits of the step before, or nothing would wait for it.
+    """
 
     def __init__(self, model: Any, cache: list[Any]) -> None:
         import mlx.core as mx
@@ -108,27 +98,16 @@ class CompiledStep:
         if self.stands_for != (end, count):  # at first, and when rows have left
             # Made by a sum, or it would be in the host's memory, as all that Python gives to MLX.
             self.position = mx.zeros((count,), mx.int32) + end
-        rows.kernel_stores = self.kernel_stores
         try:
             result = self.compiled(tokens, self.position, _stored(self.cache))
         finally:
-            rows.position, rows.all_seen, rows.kernel_stores = None, None, False
-        # Before anything is computed: arrays that nothing else holds are written in place.
+            rows.position = None
         logits, self.position, stored = result
         _store(self.cache, stored)
         for layer in self.cache:
             layer.end += 1
         self.stands_for = end + 1, count
         return logits
-
-
-class StoringStep(CompiledStep):
-    """The same where all attention is `attention.to_rows`, which stores keys and values itself.
-
-    MLX does not know that it does: the tokens of a step must be made from the logits before.
-    """
-
-    kernel_stores = True
 
 
 def _at_position(
