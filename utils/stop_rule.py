@@ -75,7 +75,7 @@ class Reader:
         self._read_unread()
         self.unread = self.live, ids, logprobs
         going = [i for i, completion in enumerate(self.live) if not completion.finish_reason]
-        if going and len(going) > len(self.live) * (1 - part_to_leave()):
+        if len(going) > len(self.live) * (1 - part_to_leave()):
             return list(range(len(self.live)))
         self.live = [self.live[i] for i in going]
         return going

@@ -64,7 +64,7 @@ def cores() -> int:
 def fitting(plan: Plan) -> int:
     """Micro-batches of the planned size that fit beside what is there anyway."""
     constant = plan.resident + plan.summed_gradients
-    each = max(1, plan.gradients + plan.gradient_peak - constant)
+    each = plan.gradients + plan.gradient_peak - constant
     return int((SHARE * plan.budget_bytes - constant) // each)
 
 
