@@ -550,22 +550,25 @@ def loss_of_completions(model, tokens, prompt, piece=10**9, keep=True):
 
 
 def measured_peak(model, rows, prompt, sequence, **how):
-    """Bytes above the weights of one forward and backward pass.
+    """Bytes above the weights of one forward and backward pass."""
+    tokens = mx.zeros((rows, sequence), dtype=mx.int32)
+    return peak_of(model, lambda m: loss_of_completions(m, tokens, prompt, **how), tokens)
+
+
+def peak_of(model, loss, *given):
+    """Bytes of loss(model) and its gradient above what is there before.
 
     A memory limit of one byte makes the CPU's queue wait for every operation, so that this is the
     peak of the computation and not of the queue.
     """
-    tokens = mx.zeros((rows, sequence), dtype=mx.int32)
-    mx.eval(tokens, model.parameters())
+    mx.eval(given, model.parameters())
     gc.collect()  # models of earlier tests, freed in between, would count as savings
-    mx.eval(tokens + 1)  # a stream lets go of what its last task held when the next one comes
+    mx.eval(mx.zeros(1) + 1)  # a stream lets go of what its last task held when the next one comes
     mx.synchronize()
     limit = mx.set_memory_limit(1)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(
-        nn.value_and_grad(model, lambda m: loss_of_completions(m, tokens, prompt, **how))(model)
-    )
+    mx.eval(nn.value_and_grad(model, loss)(model))
     mx.set_memory_limit(limit)
     return mx.get_peak_memory() - before
 
@@ -667,6 +670,19 @@ def test_checkpointed_layers_give_the_same_gradients_with_less_memory():
     assert measured_peak(checkpointed, 4, 8, 128) < 0.6 * measured_peak(plain, 4, 8, 128)
     assert type(plain.layers[0]) is qwen2.TransformerBlock  # no other model is touched
     assert isinstance(checkpointed.layers[0], qwen2.TransformerBlock)
+
+
+def test_checkpointed_layers_keep_nothing_of_prompts_that_are_shared():
+    prompts, rows = mx.zeros((4, 256), mx.int32), mx.zeros((8, 16), mx.int32)
+    peaks = []
+    for wrap in (lambda model: None, checkpoint_layers):
+        model = tiny_model({**TINY, "num_hidden_layers": 6})
+        wrap(model)
+        shared = prompts, mx.full((4,), 256), rows
+        peaks.append(
+            peak_of(model, lambda m: scoring.shared_hidden_states(m, *shared).sum(), *shared)  # noqa: B023
+        )
+    assert peaks[1] < 0.6 * peaks[0]
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [(mx.bfloat16, 0.03), (mx.float16, 0.0)])

@@ -13,6 +13,11 @@ import pytest
 from conftest import make_model
 from helpers import flat, make_trainer
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from utils import caches, nucleus, streams, views
 
@@ -534,10 +539,10 @@ class Scripted(nn.Module):
         super().__init__()
         self.scripts = scripts
         self.layers = [None]
-        self.calls = 0
+        self.rows = []
 
     def __call__(self, tokens, cache):
-        self.calls += 1
+        self.rows.append(len(tokens))
         keys = tokens[:, None, :, None].astype(mx.float32)
         read = cache[0].update_and_fetch(keys, keys)[0][:, 0, :, 0].astype(mx.int32).tolist()
         said = [self.scripts[row[0]][: len(row)] for row in read]
@@ -572,7 +577,8 @@ def test_a_stop_string_over_many_tokens_ends_where_it_ends(grpo, loaded, letters
     """At every offset to the blocks in which the host looks, and in one batch."""
     offsets = range(3 * grpo.BLOCK)
     texts = ["x" * n + "</answer>" for n in offsets]
-    completions, _ = say(grpo, loaded, [letters(t + " and more of it") for t in texts])
+    scripts = [letters(t + " and more of it") for t in texts]
+    completions, _ = say(grpo, loaded, scripts, stops=("?", "</answer>"))
     for text, completion in zip(texts, completions, strict=True):
         assert completion.ids == letters(text)
         assert len(completion.logprobs) == len(completion.ids)
@@ -583,9 +589,9 @@ def test_a_stop_string_inside_a_token_keeps_the_token(grpo, loaded, letters):
     """The ids hold what was sampled, the text ends right after the stop string."""
     (apples,) = loaded[1].encode(" apples", add_special_tokens=False)
     before = letters("ten")
-    for count in range(grpo.BLOCK + 1):
+    for count, stops in itertools.product(range(grpo.BLOCK + 1), (("apples", "app"), ("app",))):
         script = [*before * count, apples, *letters(" or so")]
-        (completion,), _ = say(grpo, loaded, [script], stops=("apples", "app"))
+        (completion,), _ = say(grpo, loaded, [script], stops=stops)
         assert completion.ids == [*before * count, apples]
         assert completion.text == "ten" * count + " app"
         assert completion.finish_reason == "stop"
@@ -615,7 +621,7 @@ def test_almost_a_stop_string_is_none(grpo, loaded, letters):
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 16, 23])
 def test_eos_stays_in_the_ids_and_not_in_the_text(grpo, loaded, letters, length):
     for stops in ((), ("</answer>",)):
-        script = [*letters("x" * length), EOS, *letters("y" * 40)]
+        script = [*letters("x" * length), EOS, EOS, *letters("y" * 40)]
         (completion,), _ = say(grpo, loaded, [script], stops)
         assert completion.ids == [*letters("x" * length), EOS]
         assert (completion.text, completion.finish_reason) == ("x" * length, "stop")
@@ -635,6 +641,18 @@ def test_only_tokens_that_can_end_a_stop_string_are_decoded(grpo, loaded, letter
                 assert full.length(ids[: checked + 8], checked) is None
                 checked += 8
             assert checked >= 40 or end == full.length(ids[: checked + 8], checked)
+
+
+def test_a_token_that_loses_its_space_when_decoded_alone_may_end_a_stop_string(grpo):
+    """As SentencePiece's do."""
+    tokenizer = Tokenizer(WordLevel({"</s>": 0, "a": 1, "\u2581": 2, "b": 3}, unk_token="</s>"))
+    tokenizer.decoder = Metaspace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    rule = grpo.StopRule(TokenizerWrapper(wrapped), ["a ", "x"])
+    assert rule.tokenizer.decode([2]) == ""
+    assert rule.length([1, 2, 3], 1) == 2
+    assert rule.length([1, 3, 2], 1) is None
+    assert rule.text([1, 2, 3]) == "a "
 
 
 def test_whichever_comes_first_of_eos_and_stop_string_ends_it(grpo, loaded, letters):
@@ -662,7 +680,17 @@ def test_length_is_the_limit_and_the_last_token_may_still_stop(grpo, loaded, let
 def test_the_batch_ends_with_its_last_row(grpo, loaded, letters):
     """One block behind the device: at most two blocks are sampled for nothing."""
     _, model = say(grpo, loaded, [[*letters("x" * n), EOS] for n in (0, 3, 10)], max_tokens=400)
-    assert model.calls <= 11 + 2 * grpo.BLOCK
+    assert len(model.rows) <= 11 + 2 * grpo.BLOCK
+
+
+def test_rows_leave_once_an_eighth_of_the_batch_has_ended(grpo, loaded, letters, monkeypatch):
+    """Not for each: caches are copied. What other rows say does not change."""
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    lengths = [4, 12, *[40] * 3, 20, 28, *[40] * 9]
+    texts = ["abcdefghijklmnop"[n] * length for n, length in enumerate(lengths)]
+    completions, model = say(grpo, loaded, [[*letters(t), EOS] for t in texts])
+    assert [completion.text for completion in completions] == texts
+    assert [rows for rows, _ in itertools.groupby(model.rows)] == [16, 14, 12]
 
 
 def test_rewards_read_the_prefix_too(model_dir, data_dir, tmp_path):

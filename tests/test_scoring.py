@@ -63,15 +63,19 @@ def build(kind, changes):
     return model
 
 
+GROUPS = [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11], [12, 13, 14, 15]]
+
+
 def make_pairs():
-    """Three prompts of uneven lengths with four completions each, from one token up."""
+    """Four prompts with the completions of GROUPS, all of uneven lengths from one token up."""
     generator = np.random.default_rng(0)
 
     def ids(count):
         return generator.integers(3, 300, count).tolist()
 
-    prompts = [ids(n) for n in (12, 7, 23)]
-    return [(prompt, ids(generator.integers(1, 15))) for prompt in prompts for _ in range(4)]
+    prompts = [ids(n) for n in (12, 7, 23, 1)]
+    groups = zip(prompts, GROUPS, strict=True)
+    return [(prompt, ids(generator.integers(1, 15))) for prompt, group in groups for _ in group]
 
 
 PAIRS = make_pairs()
@@ -127,6 +131,9 @@ def test_every_way_has_the_gradient_of_the_plain_one(grpo, kind, said):
     assert len(scorer.names) == 1, "the projection, tied or not, and nothing else"
     whole = total_gradient(model, scorer, packs)
     assert relative_difference(expected, whole) <= 1e-5
+    if scorer.shares:
+        together = total_gradient(model, scorer, [batching.Pack(GROUPS, shared=True)])
+        assert relative_difference(expected, together) <= 1e-5
     small = scorer.pack(model, PAIRS, range(len(PAIRS)), plan(40, 16 * SHAPE["vocab_size"]))
     assert len(small) > 3
     assert relative_difference(expected, total_gradient(model, scorer, small)) <= 1e-5
@@ -185,7 +192,7 @@ def test_a_model_that_cannot_be_taken_apart_is_scored_the_plain_way(grpo, said):
     packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert not scorer.splits
     assert "all positions" in said[0]
-    assert "window" not in scorer.layout(packs[0], PAIRS, np.ones((12, 4)), 5)
+    assert "window" not in scorer.layout(packs[0], PAIRS, np.ones((len(PAIRS), 4)), 5)
     scorer.vocabulary = MAX_LOGITS // 100
     packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert len(packs) > 1
@@ -229,16 +236,33 @@ def test_logits_exist_for_one_piece_at_a_time(trainable):
     assert peak_of_head(vocabulary, trainable, 32) < 0.35 * logits + weights
 
 
+def test_padded_sizes_are_few_and_little_more():
+    """A compiled function is traced once per size, and computes what it is padded by."""
+    plain, padded = batching.Shapes(), batching.Shapes(bucketed=True)
+    assert [padded.length(n) for n in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 96]
+    assert [padded.rows(n) for n in (1, 2, 3, 4, 5, 8, 9, 16)] == [1, 2, 4, 4, 8, 8, 16, 16]
+    assert (plain.length(33), plain.rows(9), plain.scored(33, 64)) == (33, 9, 33)
+    for room in (1, 2, 3, 7, 64, 101):
+        sizes = [padded.scored(n, room) for n in range(1, room + 1)]
+        assert len(set(sizes)) <= 4
+        assert all(n <= size <= room for n, size in enumerate(sizes, 1))
+        assert all(size < n + room / 4 + 1 for n, size in enumerate(sizes, 1))
+
+    def layout(count):
+        mask = np.arange(64)[None] < count
+        arrays = batching.layout_groups([[([1] * 9, [2] * count)]], mask, padded)
+        return {name: x.shape for name, x in arrays.items()}
+
+    assert layout(50) == layout(60)
+
+
 row = st.tuples(st.integers(0, 3), st.integers(1, 90))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("bucketed", [True, False])
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(row, min_size=1, max_size=40),
-    st.integers(1, 1500),
-    st.booleans(),
-    st.booleans(),
-)
+@given(rows=st.lists(row, min_size=1, max_size=40), budget=st.integers(1, 1500))
 def test_packs_hold_every_row_once_within_the_budget(rows, budget, bucketed, shared):
     shapes = batching.Shapes(bucketed=bucketed)
     prompts = [5, 40, 41, 200]
@@ -250,7 +274,11 @@ def test_packs_hold_every_row_once_within_the_budget(rows, budget, bucketed, sha
         members = [[rows[i] for i in group] for group in p.groups]
         if shared:
             assert all(len({r.group for r in group}) == 1 for group in members)
-            tokens = batching.shared_tokens(members, shapes)
+            pairs = [[([1] * r.prompt, [2] * r.completion) for r in group] for group in members]
+            counts = np.array([rows[i].completion for i in p.rows])
+            mask = np.arange(max(counts)) < counts[:, None]
+            arrays = batching.layout_groups(pairs, mask, shapes)
+            tokens = arrays["prompts"].size + arrays["rows"][:, :-1].size
         else:
             longest = max(r.prompt + r.completion for r in members[0])
             tokens = shapes.rows(len(members[0])) * (1 + shapes.length(longest - 1))
@@ -262,11 +290,14 @@ def test_a_group_stays_together_until_that_costs_more():
 
     def cut(lengths, budget=10**6):
         rows = [batching.Row(i, 0, 50, n) for i, n in enumerate(lengths)]
-        return [len(p.rows) for p in batching.pack_groups(rows, budget, shapes)]
+        packs = batching.pack_groups(rows, budget, shapes)
+        return [len(piece) for pack in packs for piece in pack.groups]
 
     assert cut([100] * 8) == [8]
-    assert cut([100] * 8, budget=500) == [4, 4], "split evenly, its prompt repeated"
+    assert cut([100] * 8, budget=449) == [4, 4], "as many as there is room for, its prompt repeated"
+    assert cut([100] * 6, budget=449) == [3, 3], "split evenly"
     assert cut([10] * 7 + [400]) == [1, 7], "padding all to 400 costs more than the prompt again"
+    assert cut([10, 400] * 4) == [4, 4]
     assert cut([90] * 7 + [100]) == [8]
 
 
@@ -292,7 +323,15 @@ def test_groups_of_a_trainer_are_scored_together(grpo, model_dir, data_dir, tmp_
 
 
 @pytest.mark.parametrize("train_type", ["lora", "dora"])
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"use_compile": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"use_compile": True},
+        {"gradient_checkpointing": True, "use_compile": True},
+    ],
+)
 def test_adapters_on_a_quantized_base(grpo, quantized_dir, data_dir, tmp_path, train_type, options):
     settings = {"train_type": train_type, "lora_layers": 1, "lora_rank": 4, **options}
     trainer = make_trainer(quantized_dir, data_dir, tmp_path / "o", **settings)
@@ -325,7 +364,7 @@ def test_the_benchmark_measures_the_same_gradient_in_every_way(monkeypatch, tmp_
 def test_a_way_that_is_refused_leaves_the_weights_alone(model_dir, data_dir, tmp_path):
     """Whether a model can share prompts is found out by the errors of its code, while its weights
     are replaced by what has a gradient."""
-    trainer = make_trainer(model_dir, data_dir, tmp_path / "o")
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", gradient_checkpointing=True)
     before = dict(tree_flatten(trainer.model.parameters()))
 
     def refused(model, *_):

@@ -1,10 +1,11 @@
 """Micro-batches on several cores at once: the same update, and only where that is safe."""
 
 import dataclasses
+import os
 
 import mlx.core as mx
 import pytest
-from helpers import flat, make_trainer
+from helpers import flat, make_config, make_trainer
 
 from utils import streams
 
@@ -46,8 +47,8 @@ def test_one_after_the_other_where_several_would_not_do(model_dir, data_dir, tmp
     assert streams.at_once(trainer) == 1, "of which this is the second update"
     trainer.update_step = 2
     assert streams.at_once(trainer) == 4
-    plan = trainer.plan
-    for tight, count in ((0.9, 1), (2.1, 1), (2.6 * 2, 2)):
+    plan = dataclasses.replace(trainer.plan, summed_gradients=trainer.plan.gradients)
+    for tight, count in ((0.9, 1), (2.1, 1), (4.1, 2), (5.9, 2)):
         budget = plan.resident + plan.summed_gradients
         budget = 2 * budget + tight * (plan.gradient_peak - budget + plan.gradients)
         trainer.plan = dataclasses.replace(plan, budget_bytes=int(budget))
@@ -60,6 +61,39 @@ def test_one_after_the_other_where_several_would_not_do(model_dir, data_dir, tmp
         setattr(trainer.args, name, True)
         assert streams.at_once(trainer) == 1
         setattr(trainer.args, name, False)
+    assert [streams.batches_at_once(rows) for rows in (1, 199, 200, 1000)] == [1, 1, 2, 2]
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert (streams.at_once(trainer), streams.batches_at_once(200)) == (1, 1), "a GPU is one core"
+
+
+def test_mlx_is_asked_to_take_turns_unless_it_was_told_otherwise(model_dir, tmp_path, monkeypatch):
+    config = make_config(model_dir, tmp_path, tmp_path / "o")
+    for cores, before, after in ((2, None, "1000"), (2, "20", "20"), (1, None, None)):
+        monkeypatch.setattr(streams, "cores", lambda cores=cores: cores)
+        monkeypatch.setenv("MLX_BFS_MAX_WIDTH", before or "")
+        if before is None:
+            monkeypatch.delenv("MLX_BFS_MAX_WIDTH")
+        streams.take_turns(config)
+        assert os.environ.get("MLX_BFS_MAX_WIDTH") == after
+
+
+@pytest.mark.parametrize(
+    ("allowed", "there", "used"),
+    [(3, 64, 3), (64, 64, streams.MOST), (None, 4, 4), (None, None, 1)],
+)
+def test_cores_are_those_that_this_process_may_use(monkeypatch, allowed, there, used):
+    monkeypatch.setattr(os, "cpu_count", lambda: there)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    if allowed:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(allowed), raising=False)
+    assert streams.cores() == used
+
+
+def test_a_long_micro_batch_has_a_core_of_its_own(monkeypatch):
+    monkeypatch.setattr(streams, "cores", lambda: 2)
+    batches = [{"tokens": mx.zeros((1, n))} for n in (40, 9, 9, 9)]
+    used = [work for _, work in streams.spread(lambda _: mx.default_stream(mx.cpu), batches, 4)]
+    assert used[1] == used[2] == used[3] != used[0]
 
 
 def test_large_batches_are_sampled_on_several_cores(model_dir, data_dir, tmp_path, monkeypatch):
