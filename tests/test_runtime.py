@@ -1,5 +1,6 @@
 """Platform set-up: BLAS preloading, memory limits, what a run may use, provenance."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -158,6 +159,31 @@ def test_ctrl_c_while_modules_are_imported_is_quiet(tmp_path, script, handler, c
     )
     assert (done.returncode, done.stderr) == (code, "")
     assert bool(done.stdout) == (code == 0)
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_an_interpreter_without_the_packages_is_named(tmp_path, script):
+    """As where somebody types `python3` for `uv run`; -S leaves out what is installed."""
+    command = [sys.executable, "-S", str(ROOT / script), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    hint = f"type `uv run {script}`, or see QUICK_START.md"
+    assert done.stderr == f"error: {sys.executable} has no package mlx-lm: {hint}\n"
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_python_that_is_too_old_is_named(tmp_path, script):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.version_info = (3, 9, 6)")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: this is Python 3.9.6, 3.11 is needed: type `uv run ")
+    for path in (ROOT / script, ROOT / "utils/__init__.py"):  # it has to get as far as that
+        ast.parse(path.read_text(), feature_version=(3, 9))
 
 
 def test_a_blas_that_is_loaded_already_is_left_alone(slow_cpu_build, monkeypatch):
