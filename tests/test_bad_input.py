@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, make_model
 from helpers import read_log, tree, typed_in_a_shell, write_toml
 
-from utils import loading, templates
+from utils import datafiles, loading, templates
 from utils.errors import UserError
 
 SCRIPT = ROOT / "mlx-grpo.py"
@@ -189,6 +189,8 @@ def test_a_path_of_the_repository_typed_elsewhere_says_where_to_run(monkeypatch,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="paths count from the current folder, so run it in"):
         loading.find_model("models/tiny-math")
+    with pytest.raises(UserError, match="dataset = 'models/tiny-math' is not there: paths count"):
+        datafiles.local_path("models/tiny-math")
 
 
 OBJECTIVES = [
@@ -594,7 +596,15 @@ def test_a_run_name_is_no_path_and_a_null_in_a_question_is_a_character(typed, tm
 def test_one_row_is_too_few_to_hold_some_out(refused, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"question": "a", "answer": "1"}\n')
     message = refused(dataset="one.jsonl", eval_samples=1)
-    assert_names(message, "one.jsonl has one row, but evaluation needs another")
+    assert_names(message, "one.jsonl has one row, but evaluation needs another", "eval_samples = 0")
+
+
+def test_a_row_that_is_held_out_is_named_by_its_place_in_the_file(refused, tmp_path):
+    rows = [{"question": "a", "answer": str(n)} for n in range(20)]
+    rows[18]["answer"] = ""  # the last two are for evaluation
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = refused(dataset="mine.jsonl", eval_samples=1)
+    assert_names(message, "mine.jsonl (test), row 19: nothing in column 'answer'")
 
 
 def test_prompts_that_are_all_too_long(refused):
@@ -774,6 +784,7 @@ def test_resuming_with_another_setting_or_a_damaged_checkpoint(typed, refused, t
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.safetensors").write_bytes(b"cut")
     message = refused(**run, resume="out/checkpoint-4")
     assert_names(message, "out/checkpoint-4 is damaged: trainer_state.safetensors has 3 bytes")
+    assert refused(**run, resume="checkpoint-4") == message, "its name in output_dir will do"
 
 
 REWARDS = """
@@ -870,3 +881,14 @@ def test_a_settings_file_without_its_option_is_told_where_it_goes(grpo, capsys):
         grpo.main(["configs/tiny_math.toml"])
     assert stop.value.code == 2
     assert "a settings file goes behind --config: --config configs/tiny_" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--learning_rate", "1e-5"], ["--learning-rate=1e-5", "--seed"], ["learning_rate=1e-5"]],
+)
+def test_a_setting_without_its_option_is_told_where_it_goes(grpo, capsys, words):
+    """As other trainers have it, and as it stands in a TOML file."""
+    with pytest.raises(SystemExit):
+        grpo.main(words)
+    assert capsys.readouterr().err.endswith("go behind --set: --set learning_rate=1e-5\n")

@@ -102,7 +102,8 @@ def introduce(trainer: Any, blas: str | None) -> None:
     if trainer.quantizes and (cost := views.cost_of_quantizing(trainer)):
         say(f"speed     {cost}")
     updates = counted(trainer.total_updates, "update")
-    prompts = counted(a.batch_size * a.gradient_accumulation_steps, "prompt")
+    most = min(a.batch_size * a.gradient_accumulation_steps, len(trainer.train_dataset))
+    prompts = counted(most, "prompt")
     say(
         f"plan      {updates} of {prompts} x {a.num_generations} completions, "
         f"about {readable(trainer.plan.needed)}"

@@ -15,6 +15,7 @@ from typing import Any
 from .errors import RunError, UserError
 from .text import is_unicode, shown
 
+ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -169,19 +170,19 @@ def read_dataset(config: Any, split: str) -> list[dict[str, Any]]:
         RunError: the hub is out of reach.
     """
     name = config.train_split if split == "train" else config.test_split
-    rows = find_rows(config, split, name)
+    rows, first = find_rows(config, split, name)
     if split == "train" and config.dataset_mix:
         rows = rows[: config.max_train_samples or len(rows)]
         rows = [{**row, "data_source": config.dataset} for row in rows]
     if split == "train" and config.curriculum != "none":
-        check_curriculum(config, name, rows)
+        check_curriculum(config, name, rows)  # of a single file, these are its first rows
     for column in (config.question_column, config.answer_column):
         if column not in rows[0]:
             raise UserError(
                 f"data set {config.dataset} ({name}) has no column {column!r}; it has "
                 f"{', '.join(rows[0])}: set question_column and answer_column"
             )
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(rows, start=first):
             complaint = wrong_cell(row.get(column), column == config.answer_column)
             if complaint:
                 raise UserError(
@@ -243,7 +244,13 @@ def local_path(dataset: str) -> Path | None:
 
 
 def refuse_mistyped_path(key: str, name: str) -> None:
-    """Raise UserError for a hub name whose owner is a folder here: a path with a typing error."""
+    """Raise UserError for what is no hub name, but a path: typed in another folder than the
+    repository, or with an error behind a folder that exists."""
+    if (ROOT / name).exists():
+        raise UserError(
+            f"{key} = {name!r} is not there: paths count from the current folder, so run it in "
+            f"{ROOT}"
+        )
     parent = Path(name).parent
     if name.count("/") != 1 or name.startswith(("/", ".", "~")) or not parent.is_dir():
         return
@@ -254,20 +261,24 @@ def refuse_mistyped_path(key: str, name: str) -> None:
     )
 
 
-def find_rows(config: Any, split: str, name: str) -> list[dict[str, Any]]:
+def find_rows(config: Any, split: str, name: str) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a split, and where in its file the first of them stands."""
     path = local_path(config.dataset)
     if path is None:
-        return read_hub_dataset(config, name)
+        return read_hub_dataset(config, name), 1
     file = find_split(path, name)
     if file is None:
         raise UserError(f"dataset {path} has no file {name}.jsonl (or .json, .csv, .parquet)")
     rows = read_rows(file)
     if file != path or not config.eval_samples:
-        return rows
+        return rows, 1
     if len(rows) < 2:
-        raise UserError(f"data file {file} has one row, but evaluation needs another")
-    held_out = max(1, len(rows) // 10)  # one file: its last tenth is for evaluation
-    return rows[:-held_out] if split == "train" else rows[-held_out:]
+        raise UserError(
+            f"data file {file} has one row, but evaluation needs another: add one, or set "
+            "eval_samples = 0"
+        )
+    kept = len(rows) - max(1, len(rows) // 10)  # one file: its last tenth is for evaluation
+    return (rows[:kept], 1) if split == "train" else (rows[kept:], kept + 1)
 
 
 @contextmanager

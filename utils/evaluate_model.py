@@ -37,6 +37,7 @@ from .inference import (
 )
 from .runlog import RunLog
 from .script import load_script
+from .text import counted
 
 COMMAND = "uv run python utils/evaluate_model.py"
 EXAMPLES = f"""examples:
@@ -361,8 +362,8 @@ def report(args: argparse.Namespace, config: Any) -> int:
     temperature = temperature_of(args, config)
     how = f"{args.n} samples at temperature {temperature:g}" if temperature else "greedy"
     say(
-        f"data      {config.dataset} ({args.split}): {len(questions):,} questions, {how}, "
-        f"at most {config.eval_max_new_tokens} tokens"
+        f"data      {config.dataset} ({args.split}): {counted(len(questions), 'question')}, {how}, "
+        f"at most {counted(config.eval_max_new_tokens, 'token')}"
     )
     with completions_file(args.output) as save:
         scores = [evaluate(args, config, rewards, questions, name, save) for name in args.models]
@@ -391,7 +392,7 @@ def completions_file(path: Path | None) -> Iterator[Callable[[dict[str, Any]], A
         try:
             yield save
         finally:
-            note(f"{written:,} completions in {path}")
+            note(f"{counted(written, 'completion')} in {path}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 
 from .errors import RunError, UserError
 from .script import load_script
-from .text import is_unicode, redact, shown
+from .text import counted, is_unicode, redact, shown
 
 COMMAND = "uv run python utils/inference.py"
 EXAMPLES = f"""examples:
@@ -631,7 +631,7 @@ def read_prompts(path: Path, grpo_prompt: bool) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"--batch {path} holds no prompts")
     if len(rows) < len(lines):
-        note(f"{len(lines) - len(rows)} empty lines of {path} left out")
+        note(f"{counted(len(lines) - len(rows), 'empty line')} of {path} left out")
     return rows
 
 
@@ -694,7 +694,7 @@ def write_results(
                 written += 1
             bar.update()
     if generator.args.output:
-        note(f"{written} results in {generator.args.output}")
+        note(f"{counted(written, 'result')} in {generator.args.output}")
 
 
 def run(command: Callable[[], int]) -> int:

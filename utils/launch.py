@@ -1,6 +1,7 @@
 """The command line of mlx-grpo.py: its arguments, the folder of a run, how an error is told."""
 
 import argparse
+import dataclasses
 import os
 import sys
 import traceback
@@ -39,13 +40,24 @@ def parse_arguments(
     add("--debug", action="store_true", help="show the traceback of an error")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = f"; a settings file goes behind --config: --config {unknown[0]}"
-        known = unknown[0].endswith(".toml")
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint if known else ''}")
+        hint = hint_for(unknown, config_class)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     resume = [f"resume={arguments.resume}"] if arguments.resume else []
     arguments.overrides = [*arguments.set, *resume]
     arguments.command = console.command_line(script, arguments.config, arguments.set)
     return arguments
+
+
+def hint_for(unknown: Sequence[str], config_class: type) -> str:
+    """How to type what stands where it does not belong, if that is known."""
+    if unknown[0].endswith(".toml"):
+        return f"; a settings file goes behind --config: --config {unknown[0]}"
+    word, _, value = unknown[0].partition("=")
+    name = word.lstrip("-").replace("-", "_")
+    if name not in {field.name for field in dataclasses.fields(config_class)}:
+        return ""
+    value = value or next(iter(unknown[1:]), "VALUE")
+    return f"; settings go behind --set: --set {name}={value}"
 
 
 def check_surroundings(config: Any) -> None:
@@ -53,6 +65,9 @@ def check_surroundings(config: Any) -> None:
     checks.refuse_dead_settings(config, config.train_type)
     for name in ("model_name", "dataset", "output_dir", "adapter_path", "resume", "chat_template"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
+    of_run = Path(config.output_dir, config.resume)
+    if config.resume not in ("", "auto") and not Path(config.resume).exists() and of_run.is_dir():
+        config.resume = str(of_run)
     template = config.chat_template
     if template not in ("", "plain") and not Path(template).is_file():
         raise UserError(f"chat_template = {template!r} is neither a file nor plain")

@@ -41,14 +41,9 @@ def find_model(name: str) -> Path | None:
         if not (path / "config.json").is_file():
             raise UserError(f"model_name = {name!r} is a folder without config.json")
         return path
-    if (ROOT / path).is_dir():
-        raise UserError(
-            f"model folder {name} is not there: paths count from the current folder, "
-            f"so run it in {ROOT}"
-        )
     normal = os.path.normpath(name)
     command = next((c for known, c in HOW_TO_MAKE.items() if normal.startswith(known)), None)
-    if command:
+    if command and not (ROOT / path).is_dir():
         raise UserError(f"model folder {name} is not there. Make it with:\n  {command}")
     datafiles.refuse_mistyped_path("model_name", name)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):

@@ -16,7 +16,8 @@ class RunSettings:
     run_name: str = "Qwen-1.5B-MLX-GRPO-gsm8k"
     """Name of the run in logs and trackers."""
     resume: str = ""
-    """auto continues output_dir's newest whole checkpoint (or starts); or a checkpoint folder."""
+    """auto continues output_dir's newest whole checkpoint (or starts); or a checkpoint's folder, or
+    its name there."""
     overwrite: bool = False
     """Replace a run that output_dir already holds."""
     max_hours: float = 0.0
