@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import update_cost  # noqa: E402
 
 from benchmarks import results  # noqa: E402
-from utils import memory, runtime  # noqa: E402
+from utils import memory, model_shape, runtime  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/plan_accuracy.jsonl"
@@ -103,7 +103,7 @@ def measure(folder: Path, shape: str, bits: int, train_type: str, settings: tupl
 
 def plan_of(record: dict[str, Any]) -> memory.Plan:
     """The plan of a recorded case by the present code."""
-    shape = memory.ModelShape(**record["model"])
+    shape = model_shape.ModelShape(**record["model"])
     known = {field.name for field in dataclasses.fields(memory.Settings)}
     wanted = {name: x for name, x in record["planned_for"].items() if name in known}
     return memory.plan(shape, **wanted)

@@ -16,7 +16,7 @@ import pytest
 from conftest import make_model
 from hf_layout import CLASSES, convert, reported, write_checkpoint
 
-from utils import convert_model, memory, model_check
+from utils import convert_model, model_check, model_shape
 
 IDS = mx.array([[1, 5, 9, 200, 33, 7, 8, 100, 50, 60, 371, 12]])
 
@@ -60,7 +60,7 @@ def test_converted_model_computes_what_the_source_computes(model_type, tied, sha
     assert code == 0, err
     assert reported(out) == (0, 0, 16)
     np.testing.assert_array_equal(log_softmax(tmp_path / "mlx"), log_softmax(source))
-    assert set(memory.read_shape(tmp_path / "mlx").bytes_by_dtype) == {"BF16"}
+    assert set(model_shape.read_shape(tmp_path / "mlx").bytes_by_dtype) == {"BF16"}
     weights = mx.load(str(tmp_path / "mlx" / "model.safetensors"))
     assert ("lm_head.weight" in weights) == (not tied)
 
@@ -130,7 +130,7 @@ def test_modes_of_quantization(source, tmp_path, words, bits, group_size, mode):
     layer = mlx_lm.load(str(target))[0].model.layers[0].mlp.up_proj
     assert (layer.bits, layer.group_size, layer.mode) == (bits, group_size, mode)
     assert bits < reported(out)[2] < bits + 1.1
-    assert memory.read_shape(target).parameters == memory.read_shape(source).parameters
+    assert model_shape.read_shape(target).parameters == model_shape.read_shape(source).parameters
     assert [path.name for path in target.parent.iterdir()] == ["mlx"]
 
 
@@ -165,7 +165,10 @@ def test_recipes_mix_bits(source, tmp_path, recipe, low, high):
     assert [layer.mlp.down_proj.bits for layer in layers] == [low, low, high, high]
     assert [layer.mlp.up_proj.bits for layer in layers] == [low] * 4
     assert low < reported(out)[2] < high
-    assert memory.read_shape(tmp_path / "mlx").parameters == memory.read_shape(source).parameters
+    assert (
+        model_shape.read_shape(tmp_path / "mlx").parameters
+        == model_shape.read_shape(source).parameters
+    )
 
 
 def test_layers_that_cannot_be_grouped_are_counted(tmp_path):
@@ -190,7 +193,7 @@ def test_dequantized_model_computes_the_same(source, tmp_path, words):
     code, out, err = convert("--hf-path", tmp_path / "q", *words)
     assert code == 0, err
     assert "quantization" not in config_of(tmp_path / "plain")
-    assert set(memory.read_shape(tmp_path / "plain").bytes_by_dtype) == {"F32"}
+    assert set(model_shape.read_shape(tmp_path / "plain").bytes_by_dtype) == {"F32"}
     assert reported(out)[1] < 1e-3
     assert reported(out)[2] == 32
 
@@ -200,7 +203,7 @@ def test_dtype(source, tmp_path, dtype):
     code, out, _ = convert("--hf-path", source, "--dtype", dtype, "--output-dir", tmp_path / "mlx")
     assert code == 0
     found = {"float16": "F16", "float32": "F32"}[dtype]
-    assert set(memory.read_shape(tmp_path / "mlx").bytes_by_dtype) == {found}
+    assert set(model_shape.read_shape(tmp_path / "mlx").bytes_by_dtype) == {found}
     # Otherwise mlx_lm.convert would cast the result back.
     assert config_of(tmp_path / "mlx")["torch_dtype"] == dtype
     assert reported(out)[1] < 1e-3
@@ -627,4 +630,4 @@ def test_command_runs_as_a_script_from_anywhere(source, tmp_path):
         [*command, "--output-dir", "here"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert memory.read_shape(tmp_path / "here").quantized_bits == 4
+    assert model_shape.read_shape(tmp_path / "here").quantized_bits == 4

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 from helpers import flat, read_log, run_training
 
-from utils import convert_nanochat, loading, memory
+from utils import convert_nanochat, loading, model_shape
 from utils.tiktoken_wrapper import TiktokenTokenizerWrapper
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nanochat"
@@ -146,7 +146,7 @@ def test_default_is_bfloat16_and_the_plan_reads_it(checkpoint, weights, convert,
     code, out, _ = convert("--checkpoint-dir", checkpoint, "--output-dir", tmp_path / "out")
     assert code == 0
     assert f"--set model_name={tmp_path / 'out'}" in out
-    shape = memory.read_shape(tmp_path / "out")
+    shape = model_shape.read_shape(tmp_path / "out")
     assert set(shape.bytes_by_dtype) == {"BF16"}
     assert shape.parameters == sum(v.size for v in weights.values()) - 2 * 47 * 32
 

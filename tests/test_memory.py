@@ -18,7 +18,7 @@ from mlx_lm.models.cache import ConcatenateKVCache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
-from utils import memory, scoring
+from utils import memory, model_shape, scoring
 from utils.prefix import checkpoint_layers, narrow_adapters
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -58,8 +58,8 @@ RUN = {
     "train_dtype_bytes": 2,
     "budget_bytes": 140 * 10**9,
 }
-QWEN = memory.shape_from_config(QWEN_1_5B, 2)
-QWEN_4_BIT = memory.shape_from_config(QWEN_1_5B, 4.5 / 8)
+QWEN = model_shape.shape_from_config(QWEN_1_5B, 2)
+QWEN_4_BIT = model_shape.shape_from_config(QWEN_1_5B, 4.5 / 8)
 P = 1_543_714_304
 
 
@@ -110,19 +110,19 @@ def test_arithmetic_counts_what_mlx_lm_builds(module, changes):
     if module is mixtral:
         config["tie_word_embeddings"] = False
     model = module.Model(module.ModelArgs.from_dict(config))
-    shape = memory.shape_from_config(config, 4)
+    shape = model_shape.shape_from_config(config, 4)
     assert shape.parameters == sum(v.size for _, v in tree_flatten(model.parameters()))
 
 
 def test_folder_is_read_from_headers(folder):
-    shape = memory.read_shape(folder)
-    arithmetic = memory.shape_from_config(TINY, 4)
+    shape = model_shape.read_shape(folder)
+    arithmetic = model_shape.shape_from_config(TINY, 4)
     assert shape == arithmetic
     assert (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads) == (64, 2, 4, 2)
     assert (shape.head_dim, shape.intermediate_size, shape.vocab_size) == (16, 128, 96)
     assert (shape.tied, shape.quantized_bits, shape.activation) == (True, None, "silu")
     gemma = {**TINY, "hidden_activation": "gelu_pytorch_tanh"}
-    assert memory.shape_from_config(gemma, 4).activation == "gelu_pytorch_tanh"
+    assert model_shape.shape_from_config(gemma, 4).activation == "gelu_pytorch_tanh"
 
 
 def test_shards_add_up_and_a_stored_tied_head_does_not(folder, tmp_path):
@@ -134,7 +134,7 @@ def test_shards_add_up_and_a_stored_tied_head_does_not(folder, tmp_path):
         | {"lm_head.weight": mx.zeros((96, 64))},
     }
     sharded = write_folder(tmp_path / "sharded", TINY, shards)
-    assert memory.read_shape(sharded) == memory.read_shape(folder)
+    assert model_shape.read_shape(sharded) == model_shape.read_shape(folder)
 
 
 def test_quantized_folder_counts_unpacked_weights(tmp_path):
@@ -154,7 +154,9 @@ def test_quantized_folder_counts_unpacked_weights(tmp_path):
         "model.embed_tokens": {"bits": 8, "group_size": 32},
     }
     config = {**TINY, "quantization": quantization}
-    shape = memory.read_shape(write_folder(tmp_path / "q", config, {"model.safetensors": weights}))
+    shape = model_shape.read_shape(
+        write_folder(tmp_path / "q", config, {"model.safetensors": weights})
+    )
     assert shape.parameters == expected
     assert shape.quantized_bits == 4
     assert shape.bytes_on_disk == sum(v.nbytes for v in weights.values())
@@ -213,7 +215,7 @@ def damage(folder, what):
 def test_damage_names_the_file_and_the_problem(folder, what, message):
     damage(folder, what)
     with pytest.raises(ValueError, match=message):
-        memory.read_shape(folder)
+        model_shape.read_shape(folder)
 
 
 def test_hub_model_uses_the_cached_copy_or_its_headers(folder, monkeypatch):
@@ -221,8 +223,8 @@ def test_hub_model_uses_the_cached_copy_or_its_headers(folder, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: str(folder / "config.json"))
     monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *a, **k: None)
     monkeypatch.setattr(hub, "get_safetensors_metadata", lambda *a, **k: pytest.fail("asked"))
-    whole = memory.read_shape(folder)
-    assert memory.read_hub_shape("owner/name") == whole
+    whole = model_shape.read_shape(folder)
+    assert model_shape.read_hub_shape("owner/name") == whole
     parsed = hub.utils.SafetensorsFileMetadata(
         metadata={},
         tensors={
@@ -233,7 +235,7 @@ def test_hub_model_uses_the_cached_copy_or_its_headers(folder, monkeypatch):
     remote = type("Repo", (), {"files_metadata": {"model.safetensors": parsed}})
     (folder / "model.safetensors").unlink()
     monkeypatch.setattr(hub, "get_safetensors_metadata", lambda *a, **k: remote)
-    assert memory.read_hub_shape("owner/name") == whole
+    assert model_shape.read_hub_shape("owner/name") == whole
 
     def offline(*args, **kwargs):
         raise hub.errors.LocalEntryNotFoundError("check your connection")
@@ -242,7 +244,7 @@ def test_hub_model_uses_the_cached_copy_or_its_headers(folder, monkeypatch):
     monkeypatch.setattr(hub, "get_hf_file_metadata", offline)
     monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: pytest.fail("downloaded"))
     with pytest.raises(ValueError, match="owner/name: cannot be read from the hub"):
-        memory.read_hub_shape("owner/name")
+        model_shape.read_hub_shape("owner/name")
 
 
 # The rules: which copies there are
@@ -303,7 +305,7 @@ def test_lora_trains_adapters_only():
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": 8, "scale": 1.0, "dropout": 0.0})
     adapters = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
-    tiny = plan(memory.shape_from_config(TINY, 4), train_type="lora", lora_rank=8)
+    tiny = plan(model_shape.shape_from_config(TINY, 4), train_type="lora", lora_rank=8)
     assert tiny.trainable_parameters == adapters
     assert lora.moments == 8 * lora.trainable_parameters
     assert lora.master_weights == 0
@@ -336,7 +338,7 @@ def test_copies_follow_the_three_policies(shape, changes, rollout, reference):
 
 def test_a_kv_cache_is_counted_while_it_grows():
     """It is copied every 256 positions: prompts of 200 tokens, then 456, then what is left."""
-    shape = memory.shape_from_config(TINY, 4)
+    shape = model_shape.shape_from_config(TINY, 4)
     run = {"train_dtype_bytes": 4, "prompt_tokens": 200, "prompts_per_update": 1}
     position = 3 * 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
     for completion, positions in ((100, 300 + 200), (256, 456 + 200), (400, 600 + 344)):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from utils import datafiles, memory, runtime  # noqa: E402
+from utils import datafiles, model_shape, runtime  # noqa: E402
 from utils.errors import RunError, UserError  # noqa: E402
 from utils.hf_config import translate_config  # noqa: E402
 from utils.model_check import compare, describe, read_fixed_text, read_source  # noqa: E402
@@ -379,8 +379,8 @@ def check_weights(folder: Path) -> None:
             "transformers first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     try:
-        for shard in memory._shards(folder):
-            memory._read_header(shard)
+        for shard in model_shape.shards(folder):
+            model_shape.read_header(shard)
     except ValueError as error:
         raise UserError(one_line(error)) from error
 

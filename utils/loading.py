@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import checks, datafiles, hf_config, memory, sources
+from . import checks, datafiles, hf_config, model_shape, sources
 from .errors import RunError, UserError, panics_as_errors
 from .text import in_one_line
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
@@ -51,7 +51,7 @@ def find_model(name: str) -> Path | None:
     return None
 
 
-def read_shape(model: Path | str) -> memory.ModelShape:
+def read_shape(model: Path | str) -> model_shape.ModelShape:
     """The shape of a model in a folder, or on the hub when it is not a path.
 
     Raises:
@@ -59,7 +59,11 @@ def read_shape(model: Path | str) -> memory.ModelShape:
         RunError: the hub is out of reach, or what it has can't be planned with.
     """
     try:
-        return memory.read_hub_shape(model) if isinstance(model, str) else memory.read_shape(model)
+        return (
+            model_shape.read_hub_shape(model)
+            if isinstance(model, str)
+            else model_shape.read_shape(model)
+        )
     except (ValueError, OSError) as error:
         if isinstance(model, str):
             raise RunError(f"model {error}{HUB_ADVICE}") from None

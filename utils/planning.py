@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import datafiles, loading, memory, runtime, settings
+from . import datafiles, loading, memory, model_shape, runtime, settings
 from .console import say
 from .errors import UserError
 from .text import counted, shown
@@ -16,7 +16,7 @@ SIZES = ("rollout_batch_size", "micro_batch_tokens")
 
 def plan_memory(
     config: Any,
-    shape: memory.ModelShape,
+    shape: model_shape.ModelShape,
     train_type: str,
     prompt_tokens: int,
     completion_tokens: int,
@@ -89,7 +89,7 @@ def budget_bytes(config: Any) -> int:
     return max(1, (min(device, limit) if limit else device) - scorer)
 
 
-def master_bytes(config: Any, shape: memory.ModelShape) -> int:
+def master_bytes(config: Any, shape: model_shape.ModelShape) -> int:
     """What the optimizer keeps beside a half-precision weight (utils/optimizers.py)."""
     own = max(shape.bytes_by_dtype, key=lambda name: shape.bytes_by_dtype[name], default="")
     half = config.dtype == "float16" or (config.dtype == "auto" and own == "F16")

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import memory, settings  # noqa: E402
+from utils import memory, model_shape, settings  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 # The published config.json of Qwen/Qwen2.5-1.5B-Instruct, as far as memory depends on it.
@@ -53,7 +53,7 @@ def working_set(ram_gb: float) -> int:
 
 def plan_for(config: Any, four_bit: bool, ram_gb: float) -> memory.Plan:
     return memory.plan(
-        memory.shape_from_config(QWEN, 0.5625 if four_bit else 2),
+        model_shape.shape_from_config(QWEN, 0.5625 if four_bit else 2),
         train_type="lora" if four_bit or config.train_type == "lora" else "full",
         lora_rank=config.lora_rank,
         lora_layers=config.lora_layers,
