@@ -10,6 +10,7 @@ Three kinds, whichever the model's own caches allow:
 
 import functools
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 from . import attention
@@ -123,9 +124,12 @@ def _read(model: Any, cache: list[Any], prompts: list[list[int]]) -> None:
 
     longest = max(map(len, prompts))
     tokens = mx.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    piece = max(1, PREFILL_TOKENS // len(prompts))
-    for start in range(0, longest, piece):
-        model(tokens[:, start : start + piece], cache=cache)
+    piece = max(3, PREFILL_TOKENS // len(prompts))
+    starts = list(range(0, longest, piece))
+    if longest % piece == 1 < longest:
+        starts[-1] -= 1  # one token alone is a step of decoding to mlx-lm's rotating batch caches
+    for start, end in pairwise([*starts, longest]):
+        model(tokens[:, start:end], cache=cache)
         if longest > piece:
             mx.eval([layer.state for layer in cache])
             mx.clear_cache()
