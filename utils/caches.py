@@ -119,7 +119,7 @@ def _taken(value: Any, index: Any) -> Any:
 
 
 def _read(model: Any, cache: list[Any], prompts: list[list[int]]) -> None:
-    """Run the model over right-padded token lists; only the caches are ever evaluated."""
+    """Run the model over right-padded token lists, if they have any; only caches are evaluated."""
     import mlx.core as mx
 
     longest = max(map(len, prompts))
@@ -140,9 +140,8 @@ def _row_caches(
 ) -> list[Any]:
     import mlx.core as mx
 
-    if max(map(len, prompts)) > 1:
-        # Padding comes later than its prompt, so no token of the prompt sees it.
-        _read(model, layers, [prompt[:-1] for prompt in prompts])
+    # Padding comes later than its prompt, so no token of the prompt sees it.
+    _read(model, layers, [prompt[:-1] for prompt in prompts])
     index = mx.array(rows)
     shared = Rows([len(prompts[row]) - 1 for row in rows], max_tokens)
     caches = [RowCache(shared) for _ in layers]
@@ -164,10 +163,9 @@ def _merged_caches(model: Any, prompts: list[list[int]], rows: list[int]) -> lis
     # Not every recurrent model keeps padding out of its state: those read one prompt at a time.
     alone = any(padding) and not all(hasattr(layer, "offset") for layer in caches[0])
     for prompt, cache in zip(prompts, caches, strict=True) if alone else ():
-        if len(prompt) > 1:
-            _read(model, cache, [prompt[:-1]])
+        _read(model, cache, [prompt[:-1]])
     merged = [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
-    if not alone and max(lengths):
+    if not alone:
         for layer in merged if any(padding) else ():
             layer.prepare(lengths=lengths, right_padding=padding)
         _read(model, merged, [prompt[:-1] for prompt in prompts])
@@ -224,7 +222,7 @@ class Rows:
         if not self.padded and (window is None or end < window):
             return None
         if self._visible is None:
-            self._visible = self._unpadded(self.limit + 1)
+            self._visible = self._unpadded(self.limit)
         visible = self._visible[..., : end + 1]
         return visible if window is None else visible & self._near(end, end + 1, window)
 

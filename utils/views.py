@@ -51,7 +51,7 @@ def _with_adapter(adapter: Any, key: Any) -> Any:
     from .optimizers import random_words, round_at_random
 
     dtype = adapter.linear.weight.dtype
-    exact = copy.copy(adapter)
+    exact = copy.copy(adapter)  # lets its float32 weights go: the view's layers stay a while
     exact.linear = copy.copy(adapter.linear)
     exact.linear.weight = adapter.linear.weight.astype(mx.float32)
     layer = exact.fuse()
@@ -186,15 +186,14 @@ class LowRank(nn.Module):
 def _joined(layers: list[Any]) -> Any:
     """Plain linear layers as one, their outputs side by side."""
     layer = copy.copy(layers[0])
-    for name, first in layers[0].items():
-        if first is not None:
-            layer[name] = mx.concatenate([other[name] for other in layers])
+    for name in layers[0]:
+        layer[name] = mx.concatenate([other[name] for other in layers])
     return layer
 
 
 def _arrays(layer: Any) -> list[mx.array]:
     pairs: Any = tree_flatten(layer.parameters())
-    return [x for _, x in pairs if x is not None]
+    return [x for _, x in pairs]
 
 
 def _alike(layers: list[Any]) -> bool:
@@ -206,7 +205,7 @@ def _alike(layers: list[Any]) -> bool:
     kinds = {
         (
             *(getattr(layer, name, None) for name in ("group_size", "bits", "mode")),
-            *((name, x.dtype, x.shape[1:]) for name, x in sorted(layer.items()) if x is not None),
+            *((name, x.dtype, x.shape[1:]) for name, x in sorted(layer.items())),
         )
         for layer in layers
     }
