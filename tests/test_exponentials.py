@@ -87,14 +87,15 @@ def test_a_models_blocks_take_it_where_that_pays(model_dir, are_slow, monkeypatc
 @pytest.mark.parametrize("rope", [nn.RoPE(16), nn.RoPE(16, base=500.0, scale=0.5)])
 def test_layers_share_the_angles_of_a_step(rope):
     class Block(nn.Module):
-        def __init__(self):
+        def __init__(self, rope):
             super().__init__()
             self.rope = rope
 
+    others = nn.RoPE(16, base=rope.base, scale=2.0), nn.RoPE(8, base=rope.base, scale=rope.scale)
     view = nn.Module()
-    view.layers = [Block(), Block()]
+    view.layers = [Block(rope), Block(rope), *map(Block, others)]
     views.share_rotations(view)
-    first, second = view.layers
+    first, second, *unlike = view.layers
     calls, plain = [], type(rope).__call__
     each = mx.array([3, 0, 700])
     for offset in (0, 4, 1000, each, each, mx.array([1, 2, 3])):
@@ -102,6 +103,10 @@ def test_layers_share_the_angles_of_a_step(rope):
             x = numbers(3, heads, 1, 16)
             ours = np.array(block.rope(x, offset=offset))
             assert ours == pytest.approx(np.array(rope(x, offset=offset)), abs=1e-4)
+        for other, block in zip(others, unlike, strict=True):  # angles of their own
+            x = numbers(3, 2, 1, other.dims)
+            ours = np.array(block.rope(x, offset=offset))
+            assert ours == pytest.approx(np.array(other(x, offset=offset)), abs=1e-4)
     x = numbers(1, 2, 5, 16)
     assert mx.array_equal(first.rope(x, offset=2), rope(x, offset=2)), "many tokens go by MLX's"
     with pytest.MonkeyPatch.context() as patch:

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import itertools
 import sys
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +14,14 @@ import numpy as np
 import pytest
 from conftest import make_model
 from helpers import flat, make_trainer
-from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
+from mlx.utils import tree_unflatten
+from mlx_lm.models.cache import (
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace
@@ -208,6 +217,7 @@ STATE_SPACE = {
     "use_conv_bias": True,
     "time_step_rank": 4,
 }
+BOTH_IN_A_LAYER = {"mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_heads": 4}
 FAMILIES = {
     "llama": {},
     "qwen2": {},
@@ -215,6 +225,7 @@ FAMILIES = {
     "gemma3_text": {"layers": 4, **SLIDING},  # rotating caches, 16 tokens wide
     "lfm2": {"layers": 3, **HYBRID},
     "mamba": STATE_SPACE,  # its state has no mask: padding in a prompt would enter it
+    "falcon_h1": BOTH_IN_A_LAYER,  # lists of caches
 }
 
 
@@ -263,6 +274,23 @@ def test_long_prompts_are_read_in_pieces(grpo, tmp_path, monkeypatch, family):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
 
 
+@pytest.mark.parametrize("length", [40, 300])
+def test_a_cache_takes_no_more_room_than_its_rows_can_use(model_dir, length):
+    """As planned for: in steps of 256, or what is left to sample if that is less."""
+    model, _ = mlx_lm.load(str(model_dir))
+    cache = caches.prefill(model, random_prompts(11, 21), [0, 0, 1], length)
+    sizes = []
+    for step in range(length):
+        if step == 9:
+            caches.keep_rows(cache, [0, 1])  # the 10 positions of the longer prompt alone go
+        model(mx.ones((3 if step < 9 else 2, 1), mx.int32), cache=cache)
+        sizes.append({layer.keys.shape[2] for layer in cache})
+    expected = [20 + 40] * 9 + [10 + 40] * 31
+    if length == 300:
+        expected = [20 + 256] * 9 + [10 + 256] * 247 + [10 + 300] * 44
+    assert sizes == [{size} for size in expected]
+
+
 def test_rows_of_two_prompts_stay_apart_in_batches_smaller_than_a_group(model_dir, monkeypatch):
     model, _ = mlx_lm.load(str(model_dir))
     monkeypatch.setattr(caches, "_can_batch", lambda _: False)
@@ -272,6 +300,14 @@ def test_rows_of_two_prompts_stay_apart_in_batches_smaller_than_a_group(model_di
         range(4, 7),
         range(7, 8),
     ]
+
+
+@pytest.mark.parametrize("make", [ChunkedKVCache, lambda n: CacheList(ChunkedKVCache(n))])
+def test_one_layer_that_cannot_be_batched_keeps_prompts_apart(model_dir, monkeypatch, make):
+    model, _ = mlx_lm.load(str(model_dir))
+    monkeypatch.setattr(type(model), "make_cache", lambda _: [KVCache(), make(9)], raising=False)
+    monkeypatch.setattr(caches, "_say_once", lambda _: None)  # said in another test
+    assert list(caches.batches(model, 4, 2, 4)) == [range(2), range(2, 4)]
 
 
 def test_a_window_is_masked_from_the_first_token_that_it_leaves_out():
@@ -285,10 +321,11 @@ def test_a_window_is_masked_from_the_first_token_that_it_leaves_out():
 def test_a_mask_hides_padding_and_what_is_out_of_the_window():
     """Against the tokens' true positions, before and after the longest prompt has left."""
     rows = caches.Rows([5, 2, 9], 20)
-    for lengths, end in (([5, 2, 9], 9), ([5, 2, 9], 13), ([5, 2], 8)):
+    for lengths, end in (([5, 2, 9], 9), ([5, 2, 9], 13), ([5, 2], 13)):
         if len(lengths) == 2:
             assert rows.keep([0, 1]) == slice(5, 9)
         width = max(lengths)
+        assert rows.offset(end).tolist() == [end - width + length for length in lengths]
         for window in (None, 3, 6, 100):
             mask = np.array(rows.mask(end, window))[:, 0, 0]
             for row, length in enumerate(lengths):
@@ -398,8 +435,11 @@ def unadapted(trainer):
     return sys.modules[type(trainer).__module__].without_adapters(trainer.model)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 512
 ROTATIONS = {
     "traditional": {"rope_traditional": True},
+    "stretched": {"rope_scaling": LLAMA3},
     "two bases": {"model_type": "gemma3_text", "layers": 4, **SLIDING, "rope_theta": 50.0},
     "a quarter": {
         "model_type": "stablelm",
@@ -424,14 +464,17 @@ def test_views_rotate_as_the_model_does(grpo, tmp_path, kind):
 def test_a_small_adapter_is_not_rounded_away(model_dir, data_dir, tmp_path):
     """bfloat16, and an adapter far below half a step of the weights: it still acts on average."""
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", train_type="lora", dtype="bfloat16")
-    layer = trainer.model.model.layers[0].mlp.up_proj
-    layer.linear.weight = mx.ones_like(layer.linear.weight)
-    rank = layer.lora_a.shape[1]
-    layer.lora_a = mx.ones_like(layer.lora_a) * (2**-10 / rank / layer.scale)
-    layer.lora_b = mx.ones_like(layer.lora_b)  # adds 2^-10 where a step is 2^-7
+    for block in trainer.model.model.layers:
+        layer = block.mlp.up_proj
+        layer.linear.weight = mx.ones_like(layer.linear.weight)
+        rank = layer.lora_a.shape[1]
+        layer.lora_a = mx.ones_like(layer.lora_a) * (2**-10 / rank / layer.scale)
+        layer.lora_b = mx.ones_like(layer.lora_b)  # adds 2^-10 where a step is 2^-7
     nearest = layer.fuse().weight.astype(mx.float32) - 1
     assert mx.abs(nearest).max() == 0, "the plain way loses it"
-    merged = views.merged(trainer.model, 1e9).model.layers[0].mlp.up_proj.weight
+    view = views.merged(trainer.model, 1e9)
+    merged, other = (block.mlp.up_proj.weight for block in view.model.layers)
+    assert not mx.array_equal(merged, other), "each layer by numbers of its own"
     assert merged.dtype == mx.bfloat16
     mean = float((merged.astype(mx.float32) - 1).mean())
     assert mean == pytest.approx(2**-10, rel=0.1)  # of 8,192 weights, an eighth is one step up
@@ -439,9 +482,36 @@ def test_a_small_adapter_is_not_rounded_away(model_dir, data_dir, tmp_path):
     assert mx.array_equal(merged, again), "a resumed run samples from the same weights"
 
 
-def test_a_quantized_model_is_joined_as_it_is(loaded):
+def test_merging_takes_float32_copies_of_one_layer_at_a_time(data_dir, tmp_path):
+    folder = make_model(tmp_path / "m", hidden=256, layers=8)
+    settings = {"train_type": "lora", "dtype": "bfloat16"}
+    model = make_trainer(folder, data_dir, tmp_path / "o", **settings).model
+    mx.eval(model.parameters())
+    gc.collect()
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    view = views.merged(model, 1e12)
+    mx.eval(view.parameters())
+    old = {id(x) for x in flat(model.parameters()).values()}
+    new = sum(x.nbytes for x in flat(view.parameters()).values() if id(x) not in old)
+    assert mx.get_peak_memory() - before < 1.5 * new
+
+
+def test_adapters_in_float16_are_rounded_to_the_nearest(model_dir, data_dir, tmp_path):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", train_type="lora", dtype="float16")
+    layer = trainer.model.model.layers[0].mlp.up_proj
+    layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
+    exact = layer.linear.weight.astype(mx.float32) + (layer.scale * layer.lora_a @ layer.lora_b).T
+    merged = views.merged(trainer.model, 1e9).model.layers[0].mlp.up_proj.weight
+    assert merged.dtype == mx.float16
+    assert mx.abs(merged - exact).max() <= mx.abs(exact).max() * 2**-11
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_a_quantized_model_is_joined_as_it_is(loaded, mode):
     model = copy.deepcopy(loaded[0])
-    nn.quantize(model, group_size=32, bits=4)
+    nn.quantize(model, group_size=32, bits=4, mode=mode)
     joined = views.joined(model, 1e9)
     tokens = mx.array([[1, 2, 3, 4, 5]])
     assert joined is not model
@@ -450,15 +520,50 @@ def test_a_quantized_model_is_joined_as_it_is(loaded):
     assert views.joined(model, packed) is model, "no room"
 
 
-def test_adapters_on_scales_of_bytes_stay_as_they_are(model_dir, data_dir, tmp_path):
-    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", train_type="lora")
+@pytest.mark.parametrize("train_type", ["lora", "dora"])
+def test_adapters_that_cannot_be_multiplied_out_stay_as_they_are(
+    model_dir, data_dir, tmp_path, train_type
+):
+    """LoRA on scales that are bytes, and DoRA on any quantized layer."""
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", train_type=train_type)
+    mode = "mxfp4" if train_type == "lora" else "affine"
     for _, module in trainer.model.named_modules():
         if "lora_a" in module:
-            module.linear = nn.QuantizedLinear.from_linear(module.linear, 32, 4, "mxfp4")
+            module.linear = nn.QuantizedLinear.from_linear(module.linear, 32, 4, mode)
             module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape, key=mx.random.key(1))
     tokens = mx.array([[1, 2, 3, 4, 5]])
-    view = views.joined(views.merged(trainer.model, 1e9), 1e9)
+    assert views.merged(trainer.model, 1e9) is trainer.model
+    view = views.joined(trainer.model, 1e9)
     assert mx.abs(view(tokens) - trainer.model(tokens)).max() < 1e-5
+
+
+@pytest.mark.parametrize("train_type", ["full", "lora"])
+def test_layers_of_several_widths_are_not_joined(model_dir, data_dir, tmp_path, train_type):
+    """As mlx-lm's mixed recipes quantize: values and the way down finer than the rest."""
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", train_type=train_type)
+    for name, module in trainer.model.named_modules():
+        layer = module.get("linear", module)
+        if type(layer) is nn.Linear:
+            bits = 8 if "v_proj" in name else 4
+            packed = nn.QuantizedLinear.from_linear(layer, 32, bits)
+            if layer is module:
+                trainer.model.update_modules(tree_unflatten([(name, packed)]))
+            else:
+                module.linear = packed
+                module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape, key=mx.random.key(1))
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    view = views.joined(views.merged(trainer.model, 1e9), 1e9)
+    assert isinstance(view.layers[0].mlp.gate_proj, partial)
+    assert not isinstance(view.layers[0].self_attn.q_proj, partial)
+    assert mx.abs(view(tokens) - trainer.model(tokens)).max() < 1e-5
+
+
+def test_nothing_is_joined_where_nothing_can_be_or_it_brings_nothing(loaded, monkeypatch):
+    embedding = nn.Sequential(nn.Embedding(4, 4))
+    assert views.joined(embedding, 1e9) is embedding
+    assert views.joined(loaded[0], 1e9) is not loaded[0]
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert views.joined(loaded[0], 1e9) is loaded[0]
 
 
 def test_what_a_product_computed_is_let_go(loaded):
@@ -469,6 +574,8 @@ def test_what_a_product_computed_is_let_go(loaded):
     x = mx.ones((1, 64))
     for _ in range(2):  # a layer that is asked twice answers twice
         assert mx.array_equal(products[0].part(0, x), products[0].part(0, x))
+    y = 2 * x  # and one that another input interrupts gives the other's
+    assert mx.allclose(products[0].part(1, y), loaded[0].layers[0].mlp.up_proj(y), atol=1e-5)
 
 
 def test_adapters_are_merged_only_where_there_is_room(policy, monkeypatch):
@@ -501,21 +608,26 @@ def test_what_quantizing_costs_is_measured(model_dir, data_dir, tmp_path, monkey
     rows, seconds = [], {True: 0.5, False: 0.1}
     measure = views._step_seconds
 
-    def timed(model, count, **_):
+    def timed(model, count, limit=views.AFFORDABLE):
         assert measure(model, count, limit=60.0) is not None
         rows.append(count)
-        return seconds[any(isinstance(m, nn.QuantizedEmbedding) for m in model.modules())]
+        took = seconds[any(isinstance(m, nn.QuantizedEmbedding) for m in model.modules())]
+        return took if took <= limit else None
 
     monkeypatch.setattr(views, "_step_seconds", timed)
     note = views.cost_of_quantizing(trainer)
     assert "500 ms a step of 8 rows against 100" in note
     assert "quantize_for_rollouts = false" in note
-    seconds[True] = 0.05
-    assert views.cost_of_quantizing(trainer) is None
-    monkeypatch.setattr(views, "_step_seconds", measure)
-    monkeypatch.setattr(views, "AFFORDABLE", 0.0)
-    assert measure(trainer.model, 8, limit=0.0) is None, "too slow here to try the other"
-    assert rows == [8] * 4
+    for seconds[True] in (0.05, 0.105):
+        assert views.cost_of_quantizing(trainer) is None
+    for planned in (3, 64):
+        trainer.plan = dataclasses.replace(trainer.plan, rollout_batch_size=planned)
+        views.cost_of_quantizing(trainer)
+    assert rows == [8] * 6 + [3] * 2 + [8] * 2
+    seconds[False] = 0.2
+    assert views.cost_of_quantizing(trainer) is None, "too slow here to try the other"
+    assert len(rows) == 11
+    assert measure(trainer.model, 8, limit=0.0) is None
     assert trainer.model_old is None
 
 
