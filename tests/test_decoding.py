@@ -17,7 +17,7 @@ import pytest
 from conftest import make_model
 from test_sampling import random_prompts, sample
 
-from utils import attention, caches, decoding
+from utils import attention, caches, decoding, views
 
 
 def to_rows(queries, keys, values, cache, scale):
@@ -172,6 +172,18 @@ def test_a_model_with_an_attention_of_its_own_is_found(
     assert "steps of llama are not compiled, and slower for it: the logits differ" in (
         capsys.readouterr().out
     )
+
+
+def test_prompts_of_one_token_alone_hide_no_attention(grpo, tmp_path, as_on_cuda, capsys):
+    """The first to ask may be the comparison with 4-bit rollouts, whose prompts are such."""
+    folder = make_model(tmp_path / "m", model_type="gemma2", query_pre_attn_scalar=16)
+    model, tokenizer = mlx_lm.load(str(folder))
+    plain = sample(grpo, (model, tokenizer), random_prompts(9), rows=[0] * 5)
+    as_on_cuda(True)
+    assert views._step_seconds(model, 5, limit=float("inf"))
+    assert "steps of gemma2 are not compiled" in capsys.readouterr().out
+    ours = sample(grpo, (model, tokenizer), random_prompts(9), rows=[0] * 5)
+    assert [c.ids for c in ours] == [c.ids for c in plain]
 
 
 def test_each_size_of_a_model_is_compared_once(grpo, tmp_path, as_on_cuda):
