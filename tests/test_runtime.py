@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,19 @@ def test_ctrl_c_while_modules_are_imported_is_quiet(tmp_path, script, handler, c
     )
     assert (done.returncode, done.stderr) == (code, "")
     assert bool(done.stdout) == (code == 0)
+
+
+def test_ctrl_c_in_a_script_of_the_users_own_is_pythons(tmp_path):
+    """One beside mlx-grpo.py, too, which need not have a function main."""
+    (tmp_path / "utils").mkdir()
+    shutil.copy(ROOT / "utils" / "__init__.py", tmp_path / "utils")
+    (tmp_path / "mine.py").write_text(
+        "import os, signal, utils\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    print('saved')\n"
+    )
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "saved\n", "")
 
 
 @pytest.mark.parametrize("script", COMMANDS)

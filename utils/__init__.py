@@ -35,7 +35,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 _program = Path(getattr(sys.modules["__main__"], "__file__", None) or "-").resolve()
-if _program.parent in (_HERE, _HERE.parent):
+if _program.parent == _HERE or _program == _HERE.with_name("mlx-grpo.py"):
     # Not where a shell ignores Ctrl-C, for what it runs in the background.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
