@@ -277,8 +277,9 @@ def test_compiled_kernels_are_kept_and_waiting_for_them_is_announced(monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert (runtime.keep_compiled_kernels() is None) == (not mx.cuda.is_available())
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda _: {"architecture": "sm_90"})
     assert "one to three minutes" in runtime.keep_compiled_kernels()
-    folder = tmp_path / "mlx" / mx.__version__ / "ptx"
+    folder = tmp_path / "mlx" / mx.__version__ / "sm_90" / "ptx"
     assert os.environ["MLX_PTX_CACHE_DIR"] == str(folder)
     (folder / "kernel.ptx").write_text("")
     assert runtime.keep_compiled_kernels() is None

@@ -147,7 +147,9 @@ def keep_compiled_kernels() -> str | None:
         return None
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        own = caches / "mlx" / metadata.version("mlx") / "ptx"
+        # They are for one kind of GPU, and machines with others may share the home.
+        kind = str(mx.device_info(mx.gpu)["architecture"])
+        own = caches / "mlx" / metadata.version("mlx") / kind / "ptx"
         folder = Path(os.environ.get("MLX_PTX_CACHE_DIR") or own)
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no home, or one that can't be written to: MLX's own will do
