@@ -144,6 +144,7 @@ def _combined(start: Case) -> str:
 
 
 def suggestions(shape: ModelShape, settings: Settings) -> tuple[str, ...]:
+    """Settings that make a run fit: each alone, or a set of them where none is enough."""
     start = Case("", shape, settings)
     single: list[str] = []
     for remedy in _REMEDIES:
