@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import make_model
+from conftest import ROOT, make_model
 from hf_layout import CLASSES, convert, reported, write_checkpoint
 
 from utils import convert_model, model_check, model_shape
@@ -466,6 +466,18 @@ def test_interruption_leaves_nothing(source, tmp_path, monkeypatch):
     assert code == 130
     assert err.endswith("interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_that_nobody_reads_is_still_there(tmp_path):
+    output = tmp_path / "mlx"
+    words = ["--hf-path", str(ROOT / "models/tiny-math"), "-q", "--output-dir", str(output)]
+    command = [sys.executable, str(ROOT / "utils/convert_model.py"), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()  # before it prints, as a `| head` that has ended
+        assert "error" not in process.stderr.read()
+    assert process.returncode == 0
+    assert (output / "model.safetensors").is_file()
 
 
 def test_model_that_computes_nan_is_refused(tmp_path):

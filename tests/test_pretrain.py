@@ -314,6 +314,19 @@ def test_a_killed_run_continues_to_the_same_weights(work):
     assert [row.split(",")[:5] for row in again] == [row.split(",")[:5] for row in log]
 
 
+def test_a_run_whose_lines_nobody_reads_goes_on(work):
+    """As with `| head -1`, which leaves after the first."""
+    arguments = flags(work, "--out-dir", work / "piped")
+    command = [sys.executable, str(ROOT / "utils/pretrain.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert (work / "piped/final/model.safetensors").is_file()
+
+
 def test_resume_refuses_other_settings_and_other_data(work, capsys):
     more = ("--save-interval", 5)
     assert pretrain.main(flags(work, *more)) == 0

@@ -605,12 +605,15 @@ def convert_and_report(args: argparse.Namespace) -> None:
     args.output_dir = args.output_dir.expanduser()
     check_arguments(args)
     runtime.preload_blas()
-    with partial_folder(args.output_dir) as folder:
+    # mlx-lm's progress goes where ours does: a pipe that nobody reads any more would end it.
+    with partial_folder(args.output_dir) as folder, contextlib.redirect_stdout(sys.stderr):
         summary = run_conversion(args, folder)
-    print(f"{args.output_dir}: {summary}")
+    from utils import console  # here: it needs packages, which `--help` does not
+
+    console.say(f"{args.output_dir}: {summary}")
     if args.upload_repo:
         upload(args.output_dir, args.upload_repo)
-        print(f"Uploaded to https://huggingface.co/{args.upload_repo}")
+        console.say(f"Uploaded to https://huggingface.co/{args.upload_repo}")
 
 
 def main() -> int:

@@ -435,8 +435,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    print(summary)
-    print(f"Train it with: --set model_name={args.output_dir}")
+    from utils.console import say
+
+    say(f"{summary}\nTrain it with: --set model_name={args.output_dir}")
     return 0
 
 

@@ -46,6 +46,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from utils import checkpoints, litgpt, pretrain_data, pretrain_model, runtime, settings  # noqa: E402
+from utils.console import say  # noqa: E402
 from utils.errors import RunError, UserError  # noqa: E402
 from utils.prefix import checkpoint_layers  # noqa: E402
 from utils.pretrain_data import Rows  # noqa: E402
@@ -257,7 +258,7 @@ def prepare_tokenizer(config: PretrainConfig, smoke_test: bool) -> PreTrainedTok
     tokenizer = pretrain_data.train_tokenizer(texts, config.tokenizer_vocab_size)
     if not smoke_test:
         tokenizer.save_pretrained(folder)
-        print(f"trained a tokenizer of {len(tokenizer)} tokens: {folder}")
+        say(f"trained a tokenizer of {len(tokenizer)} tokens: {folder}")
     return tokenizer
 
 
@@ -319,7 +320,7 @@ def prepare(config: PretrainConfig, smoke_test: bool) -> Materials:
                 f"precision = {config.precision!r}: MLX has experts on the CPU in float32 only; "
                 "--precision 32-true"
             )
-        print("note: bf16 is slow on a CPU; --precision 32-true is many times faster there")
+        say("note: bf16 is slow on a CPU; --precision 32-true is many times faster there")
     vocab_size = model_config.get("vocab_size", len(tokenizer))
     rows = [prepare_rows(config, tokenizer, "train_data_path", vocab_size)]
     if config.validates:
@@ -565,12 +566,12 @@ def describe(trainer: Trainer, materials: Materials) -> dict[str, Any]:
     total, active = pretrain_model.parameter_counts(trainer.model, materials.model_config)
     rows, config = materials.train, trainer.config
     kind = materials.model_config.get("model_type")
-    print(
+    say(
         f"{kind}: {total:,} parameters, {active:,} active per token; {config.precision} on "
         f"{mx.default_device()}"
     )
     passes = trainer.steps * config.global_batch_size / len(rows)
-    print(
+    say(
         f"training data: {counted(len(rows), 'row')} of {rows.length} tokens; "
         f"{counted(trainer.steps, 'update')} of {counted(config.global_batch_size, 'row')}, "
         f"{passes:.2f} passes"
@@ -579,7 +580,7 @@ def describe(trainer: Trainer, materials: Materials) -> dict[str, Any]:
     figures |= {"train_rows": len(rows), "row_tokens": rows.length, "updates": trainer.steps}
     if materials.val is not None:
         entropy = materials.val.unigram_entropy()
-        print(f"validation data: {len(materials.val):,} rows; unigram entropy {entropy:.4f} nats")
+        say(f"validation data: {len(materials.val):,} rows; unigram entropy {entropy:.4f} nats")
         figures |= {"val_rows": len(materials.val), "val_unigram_entropy": round(entropy, 4)}
     return figures
 
@@ -587,9 +588,7 @@ def describe(trainer: Trainer, materials: Materials) -> dict[str, Any]:
 def log_validation(trainer: Trainer, materials: Materials, tracker: Tracker) -> float:
     assert materials.val is not None
     loss = trainer.validate(materials.val)
-    tqdm.write(
-        f"update {trainer.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
-    )
+    say(f"update {trainer.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
     tracker.log({"update": trainer.step, "split": "val", "loss": loss})
     return loss
 
@@ -600,7 +599,9 @@ def fit(trainer: Trainer, materials: Materials, tracker: Tracker, data: str) -> 
     data: fingerprint of the rows for the checkpoints; "" saves none.
     """
     config, rows = trainer.config, materials.train
-    bar = tqdm(total=trainer.steps, initial=trainer.step, unit="update", mininterval=1.0)
+    bar = tqdm(
+        total=trainer.steps, initial=trainer.step, unit="update", mininterval=1.0, disable=None
+    )
     batch_tokens, speeds, figures = config.global_batch_size * rows.length, [], {}
     while trainer.step < trainer.steps:
         start = time.perf_counter()
@@ -616,7 +617,7 @@ def fit(trainer: Trainer, materials: Materials, tracker: Tracker, data: str) -> 
         if config.eval_interval and step % config.eval_interval == 0 and step < trainer.steps:
             log_validation(trainer, materials, tracker)
         if data and config.save_interval and step % config.save_interval == 0:
-            tqdm.write(f"saved {save_checkpoint(trainer, materials, data)}")
+            say(f"saved {save_checkpoint(trainer, materials, data)}")
     bar.close()
     result: dict[str, Any] = {"train_loss": figures.get("loss")}
     if materials.val is not None:
@@ -635,7 +636,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
     check_available(logger)
     checkpoint = None if smoke_test else find_checkpoint(config)
     if kernels := runtime.keep_compiled_kernels():
-        print(kernels)
+        say(kernels)
     started = time.perf_counter()
     materials = prepare(config, smoke_test)
     trainer = Trainer(config, materials)
@@ -645,18 +646,16 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
         load_checkpoint(checkpoint, trainer, data)
         for name in ("metrics.csv", "metrics_eval.csv"):
             drop_later_rows(out_dir / name, trainer.step)
-        print(f"continuing from {checkpoint}")
+        say(f"continuing from {checkpoint}")
     checkpoints.claim(out_dir, overwrite=config.overwrite)
     recorded = dataclasses.asdict(config)
     tracker = make_tracker(logger, out_dir, out_dir.name, recorded, since=trainer.step + 1)
     figures = fit(trainer, materials, tracker, data)
     tracker.close()
     seconds = round(time.perf_counter() - started, 1)
-    print(json.dumps(figures))
+    say(json.dumps(figures))
     if smoke_test:
-        print(
-            f"smoke test passed in {seconds} s: one step, no weights saved, {out_dir} has its log"
-        )
+        say(f"smoke test passed in {seconds} s: one step, no weights saved, {out_dir} has its log")
         return
     names = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
     record |= figures | {"seconds": seconds, "device": mx.default_device().type.name}
@@ -665,7 +664,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
     with checkpoints.written_aside(out_dir / "final") as folder:
         save_folder(folder, trainer, materials, trainer.compute)
         checkpoints.write_json(folder / "pretrain.json", record)
-    print(f"saved {out_dir / 'final'} after {seconds} s")
+    say(f"saved {out_dir / 'final'} after {seconds} s")
 
 
 def smoke_config(config: PretrainConfig) -> PretrainConfig:
@@ -674,7 +673,7 @@ def smoke_config(config: PretrainConfig) -> PretrainConfig:
     changes["out_dir"] = str(Path(config.out_dir) / "smoke_test")
     changes |= {"eval_interval": 0, "final_validation": False, "overwrite": True}
     if not Path(config.train_data_path).exists():
-        print(f"smoke test: {config.train_data_path} does not exist, using models/tiny-math's text")
+        say(f"smoke test: {config.train_data_path} does not exist, using models/tiny-math's text")
         changes["data_class_path"] = "litgpt.data.TextFiles"
         text = str(ROOT / "models/tiny-math")
         changes["train_data_path"], changes["text_suffixes"] = text, [".jsonl"]
@@ -798,7 +797,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the newest checkpoint")
+        say("\ninterrupted; the same command continues from the newest checkpoint")
         return 130
     return 0
 

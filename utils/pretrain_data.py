@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from .console import say
 from .errors import UserError
 
 END = "<|endoftext|>"
@@ -179,9 +180,7 @@ def pair_rows(
     if not fitting:
         raise UserError(f"{option}: every row is longer than max_seq_length = {length} tokens")
     if left_out := len(pairs) - len(fitting):
-        print(
-            f"{option}: {left_out} of {len(pairs)} rows are longer than {length} tokens: left out"
-        )
+        say(f"{option}: {left_out} of {len(pairs)} rows are longer than {length} tokens: left out")
     width = min(length, _rounded(max(len(h) + len(t) for h, t in fitting) - 1))
     tokens = np.full((len(fitting), width + 1), end, dtype=np.int32)
     mask = np.zeros((len(fitting), width), dtype=bool)

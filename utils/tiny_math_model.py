@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from . import tiny_math
+from .console import say
 from .errors import UserError
 from .pretrain_model import new_model
 
@@ -249,7 +250,7 @@ def fit(
     if config.compile:
         step_once = mx.compile(step_once, inputs=state, outputs=state)
     batches = pool.batches(config.global_batch_size, np.random.default_rng(config.seed))
-    bar = tqdm(range(1, steps + 1), desc=label, unit="step", mininterval=1.0)
+    bar = tqdm(range(1, steps + 1), desc=label, unit="step", mininterval=1.0, disable=None)
     for step in bar:
         loss = step_once(*next(batches))
         mx.eval(loss, state)
@@ -317,7 +318,7 @@ def evaluate(
 def report(title: str, figures: dict[str, dict[str, float]]) -> None:
     for part, values in figures.items():
         line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        tqdm.write(f"{title:<24} {part:<15} {line}")
+        say(f"{title:<24} {part:<15} {line}")
 
 
 # The command
@@ -395,11 +396,11 @@ def run(config: TinyMathConfig, data_only: bool) -> None:
     corpus = tiny_math.tokenizer_corpus(data, config.tokenizer_samples)
     tokenizer = tiny_math.build_tokenizer(corpus, config.vocab_size)
     tokenizer.save_pretrained(folder)
-    print(f"{folder}: train.jsonl, test.jsonl and the tokenizer are written")
+    say(f"{folder}: train.jsonl, test.jsonl and the tokenizer are written")
     if data_only:
         return
     parameters = get_total_parameters(model)
-    print(f"{parameters:,} parameters in float32 on {mx.default_device()}")
+    say(f"{parameters:,} parameters in float32 on {mx.default_device()}")
     figures = train_both_stages(model, tokenizer, data, config)
     used = dataclasses.asdict(config)
     del used["out_dir"]  # a path of this machine
@@ -412,7 +413,7 @@ def run(config: TinyMathConfig, data_only: bool) -> None:
         "versions": versions(),
     }
     save(folder, model, model_config, tokenizer, record)
-    print(f"saved to {folder} in {record['seconds']} s")
+    say(f"saved to {folder} in {record['seconds']} s")
 
 
 def make_folder(folder: Path) -> None:
