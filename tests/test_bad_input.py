@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import struct
@@ -785,6 +786,24 @@ def test_resuming_with_another_setting_or_a_damaged_checkpoint(typed, refused, t
     message = refused(**run, resume="out/checkpoint-4")
     assert_names(message, "out/checkpoint-4 is damaged: trainer_state.safetensors has 3 bytes")
     assert refused(**run, resume="checkpoint-4") == message, "its name in output_dir will do"
+
+
+POSITIONS = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_ctx": 40, "n_positions": 40}
+POSITIONS |= {"layer_norm_epsilon": 1e-5, "model_type": "gpt2"}
+
+
+def test_more_tokens_than_the_model_was_made_for(typed, refused, tmp_path):
+    """Rotary positions go on, which is said; a table of positions ends, which nobody checks."""
+    rotary = make_model(tmp_path / "rotary", max_position_embeddings=40)
+    code, out, err, _ = typed(model_name=str(rotary), max_updates=1)
+    said = re.search(rf"^context   (\d+) tokens are more than the 40 that {rotary} was", out, re.M)
+    assert (code, err) == (0, "")
+    assert int(said[1]) > 40
+    code, out, *_ = typed(model_name=str(rotary), max_updates=1, max_new_tokens=2, overwrite=True)
+    assert (code, "context" in out) == (0, False)
+    table = make_model(tmp_path / "table", **POSITIONS)
+    message = refused(model_name=str(table), max_updates=1, overwrite=True)
+    assert_names(message, f"{table} has 40 positions", f"take {said[1]}", "fewer new tokens")
 
 
 REWARDS = """

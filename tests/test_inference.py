@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -486,6 +487,18 @@ def test_folders_that_are_no_model(lora_run, tmp_path):
         inference.locate(str(tmp_path))
     with pytest.raises(UserError, match="holds adapters itself"):
         inference.locate(str(lora_run / "checkpoint-2"), "other")
+
+
+def test_a_prompt_beyond_what_the_model_was_made_for_is_noted(ask, tmp_path):
+    """By us alone: transformers would warn of errors that do not come."""
+    model = make_model(tmp_path / "short", max_position_embeddings=20)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 20}))
+    code, _, err = ask("--model", model, "hi", "--max-tokens", 30)
+    assert (code, err) == (0, "")
+    code, _, err = ask("--model", model, "hi " * 20, "--max-tokens", 2)
+    assert code == 0
+    assert re.fullmatch(rf"note: \d+ tokens are more than the 20 that {model} was .*\n", err)
 
 
 def test_adapters_of_another_model_are_refused(ask, lora_run, model_dir):

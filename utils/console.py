@@ -73,10 +73,20 @@ def warn_of_kl(kl: float | None) -> None:
         )
 
 
+def longest_sequence(trainer: Any) -> int:
+    """Tokens of the longest prompt and the longest completion that training or evaluation take."""
+    evaluating = trainer.sampling_with(0.0, trainer.args.eval_max_new_tokens)
+    rows = trainer.train_dataset + trainer.eval_dataset
+    new = max(trainer.sampling.max_tokens, evaluating.max_tokens if trainer.eval_dataset else 0)
+    return new + max(len(row["prompt_ids"]) for row in rows)
+
+
 def introduce(trainer: Any, blas: str | None) -> None:
     """Say what is about to happen, and every choice that was not the user's own."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
+
+    from . import loading  # imports more than a command that only prints needs
 
     a, kind = trainer.args, trainer.loaded.train_type
     weights: Any = tree_flatten(trainer.model.trainable_parameters())
@@ -91,6 +101,8 @@ def introduce(trainer: Any, blas: str | None) -> None:
     advice = runtime.blas_advice(blas) if device == "CPU" else None
     if advice:
         say(f"speed     {advice}")
+    if note := loading.beyond_context(trainer.loaded, a.model_name, longest_sequence(trainer)):
+        say(f"context   {note}: the longest prompt and completion")
     asked = min(a.eval_samples, len(trainer.eval_dataset))
     names = ", ".join(part["dataset"] for part in a.dataset_mix) or a.dataset
     questions = counted(len(trainer.train_dataset), "question")

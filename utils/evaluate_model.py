@@ -223,6 +223,7 @@ def evaluate(
     """Ask one model all questions, in batches; each completion is handed to `save`."""
     from tqdm import tqdm
 
+    from . import loading
     from .settings import replaced
 
     scores, start = Scores(name), time.perf_counter()
@@ -233,6 +234,9 @@ def evaluate(
     number_of = {id(row["prompt"]): i for i, row in enumerate(questions)}
     rows = evaluator.encode(questions, "evaluation")  # leaves too long ones out, copies the rest
     numbers = [number_of[id(row["prompt"])] for row in rows]
+    longest = max(len(row["prompt_ids"]) for row in rows) + how.max_tokens
+    if beyond := loading.beyond_context(loaded, name, longest):
+        note(f"note: {beyond}: the longest question and its answer")
     size = max(1, args.batch_size // args.n)
     evaluator.bar = bar = tqdm(
         total=len(rows) * args.n, desc=short(name), unit="sample", disable=None, dynamic_ncols=True

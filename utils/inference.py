@@ -350,20 +350,23 @@ class Generator:
         self.config.model_name = args.model
         if args.grpo_prompt and args.stop:
             self.config.stop_strings = args.stop
-        self.vocabulary = loaded.vocabulary
+        self.loaded = loaded
         self.stop = self.grpo.StopRule(self.tokenizer, self.config.stop_strings)
         mx.random.seed(args.seed)
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids by the trainer's own function. Raises UserError for a template that refuses."""
-        from . import datafiles
+        from . import datafiles, loading
 
         try:
             ids = self.grpo.encode_prompt(self.tokenizer, self.config, {"prompt": messages})
         except ValueError as error:  # nanochat's tokenizer, for turns that it can't render
             raise UserError(str(error)) from None
         unlimited = dataclasses.replace(self.config, max_prompt_length=2**31 - 1)
-        datafiles.check_prompts(unlimited, [{"prompt_ids": ids}], "given", self.vocabulary)
+        datafiles.check_prompts(unlimited, [{"prompt_ids": ids}], "given", self.loaded.vocabulary)
+        most = len(ids) + self.args.max_tokens
+        if beyond := loading.beyond_context(self.loaded, self.args.model, len(ids), most):
+            note(f"note: {beyond}: the prompt")
         return ids
 
     def conversation(self, question: str) -> list[dict[str, str]]:

@@ -27,6 +27,8 @@ HOW_TO_MAKE = {
 }
 
 
+# What transformers warns of once, for prompts that are left out or of which we say more.
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 HUB_ADVICE = "\nA folder works too: --set model_name=FOLDER"
 
 
@@ -206,6 +208,13 @@ class LoadedModel:
         """The ids below this one are tokens that the model knows."""
         return min(embeddings(self.model), self.config.get("vocab_size") or 2**31)
 
+    @property
+    def context(self) -> int:
+        """As many tokens as the model was made for, if its config says so."""
+        places = self.config, self.config.get("text_config") or {}
+        found = [x.get(key) for x in places for key in ("max_position_embeddings", "n_positions")]
+        return next((n for n in found if type(n) is int and n > 0), 2**31)
+
 
 def reason(error: Exception) -> str:
     """The message of someone else's error; its kind where that alone says what happened."""
@@ -252,6 +261,25 @@ def embeddings(model: Any) -> int:
     return max(rows, default=2**31)
 
 
+def beyond_context(loaded: LoadedModel, name: str, tokens: int, most: int = 0) -> str:
+    """A line for the user where `tokens` are more than the model was made for; else empty.
+
+    Raises:
+        UserError: it has a table of positions, and `most` (or `tokens`) would read behind it, which
+            MLX does not notice.
+    """
+    modules = loaded.model.named_modules()
+    positions = [m.weight.shape[0] for place, m in modules if place.endswith("wpe")]
+    if max(tokens, most) > min(positions, default=2**31):
+        raise UserError(
+            f"{name} has {positions[0]:,} positions, prompt and completion may take "
+            f"{max(tokens, most):,}: set shorter prompts or fewer new tokens"
+        )
+    if tokens <= loaded.context:
+        return ""
+    return f"{tokens:,} tokens are more than the {loaded.context:,} that {name} was made for"
+
+
 def load_model(config: Any) -> LoadedModel:
     """Load model and tokenizer, cast to `dtype`, and make the trainable part trainable.
 
@@ -271,6 +299,7 @@ def load_model(config: Any) -> LoadedModel:
             model, tokenizer, model_config, folder = read_model(config, local)
             cast(model, config.dtype)
             try_out(model, tokenizer)
+            getattr(tokenizer, "deprecation_warnings", {})[TOO_LONG] = True
     except Exception as error:  # other libraries on untrusted files: they raise anything
         if local:
             raise UserError(f"model {local} cannot be loaded: {reason(error)}") from error
