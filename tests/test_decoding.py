@@ -90,6 +90,20 @@ def test_compiled_steps_sample_the_same(
     assert "not compiled" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 5), (2,), (2, 3)])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_short_prompts_and_completions_take_compiled_steps(
+    grpo, model_dir, as_on_cuda, capsys, lengths, tokens
+):
+    """The comparison takes two steps, also where a batch takes one."""
+    loaded, prompts = mlx_lm.load(str(model_dir)), random_prompts(*lengths)
+    plain = sample(grpo, loaded, prompts, max_tokens=tokens)
+    as_on_cuda(True)
+    ours = sample(grpo, loaded, prompts, max_tokens=tokens)
+    assert [c.ids for c in ours] == [c.ids for c in plain]
+    assert list(decoding._usable.values()) == [True] * (max(lengths) > 1)
+
+
 def test_a_model_that_needs_positions_as_numbers_is_not_compiled(
     grpo, tmp_path, as_on_cuda, capsys
 ):

@@ -43,6 +43,7 @@ def _disagreement(model: Any, cache: list[Any]) -> str:
     cache = copy.deepcopy(cache)
     lengths = cache[0].rows.lengths
     keep_rows(cache, [lengths.index(min(lengths)), lengths.index(max(lengths))])
+    cache[0].rows.limit += 1  # a batch may be for one step, and two are compared
     plain = _two_steps(partial(model, cache=copy.deepcopy(cache)), cache)
     for layer in cache:  # what is not to be seen shall be noticed
         layer.make_room(layer.keys, layer.values)
