@@ -19,6 +19,8 @@ from test_sampling import random_prompts, sample
 
 from utils import attention, caches, decoding, views
 
+KERNEL = attention.to_rows
+
 
 def to_rows(queries, keys, values, cache, scale):
     """What the kernel computes; it stores in place, which MLX's own operations can't."""
@@ -93,7 +95,7 @@ def test_compiled_steps_sample_the_same(
 @pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 5), (2,), (2, 3)])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_short_prompts_and_completions_take_compiled_steps(
-    grpo, model_dir, as_on_cuda, capsys, lengths, tokens
+    grpo, model_dir, as_on_cuda, lengths, tokens
 ):
     """The comparison takes two steps, also where a batch takes one."""
     loaded, prompts = mlx_lm.load(str(model_dir)), random_prompts(*lengths)
@@ -377,3 +379,26 @@ def test_attention_to_rows_is_mlxs_with_a_mask(
         assert mx.array_equal(getattr(cache, name), getattr(reference, name).astype(dtype))
     difference = mx.abs(got.astype(mx.float32) - expected).max().item()
     assert difference < limit
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("ragged", [True, False])
+def test_what_is_stored_in_place_is_the_caches_own(
+    grpo, model_dir, monkeypatch, as_on_cuda, cpp_kernel, ragged
+):
+    """Whole rollouts with the kernel as C++: no copy of a cache sees what is stored in another."""
+    loaded = mlx_lm.load(str(model_dir))
+    prompts = random_prompts(5, 23, 2, 40) if ragged else random_prompts(9, 9)
+    rows, stops = [n % len(prompts) for n in range(6)], tuple("taei01")
+    plain = sample(grpo, loaded, prompts, rows, stops=stops)
+    assert len({len(completion.ids) for completion in plain}) > 2, "rows leave"
+    monkeypatch.setattr(attention, "to_rows", KERNEL)
+    monkeypatch.setattr(attention, "kernel", cpp_kernel)
+    monkeypatch.setattr(attention, "WORKERS", 2)  # of 16 lanes each: one warp
+    monkeypatch.setattr(mx, "compile", lambda function: function)  # it calculates, not traces
+    as_on_cuda(True)
+    ours = sample(grpo, loaded, prompts, rows, stops=stops)
+    assert list(decoding._usable.values()) == [True]
+    assert [c.ids for c in ours] == [c.ids for c in plain]
+    for a, b in zip(ours, plain, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
