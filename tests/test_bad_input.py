@@ -186,6 +186,13 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(monkeypatch):
         loading.find_model("models/tiny-mth")
 
 
+@pytest.mark.parametrize("name", ["README.md", "models/tiny-math/model.safetensors"])
+def test_a_file_is_no_model(monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="is a file: give the folder that holds config"):
+        loading.find_model(name)
+
+
 def test_a_path_of_the_repository_typed_elsewhere_says_where_to_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="paths count from the current folder, so run it in"):

@@ -43,6 +43,8 @@ def find_model(name: str) -> Path | None:
         if not (path / "config.json").is_file():
             raise UserError(f"model_name = {name!r} is a folder without config.json")
         return path
+    if path.exists():
+        raise UserError(f"model_name = {name!r} is a file: give the folder that holds config.json")
     normal = os.path.normpath(name)
     command = next((c for known, c in HOW_TO_MAKE.items() if normal.startswith(known)), None)
     if command and not (ROOT / path).is_dir():
