@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -452,6 +453,12 @@ def test_damaged_source_leaves_the_old_folder_and_no_rubbish(how, packed, tmp_pa
     assert message in err
     assert (output / "model.safetensors").read_bytes() == packed_bytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "mlx"]
+
+
+def test_the_last_line_can_be_typed_where_the_path_has_a_space(source, tmp_path):
+    code, out, _ = convert("--hf-path", source, "--output-dir", tmp_path / "my model")
+    words = shlex.split(out.splitlines()[-1].partition(": ")[2])
+    assert (code, words) == (0, ["--set", f"model_name={tmp_path / 'my model'}"])
 
 
 def test_interruption_leaves_nothing(source, tmp_path, monkeypatch):

@@ -471,6 +471,11 @@ def test_bad_input_ends_with_exit_code_2_and_writes_nothing(work, arguments, com
     assert not (work / "out").exists()
 
 
+def test_the_nearest_preset_is_one_for_pretraining(capsys):
+    assert pretrain.main(["--config", "tiny_math.toml"]) == 2
+    assert "configs/pretrain/tiny_math.toml?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [("{", "line 1: not JSON"), ('{"prompt": "a"}', 'needs the texts "prompt"'), ("", "no line")],

@@ -55,6 +55,17 @@ def test_the_quoted_reward_is_valid_and_used(grpo, tmp_path):
     assert reward(completions=[short, long]) == [0.5, 0.0]
 
 
+def test_the_quoted_python_trains(grpo, tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(import mlx_grpo.*?)```", text_of("QUICK_START.md"), re.DOTALL)[1]
+    monkeypatch.chdir(ROOT)
+    exec(code.replace("outputs/", f"{tmp_path}/"))
+    *steps, last = [list(map(float, line.split())) for line in capsys.readouterr().out.splitlines()]
+    assert len(steps) == 2
+    assert len(last) == 2
+    assert last[1] > 0
+    assert (tmp_path / "from-python" / "model.safetensors").is_file()
+
+
 LINKING = [*DOCUMENTS, "docs/rewards.md", "models/tiny-math/README.md", "utils/README.md"]
 
 

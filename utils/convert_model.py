@@ -540,12 +540,10 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
         raise RunError(f"the converted model is broken ({error}); try --dtype bfloat16") from error
     except READ_ERRORS as error:
         raise RunError(f"the converted model does not work: {one_line(error)}") from error
-    use = "--set model_name=" if not vision else "mlx_vlm.generate --model "
-    verb = "Ask" if vision else "Train"
-    return (
-        f"{describe(folder, after)}\n{compare(before, after)}\n"
-        f"{verb} it with: {use}{args.output_dir}"
-    )
+    train = shlex.join(["--set", f"model_name={args.output_dir}"])
+    ask = shlex.join(["mlx_vlm.generate", "--model", str(args.output_dir)])
+    use = f"Ask it with: {ask}" if vision else f"Train it with: {train}"
+    return f"{describe(folder, after)}\n{compare(before, after)}\n{use}"
 
 
 def explain(error: Exception, args: argparse.Namespace) -> UserError | RunError:

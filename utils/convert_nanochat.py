@@ -10,6 +10,7 @@ import argparse
 import json
 import pickle
 import re
+import shlex
 import sys
 import zipfile
 from importlib.metadata import version
@@ -437,7 +438,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     from utils.console import say
 
-    say(f"{summary}\nTrain it with: --set model_name={args.output_dir}")
+    train = shlex.join(["--set", f"model_name={args.output_dir}"])
+    say(f"{summary}\nTrain it with: {train}")
     return 0
 
 

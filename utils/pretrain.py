@@ -689,7 +689,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def is_recipe(path: Path) -> bool:
     """Whether the file is for the recipe of models/tiny-math."""
-    name = settings.read_toml(path).get("recipe")
+    name = settings.read_toml(path, DEFAULT_CONFIG.parent).get("recipe")
     if name not in (None, "tiny_math"):
         raise UserError(f"recipe = {name!r}: the only recipe is 'tiny_math'")
     return name is not None

@@ -32,8 +32,9 @@ KINDS: dict[type, str] = {
 }
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The settings in `path`: flat keys, or the table [mlx_grpo].
+def read_toml(path: Path, presets: Path = PRESETS) -> dict[str, Any]:
+    """The settings in `path`: flat keys, or the table [mlx_grpo]. The nearest of `presets` is named
+    where it is missing.
 
     Raises:
         UserError: the file is missing, not TOML, or holds other top-level keys beside the table.
@@ -41,9 +42,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist ({_presets(path)})") from None
+        raise UserError(f"config file {path} does not exist ({_nearest(path, presets)})") from None
     except IsADirectoryError:
-        raise UserError(f"config file {path} is a folder ({_presets(path / 'x')})") from None
+        raise UserError(
+            f"config file {path} is a folder ({_nearest(path / 'x', presets)})"
+        ) from None
     except UnicodeDecodeError as error:
         byte = f"byte {error.start + 1} is not UTF-8"
         raise UserError(f"config file {path} cannot be read as TOML: {byte}") from None
@@ -63,10 +66,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     return table
 
 
-def _presets(path: Path) -> str:
+def _nearest(path: Path, presets: Path) -> str:
     """What to name instead of a file that is not there: the nearest preset, or those beside it."""
     beside = sorted(path.parent.glob("*.toml"))
-    known = [*beside, *sorted(PRESETS.glob("*.toml"))]
+    known = [*beside, *sorted(presets.glob("*.toml"))]
     near = difflib.get_close_matches(path.stem, [file.stem for file in known], n=1)
     if near:
         return f"did you mean {next(os.path.relpath(f) for f in known if f.stem == near[0])}?"
