@@ -1,6 +1,7 @@
 """The fast ways to score give the gradient of the plain one, or are left out and that is said."""
 
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -199,6 +200,49 @@ def test_a_model_that_cannot_be_taken_apart_is_scored_the_plain_way(grpo, said):
     for pack in packs:
         longest = max(len(prompt) + len(ids) for prompt, ids in (PAIRS[i] for i in pack.rows))
         assert len(pack.rows) * longest <= 100, "MLX could not index the logits of more"
+
+
+@dataclass
+class Output:
+    hidden: mx.array
+
+
+PACKED = {
+    "tuple": (lambda x: (x, None), lambda out: out[0]),
+    "dictionary": (lambda x: {"hidden": x}, lambda out: out["hidden"]),
+    "object": (Output, lambda out: out.hidden),
+    "name": (lambda x: x, lambda out: out),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_model_of_a_form_of_its_own_is_scored_the_plain_way(grpo, said, kind):
+    """Its layers return more than hidden states, or have another name than in mlx-lm's models."""
+    pack, unpack = PACKED[kind]
+
+    class Layers(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __call__(self, tokens, cache=None):
+            return pack(self.inner.model(tokens, cache))
+
+    class Model(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self["blocks" if kind == "name" else "model"] = Layers(inner)
+            self.layers = inner.layers
+
+        def __call__(self, tokens, cache=None):
+            layers = self.blocks if kind == "name" else self.model
+            return unpack(layers(tokens, cache)) @ mx.ones((64, 300))
+
+    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
+    scorer.pack(Model(build("qwen2", {})), PAIRS, range(len(PAIRS)), plan())
+    assert not scorer.splits
+    assert len(said) == 1
+    assert "all positions" in said[0]
 
 
 def peak_of_head(vocabulary, trainable, piece):

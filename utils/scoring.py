@@ -276,7 +276,7 @@ def splitting_problem(model: Any, ids: list[int]) -> str:
         return f"{type(model).__module__} keeps its layers under an unknown name"
     tokens = mx.array([ids[-16:]])
     try:
-        got = head(model, hidden_states(model, tokens)[0])
+        got = head(model, hidden_states(model, tokens).squeeze(0))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         return f"its layers can't be called apart from its head ({error})"
     return disagreement(model, (model(tokens)[0], []), (got, []))
