@@ -173,7 +173,7 @@ def head_logprobs(
     what a `mx.custom_function` does not take as an argument has no gradient.
     """
     count, vocabulary = hidden.shape[0], head(model, hidden[:1]).shape[-1]
-    most = max(1, min(piece, MAX_LOGITS) // vocabulary)  # positions of a piece
+    most = max(1, piece // vocabulary)  # positions of a piece
     size = -(-count // -(-count // most))
     parts = [slice(start, start + size) for start in range(0, count, size)]
     own = dict(named(model.trainable_parameters()))
@@ -431,7 +431,7 @@ class Scorer:
         pairs = [(row["prompt_ids"], r.ids) for row, r in zip(rows, responses, strict=True)]
         length, count = self.shapes.length, self.shapes.rows(len(pairs))
         total = 1 + length(max(len(prompt) + len(ids) for prompt, ids in pairs) - 1)
-        width = min(total - 1, length(total - min(len(prompt) for prompt, _ in pairs)))
+        width = length(total - min(len(prompt) for prompt, _ in pairs))
         tokens = np.zeros((count, total), np.int32)
         mask, sampled = np.zeros((2, count, width), np.float32)
         for i, (prompt, ids) in enumerate(pairs):
