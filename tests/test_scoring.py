@@ -1,6 +1,8 @@
 """The fast ways to score give the gradient of the plain one, or are left out and that is said."""
 
+import itertools
 import json
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -74,7 +76,7 @@ def make_pairs():
     def ids(count):
         return generator.integers(3, 300, count).tolist()
 
-    prompts = [ids(n) for n in (12, 7, 23, 1)]
+    prompts = [ids(n) for n in (12, 12, 23, 1)]
     groups = zip(prompts, GROUPS, strict=True)
     return [(prompt, ids(generator.integers(1, 15))) for prompt, group in groups for _ in group]
 
@@ -125,6 +127,7 @@ def test_every_way_has_the_gradient_of_the_plain_one(grpo, kind, said):
     model = build(kind, {**SHARING, **NOT_SHARING}[kind])
     expected = expected_gradient(grpo, model)
     scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
+    assert scorer.pack(model, PAIRS, [], plan()) == [], "an update may have nothing to learn from"
     packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert scorer.splits
     assert scorer.shares == (kind in SHARING)
@@ -145,29 +148,35 @@ def test_every_way_has_the_gradient_of_the_plain_one(grpo, kind, said):
     scorer.shapes = batching.Shapes(bucketed=True)
     padded = scorer.pack(model, PAIRS, range(len(PAIRS)), plan(200))
     assert relative_difference(expected, total_gradient(model, scorer, padded)) <= 1e-5
+    assert len(said) == (kind in NOT_SHARING), "once"
+    assert kind != "lfm2" or "keeps more than keys and values (ArraysCache)" in said[0]
 
 
-@pytest.mark.parametrize("wrong", ["no gradient", "position", "mask", "order"])
+@pytest.mark.parametrize(
+    "wrong", ["no gradient", "none at first", "position", "mask", "window", "order"]
+)
 def test_what_is_wrong_is_found_and_left_out(grpo, wrong, said, monkeypatch):
     """The check at the start, and with it the test above, can fail."""
     fetch, mask = RowCache.update_and_fetch, RowCache.make_mask
+    layers = itertools.cycle(range(SHAPE["num_hidden_layers"]))
 
     def update_and_fetch(self, keys, values):
-        if wrong == "no gradient":
+        if (next(layers) == 0 and wrong == "none at first") or wrong == "no gradient":
             self.state = tuple(mx.stop_gradient(s) for s in self.state)
         if wrong == "order":
             self.state = tuple(s[::-1] for s in self.state)
         return fetch(self, keys, values)
 
-    def make_mask(self, *args, **kwargs):
-        right = mask(self, *args, **kwargs)
+    def make_mask(self, length, return_array=False, window_size=None):
+        right = mask(self, length, return_array, None if wrong == "window" else window_size)
         if wrong == "position":
             self.offset = self.offset + 1
         return mx.ones_like(right) if wrong == "mask" else right
 
     monkeypatch.setattr(RowCache, "update_and_fetch", update_and_fetch)
     monkeypatch.setattr(RowCache, "make_mask", make_mask)
-    model = build("qwen2", {})
+    windows = {**SHARING["gemma3_text"], "sliding_window": 32}
+    model = build("gemma3_text", windows) if wrong == "window" else build("qwen2", {})
     scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
     packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
     assert not scorer.shares
@@ -177,6 +186,44 @@ def test_what_is_wrong_is_found_and_left_out(grpo, wrong, said, monkeypatch):
         relative_difference(expected_gradient(grpo, model), total_gradient(model, scorer, packs))
         <= 1e-5
     )
+
+
+def test_an_error_that_nobody_foresaw_is_no_answer(grpo, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(scoring, "gradient_of_first", failing)
+    with pytest.raises(RuntimeError, match="a bug"):
+        scoring.Scorer(grpo.token_logprobs, False).pack(build("qwen2", {}), PAIRS, [0, 1], plan())
+
+
+VALUES, GRADIENT = mx.array([-2.0, -1.0]), [mx.array([3.0, -4.0])]
+ALTERNATING, NAN = mx.array([0.05, -0.05]), mx.array([0.0, float("nan")])
+APART = [  # type of the model, values, gradient, what is said
+    ("float32", VALUES + 0.005, [1.01 * GRADIENT[0]], ""),
+    ("float32", VALUES + 0.05, GRADIENT, "differs by 0.05 "),
+    ("float32", VALUES + ALTERNATING, GRADIENT, "differs by 0.05 "),
+    ("float32", VALUES + NAN, GRADIENT, "differs by nan "),
+    ("float32", VALUES[:1], GRADIENT, r"has shape \(1,\) instead of \(2,\)"),
+    ("float32", VALUES, [1.05 * GRADIENT[0]], "gradients differ by 0.05 "),
+    ("float32", VALUES, [GRADIENT[0] + NAN], "gradients differ by nan "),
+    ("bfloat16", VALUES + 0.05, [1.2 * GRADIENT[0]], ""),
+    ("bfloat16", VALUES + 0.2, GRADIENT, "differs by 0.2 "),
+    ("bfloat16", VALUES, [1.4 * GRADIENT[0]], "gradients differ by 0.4 "),
+    ("mixed", VALUES + 0.05, [1.2 * GRADIENT[0]], ""),  # as LoRA's float32 on a base in bfloat16
+]
+
+
+@pytest.mark.parametrize(("dtype", "values", "gradient", "said"), APART, ids=range(len(APART)))
+def test_what_is_too_far_apart(dtype, values, gradient, said):
+    model = nn.Linear(2, 2)
+    model.set_dtype(mx.float32 if dtype == "float32" else mx.bfloat16)
+    if dtype == "mixed":
+        model.bias = model.bias.astype(mx.float32)
+    text = scoring.disagreement(model, (VALUES, GRADIENT), (values, gradient))
+    assert re.search(said, text) if said else text == ""
+    nothing = [mx.zeros(2)]
+    assert scoring.disagreement(model, (VALUES, nothing), (VALUES, nothing)) == ""
 
 
 def test_a_model_that_cannot_be_taken_apart_is_scored_the_plain_way(grpo, said):
@@ -194,12 +241,14 @@ def test_a_model_that_cannot_be_taken_apart_is_scored_the_plain_way(grpo, said):
     assert not scorer.splits
     assert "all positions" in said[0]
     assert "window" not in scorer.layout(packs[0], PAIRS, np.ones((len(PAIRS), 4)), 5)
-    scorer.vocabulary = MAX_LOGITS // 100
-    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
-    assert len(packs) > 1
-    for pack in packs:
-        longest = max(len(prompt) + len(ids) for prompt, ids in (PAIRS[i] for i in pack.rows))
-        assert len(pack.rows) * longest <= 100, "MLX could not index the logits of more"
+    assert scorer.vocabulary == SHAPE["vocab_size"]
+    for limit in range(60, 120, 3):
+        scorer.vocabulary = MAX_LOGITS // limit
+        packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
+        assert len(packs) > 1
+        for pack in packs:
+            longest = max(len(prompt) + len(ids) for prompt, ids in (PAIRS[i] for i in pack.rows))
+            assert len(pack.rows) * longest <= limit, "MLX could not index the logits of more"
 
 
 @dataclass
@@ -245,7 +294,26 @@ def test_a_model_of_a_form_of_its_own_is_scored_the_plain_way(grpo, said, kind):
     assert "all positions" in said[0]
 
 
-def peak_of_head(vocabulary, trainable, piece):
+def test_pieces_of_any_size_are_the_whole():
+    """Down to one position each, where memory is for less than its logits."""
+    model = build("qwen2", {"num_hidden_layers": 1})
+    hidden = mx.random.normal((7, 64), key=mx.random.key(1))
+    names, targets = ["model.embed_tokens.weight"], mx.arange(7)
+    results = []
+    for piece in (10**9, 3 * 300, 1):
+
+        def loss(hidden, piece=piece):
+            scores = scoring.head_logprobs(model, names, hidden, targets, 0.7, True, piece)
+            return scores[0].sum() + 0.3 * scores[1].sum()
+
+        results.append(mx.value_and_grad(loss)(hidden))
+    (value, d_hidden), *in_pieces = results
+    for other_value, other in in_pieces:
+        assert other_value.item() == pytest.approx(value.item(), rel=1e-5)
+        assert mx.allclose(other, d_hidden, atol=1e-5)
+
+
+def peak_of_head(vocabulary, trainable, piece, keep=False):
     """Bytes that scoring 512 hidden states takes, forward and backward, above what there was."""
     model = build("qwen2", {"vocab_size": vocabulary, "num_hidden_layers": 1})
     if not trainable:
@@ -256,9 +324,8 @@ def peak_of_head(vocabulary, trainable, piece):
 
     def loss(parameters, hidden):
         model.update(parameters)
-        return scoring.head_logprobs(model, names, hidden, targets, 1.0, piece=piece * vocabulary)[
-            0
-        ].sum()
+        how = {"piece": piece * vocabulary, "keep": keep}
+        return scoring.head_logprobs(model, names, hidden, targets, 1.0, **how)[0].sum()
 
     mx.eval(model.parameters(), hidden, targets)
     mx.synchronize()
@@ -278,6 +345,21 @@ def test_logits_exist_for_one_piece_at_a_time(trainable):
     weights = 2 * vocabulary * 64 * 4 * trainable  # the gradient, and that of one piece
     assert peak_of_head(vocabulary, trainable, 512) > 1.9 * logits
     assert peak_of_head(vocabulary, trainable, 32) < 0.35 * logits + weights
+    assert peak_of_head(vocabulary, trainable, 32, keep=True) > 0.9 * logits, "not made again"
+
+
+def test_the_plan_says_how_many_logits_exist_and_whether_they_stay(grpo, monkeypatch):
+    model, made, head = build("qwen2", {}), [], scoring.head
+    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
+    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
+    monkeypatch.setattr(scoring, "head", lambda *a: (made.append(len(a[1])), head(*a))[1])
+    scored = sum(len(ids) for _, ids in PAIRS)
+    for size, keep, times in ((7, False, 2), (7, True, 1), (20, False, 2)):
+        scorer.pack(model, PAIRS, [], plan(piece=size * SHAPE["vocab_size"], keep=keep))
+        made.clear()
+        total_gradient(model, scorer, packs)
+        assert size // 2 < max(made) <= size
+        assert sum(made) - len(packs) == times * scored, "one for the size of the vocabulary"
 
 
 def test_padded_sizes_are_few_and_little_more():
@@ -343,6 +425,29 @@ def test_a_group_stays_together_until_that_costs_more():
     assert cut([10] * 7 + [400]) == [1, 7], "padding all to 400 costs more than the prompt again"
     assert cut([10, 400] * 4) == [4, 4]
     assert cut([90] * 7 + [100]) == [8]
+
+
+@pytest.mark.parametrize(("device", "each"), [(mx.cpu, [1, 7]), (mx.gpu, [8])])
+def test_another_micro_batch_costs_a_gpu_more_than_padding(monkeypatch, device, each):
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    scorer = scoring.Scorer(None, compiled=False)
+    scorer.checked = scorer.splits = True  # and no prompt is shared
+    pairs = [([1] * 50, [2] * length) for length in (10, 10, 10, 150, 10, 10, 10, 10)]
+    packs = scorer.pack(None, pairs, range(8), plan())
+    assert sorted(len(pack.rows) for pack in packs) == each
+
+
+@pytest.mark.parametrize(("compiled", "cuda"), [(False, False), (True, False), (False, True)])
+def test_what_is_traced_or_has_kernels_for_shapes_is_padded(monkeypatch, compiled, cuda):
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    response = SimpleNamespace(ids=[4] * 9, logprobs=[-1.0] * 9)
+    weights = {"weights": np.ones(3)}
+    rows, responses = [{"prompt_ids": [3] * 5}] * 3, [response] * 3
+    batch = scoring.Scorer(None, compiled).pad(rows, responses, weights)
+    padded = compiled or cuda
+    assert batch["tokens"].shape == ((4, 33) if padded else (3, 14))
+    assert batch["mask"].shape == ((4, 32) if padded else (3, 9))
+    assert batch["weights"].tolist() == [1, 1, 1, 0][: len(batch["mask"])]
 
 
 def test_groups_of_a_trainer_are_scored_together(grpo, model_dir, data_dir, tmp_path):
