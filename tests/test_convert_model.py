@@ -578,6 +578,7 @@ def test_sources_that_make_no_sense(source, packed, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text("{}")
+    write_checkpoint(tmp_path / "run/final", "llama")
     cases = [
         ((packed, "-q"), "is quantized already; convert its source, or --dequantize it"),
         ((source, "--dequantize"), "there is nothing to dequantize"),
@@ -587,6 +588,7 @@ def test_sources_that_make_no_sense(source, packed, tmp_path):
         ((adapters,), "mlx_lm.fuse --model BASE"),
         ((old,), "only pytorch_model.bin. Save it with"),
         ((empty,), "names no model_type"),
+        ((tmp_path / "run",), f"it has no config.json, but {tmp_path}/run/final has one"),
     ]
     for words, message in cases:
         code, _, err = convert("--hf-path", *words, "--output-dir", tmp_path / "mlx")

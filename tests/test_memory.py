@@ -707,7 +707,7 @@ def test_adapters_keep_no_float32_copies_of_their_inputs(dtype, apart):
     norm = sum(mx.square(g).sum().item() for g in gradients[0].values())
     assert {g.dtype for g in gradients[1].values()} == {mx.float32}
     assert error**0.5 <= apart * norm**0.5
-    assert peaks[1] < 0.85 * peaks[0]
+    assert peaks[1] < 0.9 * peaks[0]  # 0.82 to 0.84; the queue of the CPU adds to both
 
 
 def test_checkpointed_layers_leave_a_cached_forward_alone():

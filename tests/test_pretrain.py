@@ -498,6 +498,13 @@ def test_a_loss_that_is_not_finite_stops_with_exit_code_1(work, capsys):
     assert not (work / "out/final").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(work, capsys):
+    assert pretrain.main([*flags(work), "--out-dir", str(work / "tiny.toml/out")]) == 2
+    out, err = capsys.readouterr()
+    assert f"out_dir {work}/tiny.toml/out is not writable ({work}/tiny.toml)" in err
+    assert not out
+
+
 def test_an_option_set_twice_is_refused():
     with pytest.raises(UserError, match="max_tokens is set twice"):
         litgpt.flatten({"max_tokens": 1, "train": {"max_tokens": 2}})

@@ -292,13 +292,22 @@ def check_output(output_dir: Path, command: str, config: Any) -> None:
         if found(output_dir) and not reached_its_end(output_dir):
             ways = f"Continue it:\n  {command} --resume\nor r{ways[1:]}"
         raise UserError(f"output_dir {output_dir} already holds a run ({old[0].name}). {ways}")
-    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    refuse_unwritable(output_dir, "output_dir")
+
+
+def refuse_unwritable(folder: Path, key: str) -> None:
+    """Raises UserError, naming the setting, where the folder can't be made or written to."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {output_dir} is not writable ({existing})")
+        raise UserError(f"{key} {folder} is not writable ({existing})")
 
 
-def claim(output_dir: Path, *, overwrite: bool, lock: RunLock | None = None) -> None:
+def claim(
+    output_dir: Path, *, overwrite: bool, lock: RunLock | None = None, key: str = "output_dir"
+) -> None:
     """Make and lock the folder, and with `overwrite` delete what an earlier run left in it.
+
+    An error names the setting by its `key`.
 
     Raises:
         UserError: the file system refuses, or another run holds the folder.
@@ -315,7 +324,7 @@ def claim(output_dir: Path, *, overwrite: bool, lock: RunLock | None = None) -> 
             say(f"replaced  the earlier run in {output_dir} (overwrite = true)")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"output_dir {output_dir} is not writable: {reason}") from None
+        raise UserError(f"{key} {output_dir} is not writable: {reason}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -182,7 +182,8 @@ def check_source(args: argparse.Namespace) -> None:
             f"with mlx_lm.fuse --model BASE --adapter-path {name}"
         )
     if source.exists():
-        raise UserError(f"--hf-path {name} is no model folder: it has no config.json")
+        trained = f", but {name}/final has one" if (source / "final/config.json").is_file() else ""
+        raise UserError(f"--hf-path {name} is no model folder: it has no config.json{trained}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise UserError(f"--hf-path {name}: no such folder, and no hub name (OWNER/NAME)")
     datafiles.refuse_mistyped_path("--hf-path", name)

@@ -537,9 +537,10 @@ def find_checkpoint(config: PretrainConfig) -> Path | None:
     """Where to resume from.
 
     Raises:
-        UserError: out_dir holds a run that is not to be continued.
+        UserError: out_dir can't be written to, or holds a run that is not to be continued.
     """
     folder = Path(config.out_dir)
+    checkpoints.refuse_unwritable(folder, "out_dir")
     if config.overwrite:
         source = Path(config.initial_checkpoint_dir or "/").resolve()
         if any(source.is_relative_to(p.resolve()) for p in checkpoints.remains_of_run(folder)):
@@ -647,7 +648,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
         for name in ("metrics.csv", "metrics_eval.csv"):
             drop_later_rows(out_dir / name, trainer.step)
         say(f"continuing from {checkpoint}")
-    checkpoints.claim(out_dir, overwrite=config.overwrite)
+    checkpoints.claim(out_dir, overwrite=config.overwrite, key="out_dir")
     recorded = dataclasses.asdict(config)
     tracker = make_tracker(logger, out_dir, out_dir.name, recorded, since=trainer.step + 1)
     figures = fit(trainer, materials, tracker, data)
