@@ -17,7 +17,7 @@ import pytest
 from conftest import make_model
 from test_sampling import random_prompts, sample
 
-from utils import attention, caches, decoding, views
+from utils import attention, caches, decoding, replacing, views
 
 KERNEL = attention.to_rows
 # macOS has fibers no more, and its g++ is clang.
@@ -46,12 +46,8 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(attention, "fits", lambda *_: True)
     monkeypatch.setattr(attention, "to_rows", to_rows)
 
-    def replace(model, name, plain, ours):  # until the test ends
-        for place in {type(module).__module__ for module in model.modules()}:
-            if getattr(sys.modules[place], name, None) is plain:
-                monkeypatch.setattr(sys.modules[place], name, ours(plain))
-
-    monkeypatch.setattr(attention, "replace", replace)
+    # Until the test ends:
+    monkeypatch.setattr(replacing, "setattr", monkeypatch.setattr, raising=False)
 
     def switch(on):
         monkeypatch.setattr(mx.cuda, "is_available", lambda: on)

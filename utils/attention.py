@@ -93,9 +93,8 @@ def fits(*arrays: Any) -> bool:
     """Whether `to_rows` takes these: on a GPU, for heads of up to 256 in steps of 16."""
     import mlx.core as mx
 
-    (size,) = sizes if len(sizes := {x.shape[-1] for x in arrays}) == 1 else (0,)
-    alike = len({x.dtype for x in arrays}) == 1
-    return mx.default_device() == mx.gpu and alike and 0 < size <= 256 and size % LANES == 0
+    alike, size = len({(x.dtype, x.shape[-1]) for x in arrays}) == 1, arrays[0].shape[-1]
+    return mx.default_device() == mx.gpu and alike and size <= 256 and size % LANES == 0
 
 
 def to_rows(queries: Any, keys: Any, values: Any, cache: Any, scale: float) -> Any:

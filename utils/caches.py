@@ -3,7 +3,7 @@
 Three kinds, whichever the model's own caches allow:
 
 * plain KV caches in every layer (most models): `RowCache`, with one set of positions and one mask
-  for all layers; no mask when the prompts are equally long (unless steps are compiled);
+  for all layers; no mask when the prompts are equally long;
 * caches that mlx-lm can merge (rotating ones, recurrent state, mixtures): mlx-lm's batch caches;
 * any other: the rows of one prompt, which need no padding, in caches of the model's own kind.
 """

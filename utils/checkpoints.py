@@ -19,7 +19,14 @@ import numpy as np
 
 from . import planning, rewarding, runtime, settings, sources, tracking
 from .console import say
-from .errors import DiskError, RunError, UserError, disk_errors_named, readable
+from .errors import (
+    DiskError,
+    RunError,
+    UserError,
+    disk_errors_named,
+    nearest_existing,
+    readable,
+)
 from .lock import RunLock
 from .text import shown
 
@@ -297,7 +304,7 @@ def check_output(output_dir: Path, command: str, config: Any) -> None:
 
 def refuse_unwritable(folder: Path, key: str) -> None:
     """Raises UserError, naming the setting, where the folder can't be made or written to."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{key} {folder} is not writable ({existing})")
 
@@ -539,7 +546,7 @@ def refuse_broken(trainer: Any) -> None:
 def refuse_full_disk(path: Path, needed: int) -> None:
     """Before a byte is written: a full disk would hit everything else that writes, too."""
     with disk_errors_named(path):
-        free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+        free = shutil.disk_usage(nearest_existing(path.parent)).free
     if free < needed:
         raise DiskError(path, f"it needs {readable(needed)}, and {readable(free)} are free")
 

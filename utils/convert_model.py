@@ -25,7 +25,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from utils import datafiles, model_shape, runtime  # noqa: E402
-from utils.errors import RunError, UserError  # noqa: E402
+from utils.errors import RunError, UserError, nearest_existing  # noqa: E402
 from utils.hf_config import translate_config  # noqa: E402
 from utils.model_check import compare, describe, read_fixed_text, read_source  # noqa: E402
 
@@ -212,7 +212,7 @@ def is_model_or_empty(folder: Path) -> bool:
 
 def check_writable(output: Path) -> None:
     """The nearest existing parent must be a folder where names can be made."""
-    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    parent = nearest_existing(output.absolute().parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--output-dir {output} cannot be made: {parent} is no writable folder")
 

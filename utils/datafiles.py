@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError, UserError
+from .script import ROOT
 from .text import is_unicode, shown
 
-ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 

@@ -106,7 +106,7 @@ class CompiledStep:
         finally:
             rows.position = None
         logits, self.position, stored = result
-        _store(self.cache, stored)
+        _store(self.cache, stored)  # when it was traced, placeholders came in their place
         for layer in self.cache:
             layer.end += 1
         self.stands_for = end + 1, count

@@ -28,7 +28,12 @@ class DiskError(RunError):
 
 def readable(count: float) -> str:
     """A number of bytes for a person."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the first folder above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
 
 
 @contextmanager
@@ -45,7 +50,7 @@ def disk_errors_named(path: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith(("[write]", "[save_safetensors] Failed to open")):
             raise
-        free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+        free = shutil.disk_usage(nearest_existing(path.parent)).free
         reason = "the disk is full" if free < 2**20 else str(error)
         raise DiskError(path, f"{reason} ({readable(free)} free)") from error
 

@@ -12,9 +12,8 @@ from typing import Any
 from . import checkpoints, checks, console, runtime, settings, stopping, tracking
 from .console import say
 from .errors import RunError, UserError
+from .script import ROOT
 from .text import redact
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments(

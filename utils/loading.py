@@ -8,10 +8,10 @@ from typing import Any
 
 from . import checks, datafiles, hf_config, model_shape, sources
 from .errors import RunError, UserError, panics_as_errors
+from .script import ROOT
 from .text import in_one_line
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
 
-ROOT = Path(__file__).resolve().parent.parent
 HOW_TO_MAKE = {
     "utils/mlx_model": "uv run python utils/convert_model.py "
     "--hf-path Qwen/Qwen2.5-1.5B-Instruct --quantize",

@@ -33,6 +33,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from .errors import readable
 from .model_shape import ModelShape, projections
 
 GB = 10**9
@@ -274,10 +275,6 @@ _TABLE = {
     "checkpoint_bytes": "disk: one checkpoint",
     "final_bytes": "disk: final model",
 }
-
-
-def readable(count: float) -> str:
-    return f"{count / GB:,.2f} GB" if count >= GB / 10 else f"{count / 1e6:,.2f} MB"
 
 
 def _adapter_parameters(shape: ModelShape, settings: Settings) -> int:

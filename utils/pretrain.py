@@ -537,10 +537,9 @@ def find_checkpoint(config: PretrainConfig) -> Path | None:
     """Where to resume from.
 
     Raises:
-        UserError: out_dir can't be written to, or holds a run that is not to be continued.
+        UserError: out_dir holds a run that is not to be continued.
     """
     folder = Path(config.out_dir)
-    checkpoints.refuse_unwritable(folder, "out_dir")
     if config.overwrite:
         source = Path(config.initial_checkpoint_dir or "/").resolve()
         if any(source.is_relative_to(p.resolve()) for p in checkpoints.remains_of_run(folder)):
@@ -633,6 +632,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
         mx.set_default_device(mx.cpu)
         config = smoke_config(config)
     out_dir = Path(config.out_dir)
+    checkpoints.refuse_unwritable(out_dir, "out_dir")
     logger = [] if config.logger_name == "none" else [config.logger_name]
     check_available(logger)
     checkpoint = None if smoke_test else find_checkpoint(config)

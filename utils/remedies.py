@@ -5,7 +5,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from .memory import HEADROOM, QUANTIZED_BITS, Settings, build, readable
+from .errors import readable
+from .memory import HEADROOM, QUANTIZED_BITS, Settings, build
 from .model_shape import ModelShape
 
 

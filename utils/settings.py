@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
+from .script import ROOT
 from .text import is_unicode, redact, redacted, shown, without_secrets
 
 T = TypeVar("T")
 TABLE = "mlx_grpo"
-PRESETS = Path(__file__).resolve().parent.parent / "configs"
+PRESETS = ROOT / "configs"
 KINDS: dict[type, str] = {
     str: "text in quotes",
     int: "a whole number",
