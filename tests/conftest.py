@@ -1,6 +1,7 @@
 """Fixtures: the script as a module, and a random model in real shapes with a toy tokenizer."""
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from utils import runtime  # noqa: E402
 from utils.script import load_script  # noqa: E402
 
 runtime.preload_blas()  # as the script does, before any test file imports MLX
+os.environ["MLX_ENABLE_TF32"] = "0"  # its products of float32 have 10 bits
 
 import mlx.core as mx  # noqa: E402
 

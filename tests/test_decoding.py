@@ -234,7 +234,7 @@ def test_the_kernel_stores_what_later_steps_see(grpo, tmp_path, monkeypatch, cap
     for prompt, completion in zip(prompts, completions, strict=True):
         tokens = mx.array([prompt + completion.ids])
         logprobs, _ = grpo.token_logprobs(loaded[0], tokens, len(completion.ids), 1.0)
-        assert mx.abs(logprobs[0] - mx.array(completion.logprobs)).max().item() < 0.02
+        assert mx.abs(logprobs[0] - mx.array(completion.logprobs)).max().item() < 1e-3
 
 
 def test_other_caches_go_by_the_attention_of_mlx_lm(grpo, tmp_path, monkeypatch, as_on_cuda):
@@ -346,10 +346,7 @@ def cpp_kernel(tmp_path_factory):
 def test_attention_to_rows_is_mlxs_with_a_mask(
     monkeypatch, cpp_kernel, device, count, heads, groups, size, end, dtype, limit
 ):
-    """For queries that are a part of a larger array, as those of a joined product are.
-
-    The reference is the CPU's: products of float32 are rounded to TF32 on the GPU.
-    """
+    """For queries that are a part of a larger array, as those of a joined product are."""
     if device == "CUDA" and not mx.cuda.is_available():
         pytest.skip("needs CUDA")
     if device == "C++":

@@ -26,7 +26,6 @@ def gradient(trainer, responses, advantages):
 
 
 def test_gradient_and_logprobs_agree_with_the_cpu(model_dir, data_dir, tmp_path, on_gpu):
-    """To 1 %: matrix units may round float32 (TF32). The CPU's float32 is the reference."""
     trainer = make_trainer(model_dir, data_dir, tmp_path / "gpu", dtype="float32")
     trainer.refresh_old_policy()
     responses = trainer.generate_responses([0])
@@ -36,11 +35,11 @@ def test_gradient_and_logprobs_agree_with_the_cpu(model_dir, data_dir, tmp_path,
     mx.set_default_device(mx.cpu)
     reference = make_trainer(model_dir, data_dir, tmp_path / "cpu", dtype="float32")
     expected, _, slow = gradient(reference, responses, advantages)
-    assert loss == pytest.approx(expected, abs=1e-2)
-    assert mismatch / sum(len(r.ids) for r in responses) < 1e-2
+    assert loss == pytest.approx(expected, abs=1e-3)
+    assert mismatch / sum(len(r.ids) for r in responses) < 1e-3
     largest = max(mx.abs(g).max().item() for g in slow.values())
     assert largest > 1e-4
-    assert max(mx.abs(fast[k] - slow[k]).max().item() for k in slow) <= 1e-2 * largest
+    assert max(mx.abs(fast[k] - slow[k]).max().item() for k in slow) <= 1e-3 * largest
 
 
 def test_an_update_on_the_gpu_moves_the_weights(model_dir, data_dir, tmp_path, on_gpu):
