@@ -938,7 +938,8 @@ class MLXGRPOTrainer(RunState):
         ]
         rows = [self.train_dataset[row] for row in batch]
         # Adapters are multiplied into the weights where there is room: fewer operations a token.
-        policy = views.merged(self.model_old, self.plan.spare_for_rollouts)
+        unpack = not self.quantizes  # what is sampled in 4 bits because that was asked for
+        policy = views.merged(self.model_old, self.plan.spare_for_rollouts, unpack)
         return self.sample(policy, rows, keys, self.sampling, partial(rewarding.ahead, self, rows))
 
     def compute_rewards(

@@ -442,8 +442,10 @@ def test_merged_weights_are_written_in_small_files():
         (QWEN, {"platform": "metal"}, 0),
         (QWEN, {"platform": "cuda", "budget_bytes": 22 * 10**9}, 0),
         (QWEN, {"platform": "cuda", "train_type": "lora"}, 2.62e9 + 1.72e9),  # all linear layers
-        (QWEN_4_BIT, {"platform": "cuda", "train_type": "lora"}, 0.48e9),
-        (QWEN_4_BIT, {"platform": "cuda", "train_type": "dora"}, 0),
+        (QWEN_4_BIT, {"platform": "cuda", "train_type": "lora"}, 3.09e9 + 1.72e9),  # unpacked
+        (QWEN_4_BIT, {"platform": "cuda", "train_type": "lora", "budget_bytes": 8 * 10**9}, 0.48e9),
+        (QWEN_4_BIT, {"platform": "cuda", "train_type": "dora", "budget_bytes": 8 * 10**9}, 0),
+        (QWEN_4_BIT, {"platform": "metal", "train_type": "lora"}, 0),
     ],
 )
 def test_views_for_sampling_are_counted_where_they_are_made(shape, changes, expected):

@@ -435,6 +435,30 @@ def unadapted(trainer):
     return sys.modules[type(trainer).__module__].without_adapters(trainer.model)
 
 
+@pytest.mark.parametrize("policy", ["4-bit"], indirect=True)
+def test_a_quantized_base_is_unpacked_on_cuda_where_there_is_room(policy, monkeypatch):
+    """The same function. A 4-bit copy that was asked for stays one."""
+    _, trainer = policy
+    tokens, seen = mx.array([[1, 2, 3, 4, 5]]), []
+    sample = trainer.sample
+    monkeypatch.setattr(trainer, "sample", lambda m, *a: seen.append(m) or sample(m, *a))
+    for on_cuda, copied, room, kind in (
+        (True, False, 10**9, "Linear"),
+        (True, False, 300_000, "LowRank"),  # of the 0.6 MB that it takes
+        (True, True, 10**9, "LowRank"),
+        (False, False, 10**9, "LowRank"),
+    ):
+        monkeypatch.setattr(mx.cuda, "is_available", lambda on_cuda=on_cuda: on_cuda)
+        monkeypatch.setattr(type(trainer.plan), "spare_for_rollouts", room)
+        trainer.quantizes = copied
+        trainer.generate_responses([0])
+        view = seen.pop()
+        kinds = {type(module).__name__ for module in view.modules()}
+        assert kind in kinds
+        assert (kind == "Linear") == (not kinds & {"QuantizedLinear", "QuantizedEmbedding"})
+        assert mx.abs(view(tokens) - trainer.model(tokens)).max() < 1e-4
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 512
 ROTATIONS = {

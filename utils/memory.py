@@ -262,7 +262,7 @@ _TABLE = {
     "reference_copy": "reference copy",
     "kv_cache": "KV cache of one rollout batch",
     "rollout_logits": "logits of one rollout step",
-    "views": "weights joined for sampling",
+    "views": "weights merged or joined for sampling",
     "gradients": "gradients",
     "summed_gradients": "their sum over micro-batches",
     "activations": "activations of one micro-batch",
@@ -506,20 +506,23 @@ def build(shape: ModelShape, settings: Settings) -> Plan:
 
 def _views(plan: Plan) -> int:
     """Bytes of the views that utils/views.py makes of the policy that samples."""
-    shape, settings = plan.shape, plan.settings
-    packed = settings.quantize_for_rollouts or shape.quantized_bits is not None
-    width = QUANTIZED_BITS / 8 if packed else settings.train_dtype_bytes
+    shape, settings, room = plan.shape, plan.settings, plan.spare_for_rollouts
+    width = settings.train_dtype_bytes
+    whole = shape.parameters * width
+    quantized = shape.quantized_bits is not None
+    unpacked = quantized and settings.platform == "cuda" and 2 * whole <= room
+    packed = not unpacked and (quantized or settings.quantize_for_rollouts)
     kv = shape.kv_heads * shape.head_dim
     together = shape.heads * shape.head_dim + 2 * kv
     if shape.experts == 1:
         together += 2 * shape.intermediate_size
-    joined = together * shape.hidden_size * shape.layers * width
+    joined = together * shape.hidden_size * shape.layers * (QUANTIZED_BITS / 8 if packed else width)
     matrices = sum(inputs * outputs for inputs, outputs in projections(vars(shape)))
-    merged = matrices * settings.trained_layers(shape.layers) * width
-    merges = settings.train_type != "full" and not packed and merged <= plan.spare_for_rollouts
+    merged = whole if unpacked else matrices * settings.trained_layers(shape.layers) * width
+    merges = settings.train_type != "full" and not packed and merged <= room
     low_rank = settings.train_type == "lora" and packed  # other adapted layers are not alike
     adapted = settings.train_type != "full" and not merges and not low_rank
-    joins = settings.platform != "metal" and not adapted and joined <= plan.spare_for_rollouts
+    joins = settings.platform != "metal" and not adapted and joined <= room
     return int(merged * merges + joined * joins)
 
 
