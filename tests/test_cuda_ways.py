@@ -13,7 +13,7 @@ import pytest
 from helpers import make_trainer
 from test_gradient import rollout
 
-from utils import attention, quantized
+from utils import attention, quantized, runtime
 
 
 def masks(rows, length, own):
@@ -93,7 +93,7 @@ def test_the_gradient_goes_by_tiles_on_cuda(grpo, model_dir, data_dir, tmp_path,
 
     monkeypatch.setattr(module, "scaled_dot_product_attention", plain)
     monkeypatch.setattr(attention, "in_tiles", counted)
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "platform_name", lambda: "cuda")
     attention.install(trainer.model)
     trainer.generate_responses([0])
     assert not calls
@@ -109,7 +109,7 @@ def in_rows(monkeypatch):
     """quantized.install as on CUDA, undone afterwards."""
     monkeypatch.setattr(nn.QuantizedLinear, "__call__", nn.QuantizedLinear.__call__)
     monkeypatch.setattr(nn.QuantizedEmbedding, "as_linear", nn.QuantizedEmbedding.as_linear)
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "platform_name", lambda: "cuda")
     quantized.install()
     once = nn.QuantizedLinear.__call__
     quantized.install()
@@ -136,4 +136,6 @@ def test_products_with_quantized_weights_are_of_one_matrix(in_rows, quantized_di
 
 def test_elsewhere_quantized_layers_stay_mlxs():
     quantized.install()
-    assert hasattr(nn.QuantizedLinear.__call__, "__wrapped__") == mx.cuda.is_available()
+    assert hasattr(nn.QuantizedLinear.__call__, "__wrapped__") == (
+        runtime.platform_name() == "cuda"
+    )

@@ -28,7 +28,7 @@ from tokenizers.decoders import Metaspace
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from utils import caches, nucleus, streams, views
+from utils import caches, nucleus, runtime, streams, views
 
 EOS = 2
 
@@ -442,13 +442,13 @@ def test_a_quantized_base_is_unpacked_on_cuda_where_there_is_room(policy, monkey
     tokens, seen = mx.array([[1, 2, 3, 4, 5]]), []
     sample = trainer.sample
     monkeypatch.setattr(trainer, "sample", lambda m, *a: seen.append(m) or sample(m, *a))
-    for on_cuda, copied, room, kind in (
-        (True, False, 10**9, "Linear"),
-        (True, False, 300_000, "LowRank"),  # of the 0.6 MB that it takes
-        (True, True, 10**9, "LowRank"),
-        (False, False, 10**9, "LowRank"),
+    for platform, copied, room, kind in (
+        ("cuda", False, 10**9, "Linear"),
+        ("cuda", False, 300_000, "LowRank"),  # of the 0.6 MB that it takes
+        ("cuda", True, 10**9, "LowRank"),
+        ("cpu", False, 10**9, "LowRank"),
     ):
-        monkeypatch.setattr(mx.cuda, "is_available", lambda on_cuda=on_cuda: on_cuda)
+        monkeypatch.setattr(runtime, "platform_name", lambda name=platform: name)
         monkeypatch.setattr(type(trainer.plan), "spare_for_rollouts", room)
         trainer.quantizes = copied
         trainer.generate_responses([0])
@@ -586,7 +586,7 @@ def test_nothing_is_joined_where_nothing_can_be_or_it_brings_nothing(loaded, mon
     embedding = nn.Sequential(nn.Embedding(4, 4))
     assert views.joined(embedding, 1e9) is embedding
     assert views.joined(loaded[0], 1e9) is not loaded[0]
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "platform_name", lambda: "metal")
     assert views.joined(loaded[0], 1e9) is loaded[0]
 
 
@@ -823,7 +823,6 @@ def test_the_batch_ends_with_its_last_row(grpo, loaded, letters):
 
 def test_rows_leave_once_an_eighth_of_the_batch_has_ended(grpo, loaded, letters, monkeypatch):
     """Not for each: caches are copied. What other rows say does not change."""
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     lengths = [4, 12, *[40] * 3, 20, 28, *[40] * 9]
     texts = ["abcdefghijklmnop"[n] * length for n, length in enumerate(lengths)]
     completions, model = say(grpo, loaded, [[*letters(t), EOS] for t in texts])

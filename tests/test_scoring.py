@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from test_gradient import gradient, micro_batches, relative_difference, rollout
 
-from utils import batching, scoring
+from utils import batching, runtime, scoring
 from utils.memory import MAX_LOGITS
 from utils.prefix import RowCache, checkpoint_layers
 
@@ -439,7 +439,7 @@ def test_another_micro_batch_costs_a_gpu_more_than_padding(monkeypatch, device, 
 
 @pytest.mark.parametrize(("compiled", "cuda"), [(False, False), (True, False), (False, True)])
 def test_what_is_traced_or_has_kernels_for_shapes_is_padded(monkeypatch, compiled, cuda):
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(runtime, "platform_name", lambda: "cuda" if cuda else "cpu")
     response = SimpleNamespace(ids=[4] * 9, logprobs=[-1.0] * 9)
     weights = {"weights": np.ones(3)}
     rows, responses = [{"prompt_ids": [3] * 5}] * 3, [response] * 3

@@ -19,6 +19,7 @@ import functools
 from functools import partial, wraps
 from typing import Any
 
+from . import runtime
 from .replacing import replace
 
 TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
@@ -33,10 +34,9 @@ def install(model: Any) -> None:
 
     With other caches nothing changes.
     """
-    import mlx.core as mx
     from mlx_lm.models import base
 
-    if mx.cuda.is_available():
+    if runtime.platform_name() == "cuda":
         name = "scaled_dot_product_attention"
         replace(model, name, base.scaled_dot_product_attention, dispatching)
 

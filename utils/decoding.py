@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from . import runtime
 from .caches import RowCache, keep_rows
 from .console import say
 
@@ -20,10 +21,8 @@ _usable: dict[str, bool] = {}  # by model and its sizes
 
 def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
     """The model on the next (B, 1) tokens of the rows in `cache`, which keeps them: (B, 1, V)."""
-    import mlx.core as mx
-
     own = isinstance(cache[0], RowCache) and cache[0].keys is not None
-    if not own or not mx.cuda.is_available():
+    if not own or runtime.platform_name() != "cuda":
         return partial(model, cache=cache)
     kind = f"{type(model)} {getattr(model, 'args', '')}"
     if kind not in _usable:

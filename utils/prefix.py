@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from . import runtime
+
 
 class PromptCache:
     """A block's cache while the prompts are read: `state` becomes their (G, K, P, D) keys, values.
@@ -63,7 +65,9 @@ class RowCache:
         wide = (lengths.shape[0], length)
         halves = [mx.broadcast_to(m, (*wide, m.shape[-1])) for m in (in_prompt, in_row)]
         mask = mx.concatenate(halves, axis=-1)[:, None]  # (B, 1, R, P + R)
-        if mx.cuda.is_available():  # MLX would turn it into one for each head, in every block
+        if (
+            runtime.platform_name() == "cuda"
+        ):  # MLX would turn it into one for each head, in every block
             mask = mx.where(mask, mx.array(0, keys.dtype), mx.array(-mx.inf, keys.dtype))
         self.masks.append(mask)
         return mask

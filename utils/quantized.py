@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import runtime
+
 
 def in_rows(plain: Any) -> Any:
     """plain(layer, x) of (..., H), computed on (N, H)."""
@@ -26,7 +28,7 @@ def in_rows(plain: Any) -> Any:
 def install() -> None:
     """Let the quantized layers of this process, of every model and copy, go by rows. Only on CUDA:
     MLX's Metal and CPU kernels see by themselves that the weights are the same for all."""
-    if not mx.cuda.is_available() or hasattr(nn.QuantizedLinear.__call__, "__wrapped__"):
+    if runtime.platform_name() != "cuda" or hasattr(nn.QuantizedLinear.__call__, "__wrapped__"):
         return
     patched: list[tuple[Any, str]] = [
         (nn.QuantizedLinear, "__call__"),

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import attention, batching, exponentials
+from . import attention, batching, exponentials, runtime
 from .batching import Pair
 from .console import say
 from .memory import MAX_LOGITS, Plan
@@ -361,7 +361,7 @@ class Scorer:
     def __init__(self, plain: Callable, compiled: bool) -> None:
         self.plain = plain
         self.shapes = batching.Shapes(
-            bucketed=compiled or mx.cuda.is_available(),
+            bucketed=compiled or runtime.platform_name() == "cuda",
             overhead=32 if mx.default_device() == mx.cpu else 1024,
         )
         self.names: list[str] = []  # the trainable parameters of the head

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from . import runtime
+
 
 class StopRule:
     """Decides on the host where a completion ends: at an EOS token, or within a stop string."""
@@ -49,9 +51,7 @@ def part_to_leave() -> float:
 
     Caches are copied then, and on CUDA the steps that remain are compiled anew.
     """
-    import mlx.core as mx
-
-    return 1 / 2 if mx.cuda.is_available() else 1 / 8
+    return 1 / 2 if runtime.platform_name() == "cuda" else 1 / 8
 
 
 class Reader:

@@ -14,6 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from . import runtime
+
 # Layers that the models of mlx-lm which have them apply to one and the same input.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("c_q", "c_k", "c_v"))
 
@@ -27,7 +29,7 @@ def merged(model: Any, room: float, unpack: bool = False) -> Any:
     see `LowRank`. The model itself where it has none, or where the new weights take more than half
     of `room` bytes: joining them may take as much again.
     """
-    for unpacked in (True, False) if unpack and mx.cuda.is_available() else (False,):
+    for unpacked in (True, False) if unpack and runtime.platform_name() == "cuda" else (False,):
         view = _merged(model, unpacked)
         new = _new_arrays(view, model)
         if new and 2 * sum(x.nbytes for x in new) <= room:
@@ -95,7 +97,7 @@ def joined(model: Any, room: float) -> Any:
         if _alike([module.get(name) for name in names])
     ]
     size = sum(x.nbytes for _, _, layers in found for layer in layers for x in _arrays(layer))
-    if not found or size > room or mx.metal.is_available():
+    if not found or size > room or runtime.platform_name() == "metal":
         return model
     for module, names, layers in found:
         product = Product(layers)
