@@ -101,7 +101,7 @@ class Bench:
         queries, new = random(rows, a.num_attention_heads, 1, size), random(rows, groups, 1, size)
         layers = [[random(*shape) for _ in "kv"] for _ in range(a.num_hidden_layers)]
         cache = caches.RowCache(caches.Rows([prompt] * rows, tokens))
-        cache.rows.position = mx.zeros((rows,), mx.int32) + end
+        cache.rows.be_at(mx.zeros((rows,), mx.int32) + end)
         mx.eval(queries, new, layers, cache.rows.position)
 
         def in_rows(queries: Any, keys: Any, values: Any) -> Any:

@@ -24,9 +24,26 @@ KERNEL = attention.to_rows
 HAS_CPP = sys.platform == "linux" and shutil.which("g++") is not None
 
 
-def to_rows(queries, keys, values, cache, scale):
+def rotated(x, rotation, offset):
+    dims, traditional, frequencies = rotation
+    angles = offset[:, None, None, None] * mx.array(frequencies)
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    turned = x[..., :dims].astype(mx.float32)
+    if traditional:
+        a, b = turned[..., ::2], turned[..., 1::2]
+        pairs = mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+        turned = pairs.reshape(turned.shape)
+    else:
+        a, b = mx.split(turned, 2, axis=-1)
+        turned = mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return mx.concatenate([turned.astype(x.dtype), x[..., dims:]], axis=-1)
+
+
+def to_rows(queries, keys, values, cache, scale, rotation=None):
     """What the kernel computes; it stores in place, which MLX's own operations can't."""
     rows, count = cache.rows, cache.keys.shape[2]
+    if rotation:
+        queries, keys = (rotated(x, rotation, rows.offset_at_position) for x in (queries, keys))
     at = rows.position[:, None, None, None]
     cache.keys = mx.put_along_axis(cache.keys, at, keys, axis=2)
     cache.values = mx.put_along_axis(cache.values, at, values, axis=2)
@@ -213,7 +230,7 @@ def test_each_size_of_a_model_is_compared_once(grpo, tmp_path, as_on_cuda):
 def test_a_window_is_for_plain_steps_unless_it_holds_everything(window):
     rows = caches.Rows([5, 2], 11)  # positions 0 to 15
     cache = caches.RowCache(rows)
-    rows.position = mx.full((2,), 9)
+    rows.be_at(mx.full((2,), 9))
     assert cache.make_mask(1) is rows.all_seen
     assert (cache.make_mask(1, window_size=window) is rows.all_seen) == (window >= 16)
     assert cache.offset.tolist() == [9, 6]
@@ -236,6 +253,25 @@ def test_the_kernel_stores_what_later_steps_see(grpo, tmp_path, monkeypatch, cap
         assert mx.abs(logprobs[0] - mx.array(completion.logprobs)).max().item() < 1e-3
 
 
+@pytest.mark.parametrize(("size", "dims", "traditional"), [(80, 80, True), (80, 32, False)])
+def test_pairs_that_the_lanes_cannot_exchange_are_rotated_by_mlx(size, dims, traditional):
+    """Next to each other in two lanes; no whole number of lanes apart."""
+    assert attention.rotation_of(dims, size, traditional, 1e4, 1.0) is None
+
+
+def test_the_rotary_embedding_is_left_to_the_kernel(grpo, tmp_path, monkeypatch, as_on_cuda):
+    """That of queries and keys which go straight into attention."""
+    seen = []
+    monkeypatch.setattr(attention, "to_rows", lambda *a: seen.append(a[5:]) or to_rows(*a))
+    as_on_cuda(True)
+    for family, fused in ("qwen2", True), ("qwen3", True), ("olmo2", True), ("cohere", False):
+        extra = {"use_qk_norm": True, "logit_scale": 1.0} if family == "cohere" else {}
+        loaded = mlx_lm.load(str(make_model(tmp_path / family, model_type=family, **extra)))
+        sample(grpo, loaded, random_prompts(9, 9))
+        assert {bool(rotation) for rotation in seen} == {fused}, family
+        del seen[:]
+
+
 def test_other_caches_go_by_the_attention_of_mlx_lm(grpo, tmp_path, monkeypatch, as_on_cuda):
     loaded = mlx_lm.load(str(make_model(tmp_path / "m", model_type="qwen2")))
     calls = []
@@ -255,7 +291,7 @@ def test_what_the_kernel_does_not_take_is_refused(model_dir, monkeypatch, as_on_
     monkeypatch.setattr(attention, "fits", lambda *x: len({y.dtype for y in x}) == 1)
     cache = caches.RowCache(caches.Rows([4, 4], 9))
     cache.keys = cache.values = mx.zeros((2, 2, 9, 16))
-    cache.rows.position = mx.full((2,), 4)
+    cache.rows.be_at(mx.full((2,), 4))
     queries, new = mx.zeros((2, 4, 1, 16)), mx.zeros((2, 2, 1, 16))
     given = {"cache": cache, "scale": 1.0, "mask": cache.rows.all_seen, "sinks": None}
     dispatching = attention.dispatching(None)
@@ -267,21 +303,43 @@ def test_what_the_kernel_does_not_take_is_refused(model_dir, monkeypatch, as_on_
         dispatching(queries, new, new, **(given | other))
 
 
-CASES = [  # rows, query heads, heads of keys, head size, position, type, largest difference
-    (4, 12, 2, 128, 200, mx.float32, 1e-5),
-    (4, 12, 2, 128, 200, mx.bfloat16, 0.01),
-    (4, 7, 1, 128, 151, mx.float32, 1e-5),
-    (3, 14, 2, 64, 200, mx.bfloat16, 0.01),
-    (3, 32, 1, 96, 200, mx.bfloat16, 0.01),
-    (3, 6, 3, 80, 200, mx.float32, 1e-5),
-    (2, 4, 2, 48, 200, mx.bfloat16, 0.01),
-    (2, 8, 8, 32, 200, mx.float32, 1e-5),
-    (1, 16, 1, 256, 200, mx.float32, 1e-5),
+ROTARY = {
+    "whole": {"dims": 128, "traditional": False, "base": 1e6, "scale": 1.0},
+    "part": {"dims": 32, "traditional": False, "base": 1e4, "scale": 0.5},
+    "traditional": {"dims": 48, "traditional": True, "base": 1e4, "scale": 1.0},
+    "periods": {
+        **{"dims": 64, "traditional": False, "base": None, "scale": 1.0},
+        "freqs": mx.arange(1, 33) * 3.0,
+    },
+}
+CASES = [  # rows, query heads, heads of keys, head size, position, type, largest difference, RoPE
+    (4, 12, 2, 128, 200, mx.float32, 1e-5, ""),
+    (4, 12, 2, 128, 200, mx.float32, 2e-5, "whole"),
+    (4, 12, 2, 128, 200, mx.bfloat16, 0.02, "whole"),
+    (4, 7, 1, 128, 151, mx.float32, 1e-5, ""),
+    (3, 14, 2, 64, 200, mx.bfloat16, 0.01, ""),
+    (3, 14, 2, 64, 200, mx.float32, 2e-5, "part"),
+    (3, 14, 2, 64, 200, mx.float32, 2e-5, "periods"),
+    (3, 32, 1, 96, 200, mx.bfloat16, 0.01, ""),
+    (3, 6, 3, 80, 200, mx.float32, 1e-5, ""),
+    (3, 6, 3, 64, 200, mx.float32, 2e-5, "traditional"),
+    (2, 4, 2, 48, 200, mx.bfloat16, 0.01, ""),
+    (2, 8, 8, 32, 200, mx.float32, 1e-5, ""),
+    (1, 16, 1, 256, 200, mx.float32, 1e-5, ""),
 ]
 MORE = [  # on CUDA: C++ takes long for the first, and has no type for the second
-    (4, 12, 2, 128, 4000, mx.bfloat16, 0.01),
-    (4, 12, 2, 128, 200, mx.float16, 0.002),
+    (4, 12, 2, 128, 4000, mx.bfloat16, 0.01, ""),
+    (4, 12, 2, 128, 200, mx.float16, 0.002, ""),
 ]
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rotations_are_those_of_mlx(kind):
+    how = ROTARY[kind]
+    x, offset = mx.random.normal((2, 3, 1, 128), key=mx.random.key(0)), mx.array([7, 300])
+    expected = mx.fast.rope(x, **how, offset=offset)
+    got = rotated(x, attention.rotation_of(size=128, **how), offset)
+    assert mx.abs(got - expected).max() < 1e-4
 
 
 class Kernel:
@@ -305,7 +363,7 @@ class Kernel:
             (ctypes.c_int64 * 4)(*(n // x.itemsize for n in x.strides))
             for x in (queries, new_keys, new_values)
         ]
-        given = (ctypes.c_void_p * 13)(*pointers, *map(ctypes.addressof, sizes))
+        given = (ctypes.c_void_p * 14)(*pointers, *map(ctypes.addressof, sizes))
         self.library(scale, dict(template)).launch(given, grid[0], grid[1], threadgroup[0])
         return [out]
 
@@ -323,6 +381,7 @@ class Kernel:
             source = attention.SOURCE.replace("SCALE", f"{scale!r}f")
             name.with_suffix(".inc").write_text(source)
             kind = {mx.float32: "float", mx.bfloat16: "bfloat16"}[template.pop("T")]
+            template["TRADITIONAL"] = int(template["TRADITIONAL"])
             defined = {"T": kind, "SOURCE": f'"{name}.inc"', **template}
             options = [f"-D{name}={value}" for name, value in defined.items()]
             code = Path(__file__).with_name("cuda_on_cpu.cpp")
@@ -339,11 +398,11 @@ def cpp_kernel(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("device", "count", "heads", "groups", "size", "end", "dtype", "limit"),
+    ("device", "count", "heads", "groups", "size", "end", "dtype", "limit", "rotary"),
     [*(("C++", *case) for case in CASES), *(("CUDA", *case) for case in [*CASES, *MORE])],
 )
 def test_attention_to_rows_is_mlxs_with_a_mask(
-    monkeypatch, cpp_kernel, device, count, heads, groups, size, end, dtype, limit
+    monkeypatch, cpp_kernel, device, count, heads, groups, size, end, dtype, limit, rotary
 ):
     """For queries that are a part of a larger array, as those of a joined product are."""
     if device == "CUDA" and not mx.cuda.is_available():
@@ -360,17 +419,20 @@ def test_attention_to_rows_is_mlxs_with_a_mask(
     ]  # (count, heads, 1, size), (count, groups, 1, size) twice
     shape = (count, groups, end + 100, size)
     cache = caches.RowCache(caches.Rows([150, 20, 100, 1][:count], end))
-    cache.rows.position = mx.full((count,), end)
+    cache.rows.be_at(mx.full((count,), end))
+    rotation = rotary and attention.rotation_of(size=size, **ROTARY[rotary])
+    assert bool(rotation) == bool(rotary)
     cache.keys, cache.values = (mx.random.normal(shape, key=k).astype(dtype) for k in keys[1:])
     reference = copy.copy(cache)
     floats = [x.astype(mx.float32) for x in (queries, *new)]
-    expected = to_rows(*floats, reference, size**-0.5)
+    expected = to_rows(*floats, reference, size**-0.5, rotation)
     mx.eval(queries, new, expected, cache.keys, cache.values, reference.keys, reference.values)
     with mx.stream(mx.gpu if device == "CUDA" else mx.cpu):
-        got = attention.to_rows(queries, *new, cache, size**-0.5)
+        got = attention.to_rows(queries, *new, cache, size**-0.5, rotation)
         mx.eval(got)
     for name in ("keys", "values"):
-        assert mx.array_equal(getattr(cache, name), getattr(reference, name).astype(dtype))
+        apart = getattr(cache, name).astype(mx.float32) - getattr(reference, name)
+        assert mx.abs(apart).max().item() <= (limit if rotary and name == "keys" else 0)
     difference = mx.abs(got.astype(mx.float32) - expected).max().item()
     assert difference < limit
 

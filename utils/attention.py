@@ -16,8 +16,10 @@ all. One H200, microseconds a layer with 12 heads on 2 of keys and values, head 
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import runtime
 from .replacing import replace
@@ -58,6 +60,10 @@ def dispatching(plain: Any) -> Any:
         alike = fits(queries, keys, values, cache.keys, cache.values)
         if sinks is not None or mask is not cache.rows.all_seen or not alike:
             raise ValueError("its attention is not a plain one to all tokens")
+        before = [cache.rows.rotated.get(id(x)) for x in (queries, keys)]
+        if all(before) and before[0].rotation == before[1].rotation:  # and what they made goes
+            (queries, rotation), (keys, _) = before
+            return to_rows(queries, keys, values, cache, scale, rotation)
         return to_rows(queries, keys, values, cache, scale)
 
     return attention
@@ -97,20 +103,93 @@ def fits(*arrays: Any) -> bool:
     return mx.default_device() == mx.gpu and alike and size <= 256 and size % LANES == 0
 
 
-def to_rows(queries: Any, keys: Any, values: Any, cache: Any, scale: float) -> Any:
+class Rotation(NamedTuple):
+    """Arguments of `mx.fast.rope` but for the offset."""
+
+    dims: int
+    traditional: bool
+    frequencies: tuple[float, ...]  # of each pair of numbers, in radians a position
+
+
+class Rotated(NamedTuple):
+    """What a rotary embedding was applied to, and how."""
+
+    x: Any
+    rotation: Rotation
+
+
+@contextmanager
+def noting_rotations(rows: Any) -> Iterator[None]:
+    """Let `rows` know which arrays are rotary embeddings at its offset, and of what.
+
+    `to_rows` does the same to what it loads: two kernels less a layer. Those that nobody needs any
+    more are dropped when the step is compiled.
+    """
+    import mlx.core as mx
+
+    plain = mx.fast.rope
+    kept = []  # or an id could come again
+
+    def rope(x: Any, dims: int, **how: Any) -> Any:
+        y = plain(x, dims, **how)
+        rotation = rotation_of(dims, x.shape[-1], **how)
+        if rotation and how["offset"] is rows.offset_at_position:
+            rows.rotated[id(y)] = Rotated(x, rotation)
+            kept.append(y)
+        return y
+
+    mx.fast.rope = rope
+    try:
+        yield
+    finally:
+        mx.fast.rope = plain
+        rows.rotated.clear()
+
+
+def rotation_of(
+    dims: int,
+    size: int,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    freqs: Any = None,
+    **_: Any,
+) -> Rotation | None:
+    """As the kernel takes it; None where the lanes of a pair are no power of two apart."""
+    own, half = size // LANES, dims // 2
+    if own == 0 or (own % 2 if traditional else half % own or (half // own) & (half // own - 1)):
+        return None
+    periods = [base ** (n / half) for n in range(half)] if base else freqs.tolist()
+    return Rotation(dims, traditional, tuple(scale / period for period in periods))
+
+
+@functools.cache
+def on_device(numbers: tuple[float, ...]) -> Any:
+    import mlx.core as mx
+
+    array = mx.array(numbers, mx.float32) + 0  # else it would be in the host's memory
+    mx.eval(array)
+    return array
+
+
+def to_rows(
+    queries: Any, keys: Any, values: Any, cache: Any, scale: float, rotation: Any = None
+) -> Any:
     """(B, heads, 1, D) queries to all that the tokens at `cache.rows.position` see.
 
     `cache` has (B, groups, N, D) keys and values. The tokens' own (B, groups, 1, D) ones are stored
     there, in place: MLX would copy all of them for each token while the GPU is not yet done with
-    the one before. So nothing else may hold them.
+    the one before. So nothing else may hold them. A `rotation` is applied to queries and keys.
     """
     rows, heads, _, size = queries.shape
     most = max(1, NUMBERS * LANES // size)
     together = max(n for n in range(1, most + 1) if heads // keys.shape[1] % n == 0)
+    dims, traditional, frequencies = rotation or Rotation(0, False, (0.0,))
     sizes = {"D": size, "HEADS": together, "LANES": LANES, "WORKERS": WORKERS, "AT_ONCE": AT_ONCE}
+    sizes |= {"DIMS": dims, "TRADITIONAL": traditional}
     seen = cache.rows.ends, cache.rows.padding, cache.rows.position
     (out,) = kernel(scale)(
-        inputs=[queries, keys, values, cache.keys, cache.values, *seen],
+        inputs=[queries, keys, values, cache.keys, cache.values, *seen, on_device(frequencies)],
         template=[("T", queries.dtype), *sizes.items()],
         grid=(heads // together * WORKERS * LANES, rows, 1),
         threadgroup=(WORKERS * LANES, 1, 1),
@@ -129,7 +208,7 @@ def kernel(scale: float) -> Any:
         name="attention_to_rows",
         input_names=[
             *("queries", "new_keys", "new_values", "keys", "values"),
-            *("ends", "padding", "position"),
+            *("ends", "padding", "position", "frequencies"),
         ],
         output_names=["out"],
         source=SOURCE.replace("SCALE", f"{float(scale)!r}f"),
@@ -153,13 +232,44 @@ const int group = blockIdx.x / (gridDim.x / groups);
 const int64_t head = blockIdx.x * HEADS;  // the first of the block's
 const int64_t start = (int64_t(row) * groups + group) * room * D + lane * OWN;
 const int end = ends[row], gap = padding[row], last = position[row] - gap;
-const T* new_key = new_keys + row * new_keys_strides[0] + group * new_keys_strides[1] + lane * OWN;
-const T* new_value =
-    new_values + row * new_values_strides[0] + group * new_values_strides[1] + lane * OWN;
+
+// Rotary embedding: of two numbers APART lanes, or next to each other. `last` is the offset.
+constexpr int APART = TRADITIONAL || DIMS == 0 ? 0 : DIMS / 2 / OWN;
+float cosine[OWN], sine[OWN];
+#pragma unroll
+for (int i = 0; i < OWN && DIMS; i++) {
+  const int d = lane * OWN + i;
+  const int pair = TRADITIONAL ? d / 2 : d % (DIMS / 2);
+  sincosf(d < DIMS ? last * frequencies[pair] : 0.0f, &sine[i], &cosine[i]);
+  if (TRADITIONAL ? d % 2 == 0 : d < DIMS / 2) sine[i] = -sine[i];
+}
+auto rotate = [&](float (&x)[OWN]) {
+  float other[OWN];
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    other[i] = TRADITIONAL ? x[i ^ 1] : __shfl_xor_sync(0xffffffff, x[i], APART);
+  }
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) x[i] = x[i] * cosine[i] + other[i] * sine[i];
+};
+
+const int64_t new_key_at = row * new_keys_strides[0] + group * new_keys_strides[1] + lane * OWN;
+const int64_t new_value_at =
+    row * new_values_strides[0] + group * new_values_strides[1] + lane * OWN;
+Part new_key = *reinterpret_cast<const Part*>(new_keys + new_key_at);
+const Part new_value = *reinterpret_cast<const Part*>(new_values + new_value_at);
+if (DIMS) {
+  float x[OWN];
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) x[i] = static_cast<float>(new_key.x[i]);
+  rotate(x);
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) new_key.x[i] = static_cast<T>(x[i]);
+}
 if (worker == 0) {
   const int64_t at = start + int64_t(last + gap) * D;
-  *reinterpret_cast<Part*>(const_cast<T*>(keys + at)) = *reinterpret_cast<const Part*>(new_key);
-  *reinterpret_cast<Part*>(const_cast<T*>(values + at)) = *reinterpret_cast<const Part*>(new_value);
+  *reinterpret_cast<Part*>(const_cast<T*>(keys + at)) = new_key;
+  *reinterpret_cast<Part*>(const_cast<T*>(values + at)) = new_value;
 }
 
 float q[HEADS][OWN], sum[HEADS][OWN], best[HEADS], total[HEADS];
@@ -174,6 +284,7 @@ for (int h = 0; h < HEADS; h++) {
     q[h][i] = SCALE * 1.44269504f * static_cast<float>(part.x[i]);  // exponents of 2, not e
     sum[h][i] = 0;
   }
+  if (DIMS) rotate(q[h]);
 }
 
 // All workers of a warp take as many turns: they exchange numbers.
@@ -182,8 +293,9 @@ auto load = [&](int n) {
   #pragma unroll
   for (int j = 0; j < AT_ONCE; j++) {
     const int64_t at = start + int64_t(n + j < end ? n + j : n + j + gap) * D;
-    next_key[j] = *reinterpret_cast<const Part*>(n + j < last ? keys + at : new_key);
-    next_value[j] = *reinterpret_cast<const Part*>(n + j < last ? values + at : new_value);
+    const bool stored = n + j < last;
+    next_key[j] = stored ? *reinterpret_cast<const Part*>(keys + at) : new_key;
+    next_value[j] = stored ? *reinterpret_cast<const Part*>(values + at) : new_value;
   }
 };
 load(worker * AT_ONCE);

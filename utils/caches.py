@@ -188,7 +188,9 @@ class Rows:
         self.limit = max(lengths) + max_tokens  # no position beyond it will be used
         # Only in a step that is compiled for every position (utils/decoding.py):
         self.position: Any = None  # (B,) of the tokens
+        self.offset_at_position: Any = None  # (B,) the same without padding
         self.all_seen = mx.array(True)  # stands for the mask of all that they see
+        self.rotated: dict[int, Any] = {}  # by id, see attention.noting_rotations
         self._set(lengths)
 
     def _set(self, lengths: list[int]) -> None:
@@ -204,10 +206,15 @@ class Rows:
         self._offset: Any = None
         self._offset_end = -1
 
+    def be_at(self, position: Any) -> None:
+        """A step that is compiled for every position begins, or ends with None."""
+        self.position = position
+        self.offset_at_position = None if position is None else position - self.padding
+
     def offset(self, end: int) -> Any:
         """RoPE position of the token at position `end`: one for all, or (B,) where rows differ."""
         if self.position is not None:
-            return self.position - self.padding
+            return self.offset_at_position
         if not self.padded:
             return end
         if self._offset_end != end:  # once for all layers

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from . import runtime
+from . import attention, runtime
 from .caches import RowCache, keep_rows
 from .console import say
 
@@ -103,7 +103,7 @@ class CompiledStep:
         try:
             result = self.compiled(tokens, self.position, _stored(self.cache))
         finally:
-            rows.position = None
+            rows.be_at(None)
         logits, self.position, stored = result
         _store(self.cache, stored)  # when it was traced, placeholders came in their place
         for layer in self.cache:
@@ -115,9 +115,10 @@ class CompiledStep:
 def _at_position(
     model: Any, cache: list[Any], tokens: Any, position: Any, stored: list[Any]
 ) -> Any:
-    cache[0].rows.position = position
+    cache[0].rows.be_at(position)
     _store(cache, stored)
-    logits = model(tokens, cache=cache)
+    with attention.noting_rotations(cache[0].rows):
+        logits = model(tokens, cache=cache)
     return logits, position + 1, _stored(cache)
 
 
