@@ -6,13 +6,19 @@ import pytest
 from helpers import make_trainer
 from mlx.utils import tree_flatten
 
+from utils import decoding, quantized, replacing
+
 pytestmark = pytest.mark.skipif(
     not mx.is_available(mx.gpu), reason="needs a GPU: this MLX runs on the CPU alone"
 )
 
 
 @pytest.fixture
-def on_gpu():
+def on_gpu(monkeypatch):
+    """What a run replaces in MLX and mlx-lm on CUDA is put back: later tests are on the CPU."""
+    monkeypatch.setattr(replacing, "setattr", monkeypatch.setattr, raising=False)
+    monkeypatch.setattr(quantized, "setattr", monkeypatch.setattr, raising=False)
+    monkeypatch.setattr(decoding, "_usable", {})
     mx.set_default_device(mx.gpu)
     yield
     mx.set_default_device(mx.cpu)
