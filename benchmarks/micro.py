@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,15 @@ class Bench:
             self.sample(self.policy, rows, tokens)
         finally:
             decoding.forward = usual
+
+    def mlx_rotations(self, rows: int, tokens: int) -> None:
+        """The same, with MLX's kernel for the rotary embedding."""
+        usual = attention.noting_rotations
+        attention.noting_rotations = lambda _: nullcontext()
+        try:
+            self.sample(self.policy, rows, tokens)
+        finally:
+            attention.noting_rotations = usual
 
     def attention(self, rows: int, tokens: int, ours: bool) -> Callable[[], None]:
         """One query to the middle of completions of so many tokens, in each layer, in turn."""
@@ -194,6 +204,8 @@ class Bench:
             if self.mx.cuda.is_available():
                 plain = partial(self.plain_steps, rows, tokens)
                 yield "decode, steps not compiled", rows, rows * tokens, plain
+                apart = partial(self.mlx_rotations, rows, tokens)
+                yield "decode, rotated by MLX", rows, rows * tokens, apart
                 yield "attention of a token", rows, rows, self.attention(rows, tokens, True)
                 yield "attention of a token, MLX's", rows, rows, self.attention(rows, tokens, False)
             yield (

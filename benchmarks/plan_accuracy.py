@@ -13,9 +13,11 @@ import argparse
 import dataclasses
 import gc
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ RECORDS = ROOT / "benchmarks/records/plan_accuracy.jsonl"
 SETTINGS = ("max_new_tokens=256", "num_generations=16", "quantize_for_rollouts=false")
 LONG = ("max_new_tokens=512", "num_generations=16", "gradient_accumulation_steps=1")
 CHECKPOINTED = "gradient_checkpointing=true"
-# The one with limits comes last: they stay set in the process.
 # Shape, bits of the base (0: bfloat16), training, settings.
 GPU_CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
     ("1.5b", 0, "full", SETTINGS),
@@ -67,9 +68,14 @@ def measure(folder: Path, shape: str, bits: int, train_type: str, settings: tupl
     """Four updates of one case; the peaks are the largest: the queue is not always full."""
     import mlx.core as mx
 
-    gc.collect()
     grpo = load_script()
     cpu = mx.default_device() == mx.cpu
+    if not folder.exists():
+        folder.mkdir()
+        update_cost.write_model(folder, shape, "float32" if cpu else "bfloat16", bits)
+        update_cost.write_questions(folder, 64)
+        gc.collect()
+        mx.clear_cache()
     overrides = [f"model_name={folder}", f"dataset={folder}", f"output_dir={folder}/out"]
     overrides += [f"train_type={train_type}", "stop_strings=[]", "eval_samples=0"]
     overrides += ['system_prompt=""', *(["use_compile=false"] if cpu else []), *settings]
@@ -110,7 +116,7 @@ def plan_of(record: dict[str, Any]) -> memory.Plan:
 
 
 def measured(record: dict[str, Any], plan: memory.Plan) -> dict[str, int]:
-    """Peaks by phase, less what earlier cases had left in the process."""
+    """Peaks by phase, less what earlier cases left: once, all ran in one process."""
     left = max(0, record["resident"] - plan.resident)
     return {name: peak - left for name, peak in record["peaks"].items()}
 
@@ -159,23 +165,20 @@ def main() -> None:
 
 
 def run(only: str | None, wanted: int | None, seconds: float) -> None:
+    """Each case in a process of its own: limits stay set, and memory may stay held."""
     import mlx.core as mx
 
     start, cpu = time.perf_counter(), mx.default_device() == mx.cpu
-    with tempfile.TemporaryDirectory() as root:
+    alone: dict[str, Any] = {"mp_context": multiprocessing.get_context("spawn")}
+    alone["max_tasks_per_child"] = 1
+    with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(1, **alone) as pool:
         for shape, bits, train_type, settings in CPU_CASES if cpu else GPU_CASES:
             if (only and shape != only) or (wanted is not None and bits != wanted):
                 continue
             if time.perf_counter() - start > seconds:
                 continue
             folder = Path(root) / f"{shape}-{bits}"
-            if not folder.exists():
-                folder.mkdir()
-                update_cost.write_model(folder, shape, "float32" if cpu else "bfloat16", bits)
-                update_cost.write_questions(folder, 64)
-                gc.collect()
-                mx.clear_cache()
-            record = measure(folder, shape, bits, train_type, settings)
+            record = pool.submit(measure, folder, shape, bits, train_type, settings).result()
             results.append(RECORDS, record)
             shown = ("case", "plan", "peaks", "cached", "resident", "seconds")
             print(json.dumps({name: record[name] for name in shown}), flush=True)

@@ -262,7 +262,7 @@ def test_pairs_that_the_lanes_cannot_exchange_are_rotated_by_mlx(size, dims, tra
 def test_the_rotary_embedding_is_left_to_the_kernel(grpo, tmp_path, monkeypatch, as_on_cuda):
     """That of queries and keys which go straight into attention."""
     seen = []
-    monkeypatch.setattr(attention, "to_rows", lambda *a: seen.append(a[5:]) or to_rows(*a))
+    monkeypatch.setattr(attention, "to_rows", lambda *a: seen.append(a[5]) or to_rows(*a))
     as_on_cuda(True)
     for family, fused in ("qwen2", True), ("qwen3", True), ("olmo2", True), ("cohere", False):
         extra = {"use_qk_norm": True, "logit_scale": 1.0} if family == "cohere" else {}

@@ -24,10 +24,11 @@ def merged(model: Any, room: float, unpack: bool = False) -> Any:
     """A view with the adapters multiplied out into the weights, which are rounded anew.
 
     Only for rollouts, whose importance weights correct for the rounding. Quantized layers are to be
-    unpacked for it only on CUDA, where products with them are slow: one H200, 1.5B, 64 rows 11.7 ms
-    a step, in bfloat16 4.5. Else, or where there is no room, they keep their adapters beside them,
-    see `LowRank`. The model itself where it has none, or where the new weights take more than half
-    of `room` bytes: joining them may take as much again.
+    unpacked for it only on CUDA, where products with them are slow: one H200, 1.5B, 64 rows of 256
+    tokens 3.5 s, unpacked 1.8 to 2.1 (`benchmarks/update_cost.py --bits 4`). Else, or where there
+    is no room, they keep their adapters beside them, see `LowRank`. The model itself where it has
+    none, or where the new weights take more than half of `room` bytes: joining them may take as
+    much again.
     """
     for unpacked in (True, False) if unpack and runtime.platform_name() == "cuda" else (False,):
         view = _merged(model, unpacked)
