@@ -8,8 +8,9 @@ all. One H200, microseconds a layer with 12 heads on 2 of keys and values, head 
 (`benchmarks/micro.py --stage attention` has all layers of a model, in turn):
 
     rows  positions  MLX, no mask  `to_rows`
-      64        281            52         34
-     256        281           159         69
+      16        278            33         41
+      64        278            52         42
+     256        278           168         84
       64      1,200           202         56
       64      4,400           523        132
       16      4,400           164        124
@@ -124,8 +125,8 @@ def noting_rotations(rows: Any) -> Iterator[None]:
 
     `to_rows` does the same to what it loads: two kernels less a layer, and those that nobody needs
     any more are dropped when the step is compiled. One H200, 1.5B, steps of both kinds in turn
-    (`benchmarks/micro.py --stage decode`): 1.10 and 1.19 times faster at 64 rows on two hosts,
-    1.10 and 1.12 at 256. The GPU waits for the host there: of 4.4 ms a step it works for 2.3.
+    (`benchmarks/micro.py --stage decode`): 1.10 to 1.19 times faster at 64 rows, 1.08 to 1.12
+    at 256: the GPU waits for the host, which starts 315 kernels a step instead of 371.
     """
     import mlx.core as mx
 
