@@ -602,6 +602,24 @@ def token_logprobs(
     return chosen - normaliser, normaliser - mean
 
 
+def token_mean(values: mx.array, mask: mx.array) -> mx.array:
+    """(B, 1) means over the tokens of each sequence."""
+    total = (values * mask).sum(axis=1, keepdims=True)
+    return total / mx.maximum(mask.sum(axis=1, keepdims=True), 1)
+
+
+def policy_ratio(
+    logprobs: mx.array, log_ratio: mx.array, mask: mx.array, a: MLXGRPOConfig
+) -> mx.array:
+    """pi / pi_old of (B, T) tokens, or one for each sequence, (B, 1)."""
+    if a.importance_sampling_level == "sequence":  # GSPO eq. 7
+        return mx.exp(token_mean(log_ratio, mask))
+    if a.loss_type == "gspo":  # GSPO-token, eq. 14: the value of the sequence, a token's gradient
+        of_sequence = mx.stop_gradient(token_mean(log_ratio, mask))
+        return mx.exp(of_sequence + logprobs - mx.stop_gradient(logprobs))
+    return mx.exp(log_ratio)
+
+
 @dataclass(frozen=True)
 class Terms:
     """What an objective is made of."""
@@ -676,16 +694,6 @@ LOSSES: dict[str, tuple[Objective, str]] = {  # and how it is averaged over the 
     "sapo": (soft_gate, "sequence"),
     "reinforce": (policy_gradient, "token"),
 }
-KL: dict[str, Callable[[mx.array], mx.array]] = {  # of x = ref_logprobs - logprobs
-    "k1": lambda x: -x,
-    "k2": lambda x: 0.5 * x**2,
-    "k3": lambda x: mx.minimum(mx.exp(x) - x - 1, 10),
-}
-
-
-def adapted(kl_coeff: float, kl: float, target: float, share: float) -> float:
-    """The controller of arXiv:1909.08593: towards the target, by at most a fifth per horizon."""
-    return kl_coeff * (1 + min(max(kl / target - 1, -0.2), 0.2) * share)
 
 
 def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.ndarray:
@@ -704,24 +712,6 @@ def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.nd
     return weights[LOSSES[loss_type][1]]
 
 
-def token_mean(values: mx.array, mask: mx.array) -> mx.array:
-    """(B, 1) means over the tokens of each sequence."""
-    total = (values * mask).sum(axis=1, keepdims=True)
-    return total / mx.maximum(mask.sum(axis=1, keepdims=True), 1)
-
-
-def policy_ratio(
-    logprobs: mx.array, log_ratio: mx.array, mask: mx.array, a: MLXGRPOConfig
-) -> mx.array:
-    """pi / pi_old of (B, T) tokens, or one for each sequence, (B, 1)."""
-    if a.importance_sampling_level == "sequence":  # GSPO eq. 7
-        return mx.exp(token_mean(log_ratio, mask))
-    if a.loss_type == "gspo":  # GSPO-token, eq. 14: the value of the sequence, a token's gradient
-        of_sequence = mx.stop_gradient(token_mean(log_ratio, mask))
-        return mx.exp(of_sequence + logprobs - mx.stop_gradient(logprobs))
-    return mx.exp(log_ratio)
-
-
 def importance_weights(
     mismatch: mx.array, mask: mx.array, a: MLXGRPOConfig
 ) -> tuple[mx.array, mx.array]:
@@ -734,6 +724,18 @@ def importance_weights(
     if bound == "mask":
         return mx.where(outside, 0.0, weights), outside
     return mx.clip(weights, a.importance_floor, a.importance_cap), outside
+
+
+KL: dict[str, Callable[[mx.array], mx.array]] = {  # of x = ref_logprobs - logprobs
+    "k1": lambda x: -x,
+    "k2": lambda x: 0.5 * x**2,
+    "k3": lambda x: mx.minimum(mx.exp(x) - x - 1, 10),
+}
+
+
+def adapted(kl_coeff: float, kl: float, target: float, share: float) -> float:
+    """The controller of arXiv:1909.08593: towards the target, by at most a fifth per horizon."""
+    return kl_coeff * (1 + min(max(kl / target - 1, -0.2), 0.2) * share)
 
 
 def grpo_loss(
@@ -788,7 +790,8 @@ def grpo_loss(
 class MLXGRPOTrainer(RunState):
     """Holds the policies and runs the loop sample -> score -> update.
 
-    `step` counts batches of prompts, `update_step` optimizer updates. What a run has beside that
+    `step` counts batches of prompts, `update_step` optimizer updates, `rollout` calls of
+    `train_step`. Methods stand in the order in which a run needs them; what it has beside them
     (log, evaluations, checkpoints) is in utils/run_state.py.
     """
 
@@ -860,6 +863,15 @@ class MLXGRPOTrainer(RunState):
         state = [self.model.state, mx.random.state]
         return mx.compile(function, inputs=state, outputs=state)
 
+    def lr_schedule(self, update: int) -> float:
+        """Learning rate of update 1..U: linear warm-up to the peak, then down to 0."""
+        warmup = max(1, int(self.total_updates * self.args.warmup_ratio))
+        if update <= warmup:
+            return self.peak_lr * update / warmup
+        done = (update - warmup) / max(1, self.total_updates - warmup)
+        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1}
+        return self.peak_lr * shape[self.args.lr_scheduler_type]
+
     def set_up_policies(self) -> None:
         """`ref_model` stays what the policy is now; `model_old` is made before each rollout."""
         a = self.args
@@ -878,25 +890,6 @@ class MLXGRPOTrainer(RunState):
         self.model_old: nn.Module | None = None if self.old_is_copy else self.model
         self.last_sync = 0
 
-    def lr_schedule(self, update: int) -> float:
-        """Learning rate of update 1..U: linear warm-up to the peak, then down to 0."""
-        warmup = max(1, int(self.total_updates * self.args.warmup_ratio))
-        if update <= warmup:
-            return self.peak_lr * update / warmup
-        done = (update - warmup) / max(1, self.total_updates - warmup)
-        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1}
-        return self.peak_lr * shape[self.args.lr_scheduler_type]
-
-    def prompts_of_update(self, rollout: int) -> tuple[list[int], int]:
-        """Rows of the training set for the nth rollout, and how many batches they make."""
-        size = self.args.batch_size * self.args.gradient_accumulation_steps
-        if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
-            rows, _ = self.order.draw(size, self.drawn, set())
-        else:
-            epoch, position = divmod(rollout, self.rollouts_per_epoch)
-            rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
-        return rows, math.ceil(len(rows) / self.args.batch_size)
-
     def refresh_old_policy(self) -> None:
         """Bring the sampling copy up to date; with adapters, only they are copied."""
         stale = self.update_step - self.last_sync >= self.args.sync_every_updates
@@ -914,6 +907,16 @@ class MLXGRPOTrainer(RunState):
         policy = quantize_copy(self.model) if self.quantizes else copy.deepcopy(self.model)
         mx.eval(policy.parameters())
         return policy
+
+    def prompts_of_update(self, rollout: int) -> tuple[list[int], int]:
+        """Rows of the training set for the nth rollout, and how many batches they make."""
+        size = self.args.batch_size * self.args.gradient_accumulation_steps
+        if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
+            rows, _ = self.order.draw(size, self.drawn, set())
+        else:
+            epoch, position = divmod(rollout, self.rollouts_per_epoch)
+            rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
+        return rows, math.ceil(len(rows) / self.args.batch_size)
 
     def sample(
         self,
@@ -954,75 +957,6 @@ class MLXGRPOTrainer(RunState):
         weights = np.array(self.args.reward_weights or [1.0] * len(values))[:, None]
         totals = np.nansum(stacked * weights, axis=0)
         return np.where(np.isnan(stacked).all(axis=0), np.nan, totals), values
-
-    def micro_batches(
-        self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
-    ) -> list[dict[str, mx.array]]:
-        """The update in padded batches; the model reads at most `micro_batch_tokens` for each.
-
-        Sequences with advantage 0 are left out where nothing else gives them a gradient, but stay
-        in the normaliser: the weights are made before. With NaN they are not in that either.
-        """
-        a = self.args
-        lengths = np.array([len(response.ids) for response in responses])  # (B,)
-        lengths = np.where(np.isnan(advantages), 0, lengths)
-        weights = sequence_weights(lengths, a.loss_type, self.sampling.max_tokens)
-        kl_in_loss = self.ref_model is not None and a.kl_placement == "loss"
-        always = kl_in_loss or a.entropy_coeff > 0 or a.top_entropy_quantile < 1
-        idle = np.isnan(advantages) | ((advantages == 0) & (not always))
-        per_row = {"advantages": advantages, "weights": weights, "row": np.arange(len(rows))}
-        used = np.flatnonzero(~idle).tolist()
-        return self.scorer.micro_batches(self.model, rows, responses, per_row, used, self.plan)
-
-    def compute_grpo_loss(
-        self, batch: dict[str, mx.array]
-    ) -> tuple[mx.array, dict[str, mx.array], mx.array]:
-        """Loss, sums for the log, and the (B, W) log-probs of the policy being trained."""
-        a = self.args
-        logprobs, entropies = self.scorer(
-            self.model, batch, a.temperature, with_entropy=a.entropy_coeff > 0
-        )
-        loss, sums = grpo_loss(logprobs, batch, a, entropies)
-        return loss, sums, mx.stop_gradient(logprobs)
-
-    def rescored(
-        self, model: nn.Module, batch: dict[str, mx.array], with_entropy: bool = False
-    ) -> tuple[mx.array, mx.array | None]:
-        """(B, W) log-probs (and entropies) of a micro-batch, without a gradient."""
-        found = self.scorer(model, batch, self.args.temperature, with_entropy)
-        mx.eval(found)
-        return found
-
-    def kl_of(self, rows: list[dict], responses: list[Completion]) -> np.ndarray:
-        """(B,) KL between policy and reference of each completion, summed over its tokens."""
-
-        def summed(batches: list[dict[str, mx.array]]) -> np.ndarray:
-            total = np.zeros(len(rows))
-            for batch in batches:
-                self.pulse("scoring")
-                self.add_reference(batch)
-                x = mx.clip(batch["ref_logprobs"] - self.rescored(self.model, batch)[0], -20, 20)
-                sums: Any = (KL[self.args.kl_estimator](x) * batch["mask"]).sum(axis=1)
-                np.add.at(total, np.array(batch["row"], int), np.array(sums))
-            return total
-
-        cut_up = partial(self.micro_batches, rows, responses, np.ones(len(rows)))
-        return out_of_memory.scored(self, cut_up, summed)
-
-    def select_tokens(self, batches: list[dict[str, mx.array]]) -> list[dict[str, mx.array]]:
-        """Mark the update's tokens of highest entropy (arXiv:2506.01939); share out the bonus."""
-        a = self.args
-        if a.top_entropy_quantile < 1 and batches:
-            entropies = [self.rescored(self.model, batch, True)[1] for batch in batches]
-            pairs = list(zip(entropies, batches, strict=True))
-            every = np.concatenate([np.array(e)[np.array(b["mask"]) > 0] for e, b in pairs])
-            least = np.quantile(every, 1 - a.top_entropy_quantile)
-            for entropy, batch in pairs:
-                batch["selected"] = (entropy >= least).astype(mx.float32)
-        trained = sum((b["mask"] * b.get("selected", 1.0)).sum().item() for b in batches)
-        for batch in batches if a.entropy_coeff else []:
-            batch["entropy_weight"] = mx.array(a.entropy_coeff / trained)
-        return batches
 
     def roll_out(self, batch: np.ndarray, metrics: dict[str, float]) -> Scores:
         """Completions and their scores for each row (index) of the training set."""
@@ -1096,6 +1030,22 @@ class MLXGRPOTrainer(RunState):
         self.shown = list(shown)[: a.log_completions]
         return records
 
+    def kl_of(self, rows: list[dict], responses: list[Completion]) -> np.ndarray:
+        """(B,) KL between policy and reference of each completion, summed over its tokens."""
+
+        def summed(batches: list[dict[str, mx.array]]) -> np.ndarray:
+            total = np.zeros(len(rows))
+            for batch in batches:
+                self.pulse("scoring")
+                self.add_reference(batch)
+                x = mx.clip(batch["ref_logprobs"] - self.rescored(self.model, batch)[0], -20, 20)
+                sums: Any = (KL[self.args.kl_estimator](x) * batch["mask"]).sum(axis=1)
+                np.add.at(total, np.array(batch["row"], int), np.array(sums))
+            return total
+
+        cut_up = partial(self.micro_batches, rows, responses, np.ones(len(rows)))
+        return out_of_memory.scored(self, cut_up, summed)
+
     def learn(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray, tokens: float
     ) -> list[dict[str, Any]]:
@@ -1111,20 +1061,39 @@ class MLXGRPOTrainer(RunState):
             planning.recalibrate(self, micro_batches)
         return records
 
-    def move_reference(self, first: int, records: list[dict[str, Any]], completions: int) -> None:
-        """Adapt kl_coeff to the target, and bring the reference nearer where that is due."""
-        a, kl = self.args, records[-1]["kl"]
-        if a.kl_target and kl is not None and math.isfinite(kl):
-            records[-1]["kl_coeff"] = self.kl_coeff
-            self.kl_coeff = adapted(self.kl_coeff, kl, a.kl_target, completions / a.kl_horizon)
-        if self.ref_model is not None and due(a.ref_sync_updates, first, self.update_step):
-            mixed = tree_map(
-                lambda p, r: (a.ref_sync_alpha * p + (1 - a.ref_sync_alpha) * r).astype(r.dtype),
-                self.master,
-                self.ref_model.parameters(),
-            )
-            self.ref_model.update(mixed)  # TR-DPO, arXiv:2404.09656
-            mx.eval(mixed)
+    def micro_batches(
+        self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
+    ) -> list[dict[str, mx.array]]:
+        """The update in padded batches; the model reads at most `micro_batch_tokens` for each.
+
+        Sequences with advantage 0 are left out where nothing else gives them a gradient, but stay
+        in the normaliser: the weights are made before. With NaN they are not in that either.
+        """
+        a = self.args
+        lengths = np.array([len(response.ids) for response in responses])  # (B,)
+        lengths = np.where(np.isnan(advantages), 0, lengths)
+        weights = sequence_weights(lengths, a.loss_type, self.sampling.max_tokens)
+        kl_in_loss = self.ref_model is not None and a.kl_placement == "loss"
+        always = kl_in_loss or a.entropy_coeff > 0 or a.top_entropy_quantile < 1
+        idle = np.isnan(advantages) | ((advantages == 0) & (not always))
+        per_row = {"advantages": advantages, "weights": weights, "row": np.arange(len(rows))}
+        used = np.flatnonzero(~idle).tolist()
+        return self.scorer.micro_batches(self.model, rows, responses, per_row, used, self.plan)
+
+    def select_tokens(self, batches: list[dict[str, mx.array]]) -> list[dict[str, mx.array]]:
+        """Mark the update's tokens of highest entropy (arXiv:2506.01939); share out the bonus."""
+        a = self.args
+        if a.top_entropy_quantile < 1 and batches:
+            entropies = [self.rescored(self.model, batch, True)[1] for batch in batches]
+            pairs = list(zip(entropies, batches, strict=True))
+            every = np.concatenate([np.array(e)[np.array(b["mask"]) > 0] for e, b in pairs])
+            least = np.quantile(every, 1 - a.top_entropy_quantile)
+            for entropy, batch in pairs:
+                batch["selected"] = (entropy >= least).astype(mx.float32)
+        trained = sum((b["mask"] * b.get("selected", 1.0)).sum().item() for b in batches)
+        for batch in batches if a.entropy_coeff else []:
+            batch["entropy_weight"] = mx.array(a.entropy_coeff / trained)
+        return batches
 
     def update(
         self, micro_batches: list[dict[str, mx.array]], iteration: int, tokens: float
@@ -1165,6 +1134,25 @@ class MLXGRPOTrainer(RunState):
         if self.ref_model is not None:
             batch["ref_logprobs"] = self.rescored(self.ref_model, batch)[0]
 
+    def rescored(
+        self, model: nn.Module, batch: dict[str, mx.array], with_entropy: bool = False
+    ) -> tuple[mx.array, mx.array | None]:
+        """(B, W) log-probs (and entropies) of a micro-batch, without a gradient."""
+        found = self.scorer(model, batch, self.args.temperature, with_entropy)
+        mx.eval(found)
+        return found
+
+    def compute_grpo_loss(
+        self, batch: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array], mx.array]:
+        """Loss, sums for the log, and the (B, W) log-probs of the policy being trained."""
+        a = self.args
+        logprobs, entropies = self.scorer(
+            self.model, batch, a.temperature, with_entropy=a.entropy_coeff > 0
+        )
+        loss, sums = grpo_loss(logprobs, batch, a, entropies)
+        return loss, sums, mx.stop_gradient(logprobs)
+
     def apply_gradients(self, loss: float, grads: Any) -> tuple[float, int]:
         """Clip by the global norm and step. A non-finite update changes nothing."""
         norm = optimizers.global_norm(grads, self.args.use_compile)
@@ -1177,6 +1165,21 @@ class MLXGRPOTrainer(RunState):
         clip = min(1.0, self.args.max_grad_norm / (norm + 1e-6))
         self.optimizer.update(self.model, grads, self.lr_schedule(self.update_step), clip)
         return norm, 0
+
+    def move_reference(self, first: int, records: list[dict[str, Any]], completions: int) -> None:
+        """Adapt kl_coeff to the target, and bring the reference nearer where that is due."""
+        a, kl = self.args, records[-1]["kl"]
+        if a.kl_target and kl is not None and math.isfinite(kl):
+            records[-1]["kl_coeff"] = self.kl_coeff
+            self.kl_coeff = adapted(self.kl_coeff, kl, a.kl_target, completions / a.kl_horizon)
+        if self.ref_model is not None and due(a.ref_sync_updates, first, self.update_step):
+            mixed = tree_map(
+                lambda p, r: (a.ref_sync_alpha * p + (1 - a.ref_sync_alpha) * r).astype(r.dtype),
+                self.master,
+                self.ref_model.parameters(),
+            )
+            self.ref_model.update(mixed)  # TR-DPO, arXiv:2404.09656
+            mx.eval(mixed)
 
     def answers(
         self,
