@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import sys
+import weakref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -687,6 +688,23 @@ def test_checkpointed_layers_keep_nothing_of_prompts_that_are_shared():
             peak_of(model, lambda m: scoring.shared_hidden_states(m, *shared).sum(), *shared)  # noqa: B023
         )
     assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_checkpointed_layers_are_freed_with_a_gradient_that_was_never_computed():
+    """As those of a compiled function are: from MLX's graph Python finds no way in a circle."""
+    model = tiny_model()
+    checkpoint_layers(model)
+    shared = mx.zeros((2, 8), mx.int32), mx.full((2,), 8), mx.zeros((4, 4), mx.int32)
+
+    def loss(model):
+        return scoring.shared_hidden_states(model, *shared).sum()
+
+    gradients = nn.value_and_grad(model, loss)(model)[1]
+    assert gradients
+    layer = weakref.ref(model.layers[0])
+    del model, gradients
+    gc.collect()
+    assert layer() is None
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [(mx.bfloat16, 0.03), (mx.float16, 0.0)])

@@ -4,6 +4,7 @@ Both stand in for what mlx-lm passes to a block. They belong together because ke
 a block through its cache, where `mx.checkpoint` cannot see them: gradients would be silently wrong.
 """
 
+import copy
 from typing import Any
 
 import mlx.core as mx
@@ -65,9 +66,8 @@ class RowCache:
         wide = (lengths.shape[0], length)
         halves = [mx.broadcast_to(m, (*wide, m.shape[-1])) for m in (in_prompt, in_row)]
         mask = mx.concatenate(halves, axis=-1)[:, None]  # (B, 1, R, P + R)
-        if (
-            runtime.platform_name() == "cuda"
-        ):  # MLX would turn it into one for each head, in every block
+        if runtime.platform_name() == "cuda":
+            # MLX would turn it into one for each head, in every block.
             mask = mx.where(mask, mx.array(0, keys.dtype), mx.array(-mx.inf, keys.dtype))
         self.masks.append(mask)
         return mask
@@ -99,11 +99,14 @@ def _checkpointed(layer_type: type) -> type:
     """A subclass of a block's type whose forward pass keeps nothing but its inputs."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = [list(args), kwargs]
         caches = [a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")]
-        cache = caches[0] if caches else None
-        if caches and not isinstance(cache, PromptCache | RowCache):
+        cache = caches[0] if caches else PromptCache()
+        if not isinstance(cache, PromptCache | RowCache):
             return layer_type.__call__(self, *args, **kwargs)
+        # MLX keeps `forward` with the arrays that it makes. If it held what holds them, nothing of
+        # this circle would ever be freed.
+        inner = copy.copy(cache)
+        given = tree_map(lambda value: inner if value is cache else value, [list(args), kwargs])
         masks = cache.masks if isinstance(cache, RowCache) else []
 
         def inputs(value: Any) -> bool:
@@ -121,18 +124,14 @@ def _checkpointed(layer_type: type) -> type:
             args, kwargs = tree_map(lambda value: next(new) if inputs(value) else value, given)
             own = self.trainable_parameters()
             self.update(parameters)
-            if cache is not None:
-                cache.state = state
+            inner.state = state
             try:
-                out = layer_type.__call__(self, *args, **kwargs)
+                return layer_type.__call__(self, *args, **kwargs), inner.state
             finally:
                 self.update(own)
-            return out, cache.state if cache is not None else ()
+                inner.state = ()
 
-        state = cache.state if cache is not None else ()
-        out, state = mx.checkpoint(forward)(self.trainable_parameters(), state, arrays)
-        if cache is not None:
-            cache.state = state
+        out, cache.state = mx.checkpoint(forward)(self.trainable_parameters(), cache.state, arrays)
         return out
 
     return type(layer_type.__name__, (layer_type,), {"__call__": call})
