@@ -453,6 +453,23 @@ def test_views_for_sampling_are_counted_where_they_are_made(shape, changes, expe
     assert plan(shape, **changes).views == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        (QWEN, {"train_type": "lora"}),
+        (QWEN, {"train_type": "dora", "lora_layers": 8}),
+        (QWEN_4_BIT, {"train_type": "lora"}),
+    ],
+)
+def test_views_take_only_room_that_is_spare(shape, changes):
+    """So what fits in some memory fits in more."""
+    plans = [plan(shape, platform="cuda", budget_bytes=n * 10**8, **changes) for n in range(1, 250)]
+    fits = [p.fits for p in plans]
+    assert fits == sorted(fits)
+    assert len({p.views for p in plans if p.fits}) > 1
+    assert all(p.views <= max(0, p.spare_for_rollouts) for p in plans)
+
+
 # Suggestions
 
 

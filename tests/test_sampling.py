@@ -620,11 +620,16 @@ def test_adapters_are_merged_only_where_there_is_room(policy, monkeypatch):
     assert seen[2] is trainer.model, "evaluated as it is, never rounded by merging"
 
 
-def test_merging_leaves_room_for_joining(model_dir, data_dir, tmp_path):
+def test_merging_and_joining_take_half_of_the_room_each(model_dir, data_dir, tmp_path):
     model = make_trainer(model_dir, data_dir, tmp_path / "o", train_type="lora").model
     weights = sum(m.linear.weight.nbytes for _, m in model.named_modules() if "lora_a" in m)
-    assert views.merged(model, 2 * weights) is not model
+    merged = views.merged(model, 2 * weights)
+    assert merged is not model
     assert views.merged(model, 2 * weights - 1) is model
+    names = {name for names in views.TOGETHER for name in names}
+    weights = sum(m.weight.nbytes for n, m in merged.named_modules() if n.split(".")[-1] in names)
+    assert views.joined(merged, 2 * weights) is not merged
+    assert views.joined(merged, 2 * weights - 1) is merged
 
 
 def test_what_quantizing_costs_is_measured(model_dir, data_dir, tmp_path, monkeypatch):

@@ -505,12 +505,13 @@ def build(shape: ModelShape, settings: Settings) -> Plan:
 
 
 def _views(plan: Plan) -> int:
-    """Bytes of the views that utils/views.py makes of the policy that samples."""
-    shape, settings, room = plan.shape, plan.settings, plan.spare_for_rollouts
+    """Bytes of the views that utils/views.py makes of the policy that samples: half of the room
+    is for merged weights, half for joined ones."""
+    shape, settings, half = plan.shape, plan.settings, plan.spare_for_rollouts / 2
     width = settings.train_dtype_bytes
     whole = shape.parameters * width
     quantized = shape.quantized_bits is not None
-    unpacked = quantized and settings.platform == "cuda" and 2 * whole <= room
+    unpacked = quantized and settings.platform == "cuda" and whole <= half
     packed = not unpacked and (quantized or settings.quantize_for_rollouts)
     kv = shape.kv_heads * shape.head_dim
     together = shape.heads * shape.head_dim + 2 * kv
@@ -519,10 +520,10 @@ def _views(plan: Plan) -> int:
     joined = together * shape.hidden_size * shape.layers * (QUANTIZED_BITS / 8 if packed else width)
     matrices = sum(inputs * outputs for inputs, outputs in projections(vars(shape)))
     merged = whole if unpacked else matrices * settings.trained_layers(shape.layers) * width
-    merges = settings.train_type != "full" and not packed and merged <= room
+    merges = settings.train_type != "full" and not packed and merged <= half
     low_rank = settings.train_type == "lora" and packed  # other adapted layers are not alike
     adapted = settings.train_type != "full" and not merges and not low_rank
-    joins = settings.platform != "metal" and not adapted and joined <= room
+    joins = settings.platform != "metal" and not adapted and joined <= half
     return int(merged * merges + joined * joins)
 
 

@@ -88,7 +88,8 @@ def joined(model: Any, room: float) -> Any:
     """A view in which linear layers of the same input are one matrix product.
 
     Returns the model itself where there are none, where the copy of their weights takes more than
-    `room` bytes, and on Metal, where launches are cheap and nothing was measured.
+    half of `room` bytes, for merging may have taken the other half, and on Metal, where launches
+    are cheap and nothing was measured.
     """
     view = copy.deepcopy(model)
     found = [
@@ -98,7 +99,7 @@ def joined(model: Any, room: float) -> Any:
         if _alike([module.get(name) for name in names])
     ]
     size = sum(x.nbytes for _, _, layers in found for layer in layers for x in _arrays(layer))
-    if not found or size > room or runtime.platform_name() == "metal":
+    if not found or 2 * size > room or runtime.platform_name() == "metal":
         return model
     for module, names, layers in found:
         product = Product(layers)
