@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -253,9 +254,12 @@ def test_the_kernel_stores_what_later_steps_see(grpo, tmp_path, monkeypatch, cap
         assert mx.abs(logprobs[0] - mx.array(completion.logprobs)).max().item() < 1e-3
 
 
-@pytest.mark.parametrize(("size", "dims", "traditional"), [(80, 80, True), (80, 32, False)])
+@pytest.mark.parametrize(
+    ("size", "dims", "traditional"),
+    [(80, 80, True), (80, 32, False), (48, 16, False), (64, 48, False), (8, 8, False)],
+)
 def test_pairs_that_the_lanes_cannot_exchange_are_rotated_by_mlx(size, dims, traditional):
-    """Next to each other in two lanes; no whole number of lanes apart."""
+    """Next to each other in two lanes; no whole number of lanes apart, or six; less than a lane."""
     assert attention.rotation_of(dims, size, traditional, 1e4, 1.0) is None
 
 
@@ -270,6 +274,46 @@ def test_the_rotary_embedding_is_left_to_the_kernel(grpo, tmp_path, monkeypatch,
         sample(grpo, loaded, random_prompts(9, 9))
         assert {bool(rotation) for rotation in seen} == {fused}, family
         del seen[:]
+
+
+def test_what_the_kernel_would_rotate_otherwise_mlx_rotates(monkeypatch, as_on_cuda):
+    """Elsewhere than the step is, only queries or only keys, or not alike."""
+    rows, seen = caches.Rows([4, 2], 9), []
+    monkeypatch.setattr(attention, "to_rows", lambda *given: seen.append(given))
+    rows.be_at(mx.full((2,), 4))
+    cache, x = caches.RowCache(rows), mx.random.normal((2, 2, 1, 16), key=mx.random.key(0))
+
+    def rope(offset=rows.offset_at_position, base=1e4):
+        return mx.fast.rope(x, 16, traditional=False, base=base, scale=1.0, offset=offset)
+
+    attend = partial(attention.dispatching(None), cache=cache, scale=1.0, mask=rows.all_seen)
+    with attention.noting_rotations(rows):
+        assert len({id(rope()) for _ in range(5)}) == 5, "no array takes the place of a noted one"
+        here, elsewhere, other = rope(), rope(rows.position), rope(base=1e6)
+        attend(here, here, x)
+        assert seen[-1][0] is seen[-1][1] is x
+        assert seen[-1][5] == attention.rotation_of(16, 16, False, 1e4, 1.0)
+        for queries, keys in (here, elsewhere), (here, x), (x, here), (here, other):
+            attend(queries, keys, x)
+            assert seen[-1][0] is queries
+            assert seen[-1][1] is keys
+            assert seen[-1][5] is None
+
+
+def test_nothing_is_left_of_a_step_that_fails():
+    rows, plain = caches.Rows([4, 2], 9), mx.fast.rope
+    rows.be_at(mx.full((2,), 4))
+
+    def failing_step():
+        with attention.noting_rotations(rows):
+            nn.RoPE(16)(mx.ones((2, 2, 1, 16)), offset=rows.offset_at_position)
+            assert rows.rotated
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing_step()
+    assert mx.fast.rope is plain
+    assert not rows.rotated
 
 
 def test_other_caches_go_by_the_attention_of_mlx_lm(grpo, tmp_path, monkeypatch, as_on_cuda):

@@ -460,6 +460,22 @@ def test_a_quantized_base_is_unpacked_on_cuda_where_there_is_room(policy, monkey
         assert mx.abs(view(tokens) - trainer.model(tokens)).max() < 1e-4
 
 
+@pytest.mark.parametrize("policy", ["4-bit"], indirect=True)
+def test_all_that_is_unpacked_counts_and_is_computed_at_once(policy, monkeypatch):
+    """The embedding, too, which has no adapter."""
+    model = policy[1].model
+    monkeypatch.setattr(runtime, "platform_name", lambda: "cuda")
+    whole = views.merged(model, 1e9, unpack=True)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.eval(whole.parameters())
+    assert mx.get_active_memory() == before
+    size = sum(x.nbytes for name, x in flat(whole.parameters()).items() if "norm" not in name)
+    for room, kind in ((2 * size, nn.Linear), (2 * size - 1, views.LowRank)):
+        view = views.merged(model, room, unpack=True)
+        assert type(view.layers[0].mlp.up_proj) is kind
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 512
 ROTATIONS = {
