@@ -141,7 +141,7 @@ def layout_rows(mask: np.ndarray, total: int, shapes: Shapes) -> dict[str, np.nd
 def layout_groups(
     groups: Sequence[Sequence[Pair]], mask: np.ndarray, shapes: Shapes
 ) -> dict[str, np.ndarray]:
-    """The arrays of shared prompts: (G, P) without their last tokens, and (G * each, R + 1) rows
+    """The arrays of shared prompts: (P, S) without their last tokens, and (P * each, R + 1) rows
     that start with it.
 
     The rows of `mask` (B, W) are those of the groups in order, and empty ones that fill it up.

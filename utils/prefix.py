@@ -14,7 +14,7 @@ from . import runtime
 
 
 class PromptCache:
-    """A block's cache while the prompts are read: `state` becomes their (G, K, P, D) keys, values.
+    """A block's cache while the prompts are read: `state` becomes their (P, K, S, D) keys, values.
 
     Prompts are padded on the right, where causal attention does not look.
     """
@@ -39,10 +39,10 @@ class PromptCache:
 
 
 class RowCache:
-    """A block's cache while B rows are read that go on from G prompts, B / G each, in order.
+    """A block's cache while B rows are read that go on from P prompts, B / P each, in order.
 
     Args:
-        state: (G, K, P, D) keys and values of the prompts.
+        state: (P, K, S, D) keys and values of the prompts, S tokens with their padding.
         lengths: (B,) tokens of each row's prompt: the position of its first token.
         masks: collects the masks that are made, because they are no business of the gradient.
     """
@@ -57,7 +57,7 @@ class RowCache:
     ) -> mx.array:
         keys = self.state[0]
         lengths = self.offset[:, None, None]  # (B, 1, 1)
-        before = mx.arange(keys.shape[2])  # (P,): positions in the prompt
+        before = mx.arange(keys.shape[2])  # (S,): positions in the prompt
         query, own = mx.arange(length)[:, None], mx.arange(length)  # (R, 1), (R,)
         in_prompt, in_row = before < lengths, query >= own
         if window_size:
@@ -65,7 +65,7 @@ class RowCache:
             in_row = in_row & (query - own < window_size)
         wide = (lengths.shape[0], length)
         halves = [mx.broadcast_to(m, (*wide, m.shape[-1])) for m in (in_prompt, in_row)]
-        mask = mx.concatenate(halves, axis=-1)[:, None]  # (B, 1, R, P + R)
+        mask = mx.concatenate(halves, axis=-1)[:, None]  # (B, 1, R, S + R)
         if runtime.platform_name() == "cuda":
             # MLX would turn it into one for each head, in every block.
             mask = mx.where(mask, mx.array(0, keys.dtype), mx.array(-mx.inf, keys.dtype))
@@ -77,7 +77,7 @@ class RowCache:
 
 
 def join(prompts: mx.array, rows: mx.array) -> mx.array:
-    """(G, K, P, D) and (B, K, R, D) -> (B, K, P + R, D), each prompt before its B / G rows."""
+    """(P, K, S, D) and (B, K, R, D) -> (B, K, S + R, D), each prompt before its B / P rows."""
     groups, (count, heads, _, size) = prompts.shape[0], rows.shape
     each = count // groups
     before = mx.broadcast_to(prompts[:, None], (groups, each, *prompts.shape[1:]))

@@ -1,5 +1,6 @@
 """Completions of many prompts in as few batches as memory allows."""
 
+import math
 from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
@@ -34,27 +35,27 @@ def sampled(
     def most() -> int:  # less once memory has run out
         return min(trainer.plan.rows_at_once(longest), len(keys))
 
+    def sampler(policy: Any, chunk: range) -> Generator[Any, None, list[Any]]:
+        """Completion n is the one of prompt n // group by keys[n]."""
+        first, last = chunk[0] // group, chunk[-1] // group
+        rows = [n // group - first for n in chunk]
+        own_prompts, own_keys = prompts[first : last + 1], np.stack([keys[n] for n in chunk])
+        completions = yield from sample_batch(policy, own_prompts, rows, own_keys, how, stop)
+        for completion in completions:
+            completion.text = trainer.args.reasoning_prefix + completion.text
+        return completions
+
     def in_batches() -> list[Any]:
         trainer.reward_calls.reset()  # what began on batches that did not fit
         policy = views.joined(model, trainer.plan.spare_for_rollouts)
         together = streams.batches_at_once(most())
-        chunks = list(caches.batches(policy, len(keys), group, -(-most() // together)))
+        chunks = list(caches.batches(policy, len(keys), group, math.ceil(most() / together)))
         completions: list[Any] = []
         for start in range(0, len(chunks), together):
             samplers = [sampler(policy, chunk) for chunk in chunks[start : start + together]]
-            for sampled in streams.in_turns(samplers, partial(trainer.pulse, "sampling")):
-                completions += sampled
+            for finished in streams.in_turns(samplers, partial(trainer.pulse, "sampling")):
+                completions += finished
             after_batch(completions)
-        return completions
-
-    def sampler(policy: Any, chunk: range) -> Generator[Any, None, list[Any]]:
-        first, last = chunk[0] // group, chunk[-1] // group
-        few = prompts[first : last + 1]
-        keys_of_rows = np.stack(keys[chunk[0] : chunk[-1] + 1])
-        rows = [n // group - first for n in chunk]
-        completions = yield from sample_batch(policy, few, rows, keys_of_rows, how, stop)
-        for completion in completions:
-            completion.text = trainer.args.reasoning_prefix + completion.text
         return completions
 
     completions = out_of_memory.sampled(trainer, in_batches, most)

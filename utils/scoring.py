@@ -7,6 +7,9 @@
 
 Before the first update both are compared with the plain way, on a few tokens of the run's own data;
 what does not agree for a model's architecture is left out, and said.
+
+Shapes as in the script, and: N scored positions, H hidden size, S tokens of the longest of P shared
+prompts, R of the longest row that goes on from one.
 """
 
 import copy
@@ -259,7 +262,7 @@ def with_parameters(
 def shared_hidden_states(
     model: Any, prompts: mx.array, lengths: mx.array, rows: mx.array
 ) -> mx.array:
-    """(G, P) prompts of (G,) lengths, and (B, R) tokens that go on from them -> rows' (B, R, H)."""
+    """(P, S) prompts of (P,) lengths, and (B, R) tokens that go on from them -> rows' (B, R, H)."""
     from mlx_lm.models.cache import make_prompt_cache
 
     read = [PromptCache() for _ in make_prompt_cache(text_model(model))]
@@ -455,7 +458,7 @@ class Scorer:
         self.piece, self.keep = plan.piece_logits, plan.keep_logits
         if used and not self.checked:
             self.check(model, [pairs[i] for i in used])
-        numbers: dict[tuple[int, ...], int] = {}
+        numbers: dict[tuple[int, ...], int] = {}  # prompt -> group
         rows = [
             batching.Row(
                 i,
