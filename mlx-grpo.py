@@ -539,11 +539,6 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
     return tokens, (chosen - best - mx.log(weights.sum(axis=-1, keepdims=True)))[:, 0]
 
 
-# Decode steps between looks at the tokens on the host. A look costs a GPU more than a few steps of
-# rows that have ended; a CPU pays as much for such rows as for any other.
-BLOCK = 2 if mx.default_device() == mx.cpu else 8
-
-
 def sample_batch(
     model: nn.Module,
     prompts: list[list[int]],
@@ -566,9 +561,9 @@ def sample_batch(
     step_keys = mx.array(keys + positions)
     forward = decoding.forward(model, cache)  # (B, 1) tokens -> (B, 1, V) logits
     sample_step = caches.compiled(partial(sample_tokens, how=how))
-    for start in range(0, how.max_tokens, BLOCK):
+    for start in range(0, how.max_tokens, reader.block):
         block = []
-        for step in range(start, min(start + BLOCK, how.max_tokens)):
+        for step in range(start, min(start + reader.block, how.max_tokens)):
             logits = forward(tokens[:, None])[:, -1]  # (B, V)
             tokens, logprobs = sample_step(logits, step_keys[step])  # (B,)
             yield tokens, logprobs  # the device works while the host builds the next step
@@ -932,7 +927,6 @@ class MLXGRPOTrainer(RunState):
     def generate_responses(self, batch: list[int]) -> list[Completion]:
         """`num_generations` completions for each row (index) of the training set, in order."""
         self.refresh_old_policy()
-        assert self.model_old is not None
         size = self.args.num_generations
         keys = [
             row_key(self.args.seed, 0, self.update_step, row, again * size + n)
@@ -940,10 +934,8 @@ class MLXGRPOTrainer(RunState):
             for n in range(size)
         ]
         rows = [self.train_dataset[row] for row in batch]
-        # Adapters are multiplied into the weights where there is room: fewer operations a token.
-        unpack = not self.quantizes  # what is sampled in 4 bits because that was asked for
-        policy = views.merged(self.model_old, self.plan.spare_for_rollouts, unpack)
-        return self.sample(policy, rows, keys, self.sampling, partial(rewarding.ahead, self, rows))
+        after_batch = partial(rewarding.ahead, self, rows)  # slow rewards begin meanwhile
+        return self.sample(views.for_rollouts(self), rows, keys, self.sampling, after_batch)
 
     def compute_rewards(
         self, rows: list[dict[str, Any]], responses: list[Completion]

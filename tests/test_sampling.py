@@ -28,7 +28,7 @@ from tokenizers.decoders import Metaspace
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from utils import caches, nucleus, replacing, runtime, streams, views
+from utils import caches, nucleus, replacing, runtime, stop_rule, streams, views
 
 EOS = 2
 
@@ -735,7 +735,7 @@ def say(grpo, loaded, scripts, stops=("</answer>",), max_tokens=40):
 
 def test_a_stop_string_over_many_tokens_ends_where_it_ends(grpo, loaded, letters):
     """At every offset to the blocks in which the host looks, and in one batch."""
-    offsets = range(3 * grpo.BLOCK)
+    offsets = range(3 * stop_rule.block_steps())
     texts = ["x" * n + "</answer>" for n in offsets]
     scripts = [letters(t + " and more of it") for t in texts]
     completions, _ = say(grpo, loaded, scripts, stops=("?", "</answer>"))
@@ -749,7 +749,9 @@ def test_a_stop_string_inside_a_token_keeps_the_token(grpo, loaded, letters):
     """The ids hold what was sampled, the text ends right after the stop string."""
     (apples,) = loaded[1].encode(" apples", add_special_tokens=False)
     before = letters("ten")
-    for count, stops in itertools.product(range(grpo.BLOCK + 1), (("apples", "app"), ("app",))):
+    for count, stops in itertools.product(
+        range(stop_rule.block_steps() + 1), (("apples", "app"), ("app",))
+    ):
         script = [*before * count, apples, *letters(" or so")]
         (completion,), _ = say(grpo, loaded, [script], stops=stops)
         assert completion.ids == [*before * count, apples]
@@ -840,7 +842,7 @@ def test_length_is_the_limit_and_the_last_token_may_still_stop(grpo, loaded, let
 def test_the_batch_ends_with_its_last_row(grpo, loaded, letters):
     """One block behind the device: at most two blocks are sampled for nothing."""
     _, model = say(grpo, loaded, [[*letters("x" * n), EOS] for n in (0, 3, 10)], max_tokens=400)
-    assert len(model.rows) <= 11 + 2 * grpo.BLOCK
+    assert len(model.rows) <= 11 + 2 * stop_rule.block_steps()
 
 
 def test_rows_leave_once_an_eighth_of_the_batch_has_ended(grpo, loaded, letters, monkeypatch):

@@ -54,11 +54,22 @@ def part_to_leave() -> float:
     return 1 / 2 if runtime.platform_name() == "cuda" else 1 / 8
 
 
+def block_steps() -> int:
+    """Decode steps between looks at the tokens on the host.
+
+    A look costs a GPU more than a few steps of rows that have ended; a CPU pays as much for such
+    rows as for any other.
+    """
+    import mlx.core as mx
+
+    return 2 if mx.default_device() == mx.cpu else 8
+
+
 class Reader:
     """Reads sampled tokens into completions, one block behind the device, which so never waits."""
 
     def __init__(self, stop: StopRule, completions: Sequence[Any]) -> None:
-        self.stop = stop
+        self.stop, self.block = stop, block_steps()
         self.completions = self.live = list(completions)
         self.unread: tuple[list[Any], Any, Any] | None = None
 

@@ -20,6 +20,15 @@ from . import runtime
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("c_q", "c_k", "c_v"))
 
 
+def for_rollouts(trainer: Any) -> Any:
+    """The sampling policy with its adapters in its weights, where that is faster and there is room.
+
+    A 4-bit base may be unpacked for it, but not a 4-bit copy: that is what was asked for.
+    """
+    room = trainer.plan.spare_for_rollouts
+    return merged(trainer.model_old, room, unpack=not trainer.quantizes)
+
+
 def merged(model: Any, room: float, unpack: bool = False) -> Any:
     """A view with the adapters multiplied out into the weights, which are rounded anew.
 
