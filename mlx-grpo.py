@@ -7,17 +7,26 @@ One update of group relative policy optimization (DeepSeekMath, arXiv:2402.03300
   2. score every completion with reward functions                                (rewards)
   3. advantage = how much better than its own group, in standard deviations      (no value model)
   4. raise the log-probability of the tokens of good completions and lower that of bad ones,
-     clipped where the policy has moved too far from the one that is being improved (loss)
+     clipped where the policy has moved too far from what it was before the update (loss)
 
-What was simplified away: the value model, the KL term unless `kl_coeff` > 0 (then k3 against a
-frozen reference), and, with `num_iterations` = 1, the old policy: the ratio is 1, its gradient not.
+In symbols, with the functions that compute them, for rewards R and policies pi:
+
+    A = (R - mean R) / (std R + advantage_eps), in each group       group_advantages
+    r = pi / pi_old, old: before the updates on this rollout        policy_ratio
+    w = pi_old / pi_sampler, a 4-bit copy of pi or an earlier pi    importance_weights
+    J = min(r A, clip(r, 1 - clip_eps, 1 + clip_eps) A)             clipped_surrogate
+    loss = mean over tokens, then sequences, of -w J + kl_coeff KL  sequence_weights, grpo_loss
+
+What was simplified away: the value model; the KL term unless `kl_coeff` > 0 (then k3 against a
+frozen reference); and, with `num_iterations` = 1, the old policy: r is 1, its gradient grad log pi.
 
     uv run mlx-grpo.py --config configs/tiny_math.toml     watch a tiny model learn, offline
     uv run mlx-grpo.py --config configs/default.toml       Qwen2.5-1.5B-Instruct on GSM8K
     uv run mlx-grpo.py --help                              every setting with its meaning
 
-Shapes in comments: B sequences, T tokens, V vocabulary, G completions a prompt. `utils/` holds
-what changes only where, how fast or how it looks; the mathematics of GRPO is all here.
+Shapes in comments: P prompts of G completions each; B sequences, all P x G or a batch of them; T
+tokens, of which the loss sees a window, the last W; V vocabulary. `utils/` holds what changes only
+where, how fast or how it looks; the mathematics of GRPO is all here.
 """
 
 from __future__ import annotations
@@ -283,6 +292,7 @@ def load_questions(config: MLXGRPOConfig, split: str) -> list[dict[str, Any]]:
 
 
 def as_question(config: MLXGRPOConfig, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the data as the trainer takes it."""
     question, solution = row[config.question_column], row[config.answer_column]
     answer = extract_hash_answer(str(solution))
     messages = [{"role": "user", "content": str(question)}]
@@ -500,7 +510,7 @@ class Sampling:
 
 @dataclass
 class Completion:
-    """One sampled completion: `ids` with the stop token, each with its log-probability."""
+    """One sampled completion: `ids` with the token that ended it, each with its log-probability."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -509,10 +519,10 @@ class Completion:
 
 
 def row_key(*stream: int) -> np.ndarray:
-    """(2,) uint32 random key of one completion, from (seed, update, prompt, row).
+    """(2,) uint32 random key, from (seed, 0, update, prompt, row) for a completion of a rollout.
 
     Because a sample depends on nothing else, resuming a run, splitting a batch or dropping
-    finished rows changes no token.
+    finished rows changes no token. The second number keeps evaluation (1) and dropout (2) apart.
     """
     return np.random.SeedSequence(stream).generate_state(2, np.uint32)
 
@@ -520,11 +530,11 @@ def row_key(*stream: int) -> np.ndarray:
 def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.array, mx.array]:
     """(B, V) logits, (B, 2) keys -> (B,) tokens and their (B,) log-probs before any filter.
 
-    Temperature first, then top_k, top_p, min_p: the order of Hugging Face and vLLM.
+    Temperature first, then top_k, top_p, min_p: the order of Hugging Face.
     """
     logits = logits.astype(mx.float32) / (how.temperature or 1.0)
     best = logits.max(axis=-1, keepdims=True)
-    # (B, V) probabilities but for a factor, the largest 1; by mx.exp, or what is faster on x86-64.
+    # (B, V) probabilities up to a factor, the largest 1; by mx.exp, or what is faster on x86-64.
     weights = exponentials.exp(logits - best)
     kept = weights
     if 0 < how.top_k < logits.shape[-1]:
@@ -547,15 +557,16 @@ def sample_batch(
     how: Sampling,
     stop: StopRule,
 ) -> Generator[tuple[mx.array, mx.array], None, list[Completion]]:
-    """One completion for each of `rows` (indices into `prompts`), all in one batch.
+    """One completion for each of `rows` (B indices into `prompts`), by (B, 2) `keys`, in one batch.
 
-    Yields what a step is to compute, so that several batches can take turns. The host looks for
-    ends one block behind the device; what was sampled past them is dropped.
+    MLX is lazy: a step here only says what is to be computed, and yields that, so that several
+    batches can take turns. The host looks for ends one block behind the device; what was sampled
+    past them is dropped.
     """
     completions = [Completion() for _ in rows]
     reader = Reader(stop, completions)
     cache = caches.prefill(model, prompts, rows, how.max_tokens)
-    tokens = mx.array([prompts[row][-1] for row in rows])  # (B,)
+    tokens = mx.array([prompts[row][-1] for row in rows])  # (B,) that the cache has not yet
     # The key of a position is the row's with the position added: (max_tokens, B, 2)
     positions = np.arange(how.max_tokens, dtype=np.uint32)[:, None, None] * np.array([0, 1], "u4")
     step_keys = mx.array(keys + positions)
@@ -582,19 +593,24 @@ def sample_batch(
 def token_logprobs(
     model: nn.Module, tokens: mx.array, width: int, temperature: float, with_entropy: bool = False
 ) -> tuple[mx.array, mx.array | None]:
-    """(B, width) log pi, at `temperature`, of the last `width` of (B, T) tokens.
+    """(B, W) log pi, at `temperature`, of the last `width` = W of (B, T) tokens.
 
-    With `with_entropy` also the (B, width) entropies, in nats, of the distributions they are from.
+    With `with_entropy` also the (B, W) entropies, in nats, of the distributions they are from.
     utils/scoring.py does the same faster, and checks itself against this before the first update.
     """
-    logits = model(tokens[:, :-1])[:, -width:]  # (B, width, V)
+    logits = model(tokens[:, :-1])[:, -width:]  # (B, W, V): at t, of the token at t + 1
     logits = logits.astype(mx.float32) / temperature
-    chosen = mx.take_along_axis(logits, tokens[:, -width:, None], axis=-1)[..., 0]
+    chosen = mx.take_along_axis(logits, tokens[:, -width:, None], axis=-1)[..., 0]  # (B, W)
     normaliser = mx.logsumexp(logits, axis=-1)
     if not with_entropy:
         return chosen - normaliser, None
     mean = (mx.softmax(logits, axis=-1) * logits).sum(axis=-1)
-    return chosen - normaliser, normaliser - mean
+    return chosen - normaliser, normaliser - mean  # -E[log p] = normaliser - E[logit]
+
+
+def clamped(log_ratio: mx.array) -> mx.array:
+    """Within +-20, as in verl: its exponential and the gradient of that stay finite."""
+    return mx.clip(log_ratio, -20, 20)
 
 
 def token_mean(values: mx.array, mask: mx.array) -> mx.array:
@@ -606,7 +622,7 @@ def token_mean(values: mx.array, mask: mx.array) -> mx.array:
 def policy_ratio(
     logprobs: mx.array, log_ratio: mx.array, mask: mx.array, a: MLXGRPOConfig
 ) -> mx.array:
-    """pi / pi_old of (B, T) tokens, or one for each sequence, (B, 1)."""
+    """pi / pi_old of (B, W) tokens, or one for each sequence, (B, 1)."""
     if a.importance_sampling_level == "sequence":  # GSPO eq. 7
         return mx.exp(token_mean(log_ratio, mask))
     if a.loss_type == "gspo":  # GSPO-token, eq. 14: the value of the sequence, a token's gradient
@@ -619,21 +635,22 @@ def policy_ratio(
 class Terms:
     """What an objective is made of."""
 
-    logprobs: mx.array  # (B, T)
-    old: mx.array  # (B, T)
-    log_ratio: mx.array  # (B, T)
-    ratio: mx.array  # (B, T), or (B, 1): one per sequence
+    logprobs: mx.array  # (B, W)
+    old_logprobs: mx.array  # (B, W)
+    log_ratio: mx.array  # (B, W)
+    ratio: mx.array  # (B, W), or (B, 1): one per sequence
     advantages: mx.array  # (B, 1)
-    mask: mx.array  # (B, T)
+    mask: mx.array  # (B, W)
 
 
-# An objective gives what a token (or sequence) contributes, and the share of its gradient that
-# clip or gate hold back: 1 where the policy has moved too far in the direction of the advantage.
+# An objective gives what a token, (B, W), or sequence, (B, 1), contributes, and the share of its
+# gradient that is held back: 1 where the policy has moved too far in the advantage's direction.
 Objective = Callable[[Terms, MLXGRPOConfig], tuple[mx.array, mx.array]]
 
 
 def clipped_surrogate(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
-    """PPO eq. 7; `delta` bounds what a bad token costs (dual clip, arXiv:1912.09729)."""
+    """PPO (arXiv:1707.06347) eq. 7: no gain from moving further than the clip in the direction of
+    the advantage. `delta` bounds what a bad token costs (dual clip, arXiv:1912.09729)."""
     low, high = 1 - a.clip_eps, 1 + (a.clip_eps_high or a.clip_eps)
     bounded = mx.minimum(t.ratio, a.delta) if a.delta else t.ratio
     objective = mx.minimum(bounded * t.advantages, mx.clip(t.ratio, low, high) * t.advantages)
@@ -653,8 +670,8 @@ def geometric_mean(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
 def clipped_policy_gradient(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
     """CPGD (arXiv:2505.12504): log pi, not the ratio, so that no token counts more as it moves."""
     low, high = 1 - a.clip_eps, 1 + (a.clip_eps_high or a.clip_eps)
-    above = mx.minimum(t.logprobs, t.old + math.log(high))
-    below = mx.maximum(t.logprobs, t.old + math.log(low))
+    above = mx.minimum(t.logprobs, t.old_logprobs + math.log(high))
+    below = mx.maximum(t.logprobs, t.old_logprobs + math.log(low))
     objective = mx.where(t.advantages > 0, above, below) * t.advantages
     return objective, mx.where(t.advantages > 0, t.ratio > high, t.ratio < low)
 
@@ -710,10 +727,10 @@ def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.nd
 def importance_weights(
     mismatch: mx.array, mask: mx.array, a: MLXGRPOConfig
 ) -> tuple[mx.array, mx.array]:
-    """exp(old - sampler) within floor and cap, (B, T) or (B, 1), and where it was beyond them."""
+    """exp(old - sampler) within floor and cap, (B, W) or (B, 1), and where it was beyond them."""
     level, bound = a.importance_mode.split("_")
     if level == "sequence":
-        mismatch = mx.clip((mismatch * mask).sum(axis=1, keepdims=True), -20, 20)
+        mismatch = clamped((mismatch * mask).sum(axis=1, keepdims=True))
     weights = mx.exp(mismatch)
     outside = (weights > a.importance_cap) | (weights < a.importance_floor)
     if bound == "mask":
@@ -721,14 +738,15 @@ def importance_weights(
     return mx.clip(weights, a.importance_floor, a.importance_cap), outside
 
 
-KL: dict[str, Callable[[mx.array], mx.array]] = {  # of x = ref_logprobs - logprobs
+# Estimates of the KL by x = ref_logprobs - logprobs of a sampled token.
+KL: dict[str, Callable[[mx.array], mx.array]] = {  # joschu.net/blog/kl-approx.html
     "k1": lambda x: -x,
     "k2": lambda x: 0.5 * x**2,
-    "k3": lambda x: mx.minimum(mx.exp(x) - x - 1, 10),
+    "k3": lambda x: mx.minimum(mx.exp(x) - x - 1, 10),  # at most 10, as in verl
 }
 
 
-def adapted(kl_coeff: float, kl: float, target: float, share: float) -> float:
+def adapted_kl_coeff(kl_coeff: float, kl: float, target: float, share: float) -> float:
     """The controller of arXiv:1909.08593: towards the target, by at most a fifth per horizon."""
     return kl_coeff * (1 + min(max(kl / target - 1, -0.2), 0.2) * share)
 
@@ -742,9 +760,9 @@ def grpo_loss(
     """The objective `loss_type`, the KL penalty and the entropy bonus.
 
     Args:
-        logprobs: (B, T) of the current policy, as are the `entropies` that a bonus needs.
-        batch: (B, T) mask and sampler_logprobs, (B,) advantages and weights, and optionally
-            (B, T) old_logprobs (without it the current policy is its own anchor: the ratio is 1,
+        logprobs: (B, W) of the current policy, as are the `entropies` that a bonus needs.
+        batch: (B, W) mask and sampler_logprobs, (B,) advantages and weights, and optionally
+            (B, W) old_logprobs (without it the current policy is its own anchor: the ratio is 1,
             its gradient that of log pi), ref_logprobs, selected (tokens with a policy gradient),
             and the scalars kl_coeff and entropy_weight.
 
@@ -752,15 +770,15 @@ def grpo_loss(
         The loss, a sum weighted by `weights`, and sums over tokens for the log.
     """
     mask, advantages = batch["mask"], batch["advantages"][:, None]
-    old = batch.get("old_logprobs", mx.stop_gradient(logprobs))
-    log_ratio = mx.clip(logprobs - old, -20, 20)
+    old_logprobs = batch.get("old_logprobs", mx.stop_gradient(logprobs))
+    log_ratio = clamped(logprobs - old_logprobs)
     ratio = policy_ratio(logprobs, log_ratio, mask, a)
-    terms = Terms(logprobs, old, log_ratio, ratio, advantages, mask)
+    terms = Terms(logprobs, old_logprobs, log_ratio, ratio, advantages, mask)
     objective, held_back = LOSSES[a.loss_type][0](terms, a)
     # Rollouts may come from a 4-bit or stale sampler.
-    mismatch = mx.clip(old - batch["sampler_logprobs"], -20, 20)
+    mismatch = clamped(old_logprobs - batch["sampler_logprobs"])
     importance, outside = importance_weights(mismatch, mask, a)
-    per_token = -importance * objective * batch.get("selected", 1.0)
+    per_token = -importance * objective * batch.get("selected", 1.0)  # (B, W)
     sums = {
         "policy_reward": ratio * advantages,
         "clip_low": held_back * (advantages < 0),
@@ -770,7 +788,7 @@ def grpo_loss(
         "sampler_mismatch": mx.abs(mismatch),
     }
     if "ref_logprobs" in batch:
-        kl = KL[a.kl_estimator](mx.clip(batch["ref_logprobs"] - logprobs, -20, 20))
+        kl = KL[a.kl_estimator](clamped(batch["ref_logprobs"] - logprobs))
         sums["kl"] = kl
         corrected = kl * ratio if a.kl_bias_correction else kl
         per_token = per_token + batch.get("kl_coeff", a.kl_coeff) * corrected
@@ -814,6 +832,7 @@ class MLXGRPOTrainer(RunState):
         self.reward_moments = [0.0, 0.0, 0.0]
         self.kl_coeff = args.kl_coeff  # which kl_target moves
         self.plan = planning.plan_of(self)
+        self.set_up_schedule()
         self.set_up_optimizer()
         self.set_up_policies()
 
@@ -829,19 +848,40 @@ class MLXGRPOTrainer(RunState):
         filters = (a.top_k, a.top_p, a.min_p) if temperature else (0, 1.0, 0.0)
         return Sampling(temperature, min(max_tokens, room), *filters, tuple(a.stop_strings))
 
-    def set_up_optimizer(self) -> None:
-        """AdamW over float32 masters: bfloat16 weights do not move at a learning rate of 1e-6."""
+    def set_up_schedule(self) -> None:
+        """How many updates there are, of how many prompts, and their highest learning rate."""
         a = self.args
-        self.peak_lr = a.learning_rate
-        if self.loaded.train_type != "full":
-            self.peak_lr = a.lora_learning_rate
-        prompts = a.batch_size * a.gradient_accumulation_steps
-        self.rollouts_per_epoch = math.ceil(len(self.train_dataset) / prompts)
+        self.prompts_per_update = a.batch_size * a.gradient_accumulation_steps
+        self.rollouts_per_epoch = math.ceil(len(self.train_dataset) / self.prompts_per_update)
         self.total_updates = a.num_epochs * self.rollouts_per_epoch * a.num_iterations
         if a.max_updates:
             self.total_updates = min(self.total_updates, a.max_updates)
-        self.optimizer = optimizers.make(self.model, a)
-        self.scorer = scoring.Scorer(token_logprobs, a.use_compile)
+        full = self.loaded.train_type == "full"
+        self.peak_lr = a.learning_rate if full else a.lora_learning_rate
+
+    def lr_schedule(self, update: int) -> float:
+        """Learning rate of update 1..U: linear warm-up to the peak, then by lr_scheduler_type."""
+        warmup = max(1, int(self.total_updates * self.args.warmup_ratio))
+        if update <= warmup:
+            return self.peak_lr * update / warmup
+        done = (update - warmup) / max(1, self.total_updates - warmup)
+        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1}
+        return self.peak_lr * shape[self.args.lr_scheduler_type]
+
+    def prompts_of_update(self, rollout: int) -> tuple[list[int], int]:
+        """Rows of the training set for the nth rollout, and how many batches they make."""
+        size = self.prompts_per_update
+        if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
+            rows, _ = self.order.draw(size, self.drawn, set())
+        else:
+            epoch, position = divmod(rollout, self.rollouts_per_epoch)
+            rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
+        return rows, math.ceil(len(rows) / self.args.batch_size)
+
+    def set_up_optimizer(self) -> None:
+        """AdamW over float32 masters: bfloat16 weights do not move at a learning rate of 1e-6."""
+        self.optimizer = optimizers.make(self.model, self.args)
+        self.scorer = scoring.Scorer(token_logprobs, self.args.use_compile)
         self.loss_and_grad = self.make_loss_and_grad()
 
     @property
@@ -850,7 +890,7 @@ class MLXGRPOTrainer(RunState):
         return self.optimizer.masters(self.model)
 
     def make_loss_and_grad(self) -> Callable:
-        """batch -> loss and gradient by the trainable parameters, which it takes from the model."""
+        """batch -> (what compute_grpo_loss returns, gradient of its loss by what trains)."""
         function = nn.value_and_grad(self.model, self.compute_grpo_loss)
         if not self.args.use_compile:
             return function
@@ -858,17 +898,8 @@ class MLXGRPOTrainer(RunState):
         state = [self.model.state, mx.random.state]
         return mx.compile(function, inputs=state, outputs=state)
 
-    def lr_schedule(self, update: int) -> float:
-        """Learning rate of update 1..U: linear warm-up to the peak, then down to 0."""
-        warmup = max(1, int(self.total_updates * self.args.warmup_ratio))
-        if update <= warmup:
-            return self.peak_lr * update / warmup
-        done = (update - warmup) / max(1, self.total_updates - warmup)
-        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1}
-        return self.peak_lr * shape[self.args.lr_scheduler_type]
-
     def set_up_policies(self) -> None:
-        """`ref_model` stays what the policy is now; `model_old` is made before each rollout."""
+        """`ref_model` begins as the policy is now; `model_old` is refreshed before a rollout."""
         a = self.args
         self.ref_model: nn.Module | None = None
         if a.kl_coeff > 0:
@@ -902,16 +933,6 @@ class MLXGRPOTrainer(RunState):
         policy = quantize_copy(self.model) if self.quantizes else copy.deepcopy(self.model)
         mx.eval(policy.parameters())
         return policy
-
-    def prompts_of_update(self, rollout: int) -> tuple[list[int], int]:
-        """Rows of the training set for the nth rollout, and how many batches they make."""
-        size = self.args.batch_size * self.args.gradient_accumulation_steps
-        if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
-            rows, _ = self.order.draw(size, self.drawn, set())
-        else:
-            epoch, position = divmod(rollout, self.rollouts_per_epoch)
-            rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
-        return rows, math.ceil(len(rows) / self.args.batch_size)
 
     def sample(
         self,
@@ -968,16 +989,19 @@ class MLXGRPOTrainer(RunState):
             weights=np.array(self.args.reward_weights or [1.0] * len(values)),
         )
 
-    def collect(self, batch: np.ndarray, metrics: dict[str, float]) -> tuple[Scores, int]:
-        """Roll out the prompts of an update: their scores, and the position in the stream.
+    def collect(
+        self, batch: list[int], metrics: dict[str, float]
+    ) -> tuple[np.ndarray, Scores, int]:
+        """Roll out the prompts of an update: (P,) rows, their scores, the position in the stream.
 
-        With dynamic sampling (DAPO), groups without variance give their places in `batch` to the
-        next prompts of the stream, until none is left or the rounds are used up.
+        With dynamic sampling (DAPO), groups without variance give their places to the next prompts
+        of the stream, until none is left or the rounds are used up.
         """
-        scores, position = self.roll_out(batch, metrics), self.drawn
+        prompts, position = np.array(batch), self.drawn
+        scores = self.roll_out(prompts, metrics)
         if not self.args.dynamic_sampling:
-            return scores, position
-        used = set(batch.tolist())
+            return prompts, scores, position
+        used = set(batch)
         _, position = self.order.draw(len(batch), position, set())
         metrics["resampled_prompts"] = 0.0
         for _ in range(self.args.dynamic_sampling):
@@ -986,18 +1010,17 @@ class MLXGRPOTrainer(RunState):
             if not rows:
                 break
             places = dull[: len(rows)]
-            batch[places] = rows
+            prompts[places] = rows
             scores.put(places, self.roll_out(np.array(rows), metrics))
             metrics["resampled_prompts"] += len(rows)
             self.reward_calls.extras = {}  # they are of the rows of one round
-        return scores, position
+        return prompts, scores, position
 
     def train_step(self, batch: list[int]) -> list[dict[str, Any]]:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
-        a, first, prompts = self.args, self.update_step, np.array(batch)
-        metrics = {"tokens_sampled": 0.0}
+        a, first, metrics = self.args, self.update_step, {"tokens_sampled": 0.0}
         self.log.meter.start("rollout")
-        scores, position = self.collect(prompts, metrics)
+        prompts, scores, position = self.collect(batch, metrics)
         rows = [self.train_dataset[i] for i in prompts for _ in range(a.num_generations)]
         responses = scores.responses.reshape(-1).tolist()
         self.log.meter.start("gradient")
@@ -1009,9 +1032,10 @@ class MLXGRPOTrainer(RunState):
                 metrics["kl"] = kl.sum() / scores.lengths.sum()
             advantages = estimate_advantages(scores, moments, a)  # (P, G)
             metrics |= rollout_metrics(scores, advantages, self.reward_funcs)
-            metrics |= self.reward_calls.metrics
-            cut = [a.mask_truncated_completions and r.finish_reason == "length" for r in responses]
-            trained = np.where(cut, np.nan, advantages.reshape(-1))  # NaN: left out of the loss
+            metrics |= self.reward_calls.metrics  # what functions logged
+            truncated = np.array([r.finish_reason == "length" for r in responses])  # (B,)
+            masked = truncated & a.mask_truncated_completions
+            trained = np.where(masked, np.nan, advantages.reshape(-1))  # NaN: left out of the loss
             records = self.learn(rows, responses, trained, metrics["tokens"])
         metrics["tokens_per_second"] = metrics.pop("tokens_sampled") / metrics["seconds_rollout"]
         records = [record | metrics for record in records]
@@ -1028,21 +1052,26 @@ class MLXGRPOTrainer(RunState):
         def summed(batches: list[dict[str, mx.array]]) -> np.ndarray:
             total = np.zeros(len(rows))
             for batch in batches:
-                self.pulse("scoring")
+                self.pulse("scoring")  # the progress bar goes on, and Ctrl-C is heard
                 self.add_reference(batch)
-                x = mx.clip(batch["ref_logprobs"] - self.rescored(self.model, batch)[0], -20, 20)
+                x = clamped(batch["ref_logprobs"] - self.rescored(self.model, batch)[0])
                 sums: Any = (KL[self.args.kl_estimator](x) * batch["mask"]).sum(axis=1)
+                # Rows that only fill up a batch are row 0 with an empty mask.
                 np.add.at(total, np.array(batch["row"], int), np.array(sums))
             return total
 
-        cut_up = partial(self.micro_batches, rows, responses, np.ones(len(rows)))
-        return out_of_memory.scored(self, cut_up, summed)
+        cut = partial(self.micro_batches, rows, responses, np.ones(len(rows)))
+        return out_of_memory.scored(self, cut, summed)
 
     def learn(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray, tokens: float
     ) -> list[dict[str, Any]]:
-        """`num_iterations` updates on a rollout of B completions with their (B,) advantages."""
+        """`num_iterations` updates on a rollout of B completions with their (B,) advantages.
+
+        `tokens`: how many the completions have, over which the log's means are.
+        """
         first, records = self.update_step, []
+        # As functions: where memory runs out, the update is cut up smaller and done once more.
         cut = partial(self.micro_batches, rows, responses, advantages)
         cut_and_select = partial(out_of_memory.scored, self, cut, self.select_tokens)
         micro_batches = cut_and_select()
@@ -1058,8 +1087,8 @@ class MLXGRPOTrainer(RunState):
     ) -> list[dict[str, mx.array]]:
         """The update in padded batches; the model reads at most `micro_batch_tokens` for each.
 
-        Sequences with advantage 0 are left out where nothing else gives them a gradient, but stay
-        in the normaliser: the weights are made before. With NaN they are not in that either.
+        Sequences with advantage 0 are left out where nothing else gives them a gradient, but their
+        tokens count in the normaliser: the weights are made before. With NaN they do not.
         """
         a = self.args
         lengths = np.array([len(response.ids) for response in responses])  # (B,)
@@ -1073,10 +1102,11 @@ class MLXGRPOTrainer(RunState):
         return self.scorer.micro_batches(self.model, rows, responses, per_row, used, self.plan)
 
     def select_tokens(self, batches: list[dict[str, mx.array]]) -> list[dict[str, mx.array]]:
-        """Mark the update's tokens of highest entropy (arXiv:2506.01939); share out the bonus."""
+        """Mark the update's tokens of highest entropy (arXiv:2506.01939), and weigh the bonus for
+        entropy: a mean over all tokens that are trained."""
         a = self.args
         if a.top_entropy_quantile < 1 and batches:
-            entropies = [self.rescored(self.model, batch, True)[1] for batch in batches]
+            entropies = [self.rescored(self.model, batch, True)[1] for batch in batches]  # (B, W)
             pairs = list(zip(entropies, batches, strict=True))
             every = np.concatenate([np.array(e)[np.array(b["mask"]) > 0] for e, b in pairs])
             least = np.quantile(every, 1 - a.top_entropy_quantile)
@@ -1106,14 +1136,15 @@ class MLXGRPOTrainer(RunState):
             loss += float(part)
             sums.add(stats, batch["mask"])
         self.model.eval()
-        grads = grads or tree_map(mx.zeros_like, self.model.trainable_parameters())
+        if grads is None:  # no completion had an advantage
+            grads = tree_map(mx.zeros_like, self.model.trainable_parameters())
         norm, skipped = self.apply_gradients(loss, grads)
         lr = self.lr_schedule(self.update_step)
         record = {"update": self.update_step, "lr": lr, "loss": loss, "grad_norm": norm}
         return {**record, "skipped": skipped, "kl": None, **sums.means(tokens)}
 
     def gradient(self, first: bool, batch: dict[str, mx.array]) -> Any:
-        """Loss and gradient of a micro-batch, which gets the reference's log-probs at the first."""
+        """Loss and gradient of a micro-batch; the `first` adds the reference's log-probs to it."""
         if first:  # later, weights have moved, and an update can't be dropped
             self.pulse("gradient")
             if self.args.kl_placement == "loss":
@@ -1163,7 +1194,8 @@ class MLXGRPOTrainer(RunState):
         a, kl = self.args, records[-1]["kl"]
         if a.kl_target and kl is not None and math.isfinite(kl):
             records[-1]["kl_coeff"] = self.kl_coeff
-            self.kl_coeff = adapted(self.kl_coeff, kl, a.kl_target, completions / a.kl_horizon)
+            share = completions / a.kl_horizon
+            self.kl_coeff = adapted_kl_coeff(self.kl_coeff, kl, a.kl_target, share)
         if self.ref_model is not None and due(a.ref_sync_updates, first, self.update_step):
             mixed = tree_map(
                 lambda p, r: (a.ref_sync_alpha * p + (1 - a.ref_sync_alpha) * r).astype(r.dtype),

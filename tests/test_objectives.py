@@ -567,10 +567,10 @@ def test_which_kl_estimates_have_the_value_and_the_gradient_of_the_kl(
 
 
 def test_the_controller_follows_its_target(grpo):
-    assert grpo.adapted(0.1, 0.05, 0.01, 0.5) == pytest.approx(0.1 * (1 + 0.2 * 0.5))
-    assert grpo.adapted(0.1, 0.0, 0.01, 0.5) == pytest.approx(0.1 * (1 - 0.2 * 0.5))
-    assert grpo.adapted(0.1, 0.011, 0.01, 1.0) == pytest.approx(0.11)
-    assert grpo.adapted(0.1, 0.01, 0.01, 1.0) == pytest.approx(0.1)
+    assert grpo.adapted_kl_coeff(0.1, 0.05, 0.01, 0.5) == pytest.approx(0.1 * (1 + 0.2 * 0.5))
+    assert grpo.adapted_kl_coeff(0.1, 0.0, 0.01, 0.5) == pytest.approx(0.1 * (1 - 0.2 * 0.5))
+    assert grpo.adapted_kl_coeff(0.1, 0.011, 0.01, 1.0) == pytest.approx(0.11)
+    assert grpo.adapted_kl_coeff(0.1, 0.01, 0.01, 1.0) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("use_compile", [False, True])
