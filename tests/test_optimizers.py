@@ -1,6 +1,7 @@
 """AdamW in place: the same as MLX's own, and what lets bfloat16 weights move."""
 
 import copy
+import math
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,10 +51,43 @@ def test_an_update_is_that_of_mlx_over_float32_weights(dtype, chunk, monkeypatch
     """Also where weights are cut into pieces."""
     monkeypatch.setattr(optimizers, "CHUNK", chunk)
     model = network(dtype)
+    pieces = [len(optimizers.cut(weight)) for weight in flat(model.parameters()).values()]
+    assert max(pieces) == (1 if chunk > 1000 else 22)
     distance, moved = follow(model)
     assert moved > 4e-3
     assert distance < 1e-6
     assert {x.dtype for x in flat(model.parameters()).values()} == {dtype}
+
+
+SHAPES = [((9000,), 7936), ((300, 60), 7680), ((8, 64, 100), 6400), ((3, 40, 512), 20480)]
+
+
+@pytest.mark.parametrize(("shape", "size"), SHAPES)
+def test_pieces_are_whole_blocks_whatever_the_first_axis_is(shape, size, monkeypatch):
+    """Experts lie one behind the other: few rows, each of them large, the last too large."""
+    monkeypatch.setattr(optimizers, "CHUNK", 8000)
+    array = mx.arange(math.prod(shape)).reshape(shape)
+    pieces = optimizers.cut(array)
+    assert {piece.size for piece in pieces[:-1]} == {size}
+    assert size % optimizers.BLOCK == 0
+    assert mx.array_equal(mx.concatenate(pieces), array)
+
+
+def test_an_update_of_experts_takes_no_more_memory_than_of_a_matrix(monkeypatch):
+    monkeypatch.setattr(optimizers, "CHUNK", 2**19)
+
+    def peak(*shape):
+        model = nn.Module()
+        model.weight = mx.zeros(shape, mx.bfloat16)
+        optimizer = optimizers.AdamW(model, BETAS)
+        slope = {"weight": mx.ones(shape, mx.bfloat16)}
+        mx.eval(slope)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        optimizer.update(model, slope, 1e-3)
+        return mx.get_peak_memory() - before
+
+    assert peak(16, 512, 512) < 1.1 * peak(16 * 512, 512)
 
 
 def test_a_compiled_update_is_the_same():

@@ -47,10 +47,11 @@ Arrays = dict[str, mx.array]
 
 def cut(array: mx.array) -> list[mx.array]:
     """Views of an array along its first axis, of at most about CHUNK elements each."""
-    rows = CHUNK * len(array) // array.size if array.ndim else 1
-    rows = max(BLOCK, rows // BLOCK * BLOCK)  # whole blocks in every piece but the last
-    if array.size <= CHUNK or rows >= len(array):
+    if array.size <= CHUNK:
         return [array]
+    width = array.size // len(array)
+    whole = BLOCK // math.gcd(BLOCK, width)  # rows that fill blocks: all pieces but the last do
+    rows = max(whole, CHUNK // width // whole * whole)
     return [array[start : start + rows] for start in range(0, len(array), rows)]
 
 
