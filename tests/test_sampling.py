@@ -29,6 +29,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from utils import caches, nucleus, replacing, runtime, stop_rule, streams, views
+from utils.errors import UserError
 
 EOS = 2
 
@@ -351,6 +352,13 @@ def test_splitting_the_rollout_changes_no_token(model_dir, data_dir, tmp_path):
         assert [r.text for r in split] == [r.text for r in whole]
     by_prompt = trainer.generate_responses([5])
     assert [r.ids for r in by_prompt] == [r.ids for r in whole[8:]], "other prompts do not matter"
+
+
+@pytest.mark.parametrize("method", ["generate_responses", "train_step"])
+def test_no_rows_are_refused(model_dir, data_dir, tmp_path, method):
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o")
+    with pytest.raises(UserError, match="nothing to sample: the list of rows is empty"):
+        getattr(trainer, method)([])
 
 
 def test_groups_differ_within_and_between_updates(model_dir, data_dir, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import caches, out_of_memory, stopping, streams, views
+from .errors import UserError
 from .stop_rule import StopRule
 
 
@@ -26,8 +27,11 @@ def sampled(
     smaller batches, which changes no sample.
 
     Raises:
+        UserError: there are no rows.
         RunError: out of memory again, or the policy's probabilities are not numbers.
     """
+    if not rows:
+        raise UserError("there is nothing to sample: the list of rows is empty")
     stop = StopRule(trainer.tokenizer, how.stop_strings)
     prompts, group = [row["prompt_ids"] for row in rows], len(keys) // len(rows)
     longest = max(map(len, prompts)) + how.max_tokens
