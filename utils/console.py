@@ -73,12 +73,17 @@ def warn_of_kl(kl: float | None) -> None:
         )
 
 
-def longest_sequence(trainer: Any) -> int:
-    """Tokens of the longest prompt and the longest completion that training or evaluation take."""
-    evaluating = trainer.sampling_with(0.0, trainer.args.eval_max_new_tokens)
-    rows = trainer.train_dataset + trainer.eval_dataset
-    new = max(trainer.sampling.max_tokens, evaluating.max_tokens if trainer.eval_dataset else 0)
-    return new + max(len(row["prompt_ids"]) for row in rows)
+def longest_sequence(trainer: Any) -> tuple[int, int]:
+    """Tokens of the longest prompt and completion, and the positions that reading them may take:
+    none for the last token, but some for padding."""
+    a, new, length = trainer.args, trainer.sampling.max_tokens, trainer.scorer.shapes.length
+    evaluated = trainer.sampling_with(0.0, a.eval_max_new_tokens).max_tokens
+    taken = [(trainer.train_dataset, new), (trainer.eval_dataset, evaluated)]
+    if a.eval_every_updates and a.eval_subset_size:
+        taken.append((trainer.train_dataset, evaluated))
+    tokens = max(len(row["prompt_ids"]) + count for rows, count in taken for row in rows)
+    before = max(len(row["prompt_ids"]) for row in trainer.train_dataset) - 1
+    return tokens, max(tokens - 1, before + length(new), length(before + new))
 
 
 def introduce(trainer: Any, blas: str | None) -> None:
@@ -101,7 +106,7 @@ def introduce(trainer: Any, blas: str | None) -> None:
     advice = runtime.blas_advice(blas) if device == "CPU" else None
     if advice:
         say(f"speed     {advice}")
-    if note := loading.beyond_context(trainer.loaded, a.model_name, longest_sequence(trainer)):
+    if note := loading.beyond_context(trainer.loaded, a.model_name, *longest_sequence(trainer)):
         say(f"context   {note}: the longest prompt and completion")
     asked = min(a.eval_samples, len(trainer.eval_dataset))
     names = ", ".join(part["dataset"] for part in a.dataset_mix) or a.dataset

@@ -235,7 +235,7 @@ def evaluate(
     rows = evaluator.encode(questions, "evaluation")  # leaves too long ones out, copies the rest
     numbers = [number_of[id(row["prompt"])] for row in rows]
     longest = max(len(row["prompt_ids"]) for row in rows) + how.max_tokens
-    if beyond := loading.beyond_context(loaded, name, longest):
+    if beyond := loading.beyond_context(loaded, name, longest, read=longest - 1):
         note(f"note: {beyond}: the longest question and its answer")
     size = max(1, args.batch_size // args.n)
     evaluator.bar = bar = tqdm(

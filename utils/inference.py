@@ -364,7 +364,7 @@ class Generator:
             raise UserError(str(error)) from None
         unlimited = dataclasses.replace(self.config, max_prompt_length=2**31 - 1)
         datafiles.check_prompts(unlimited, [{"prompt_ids": ids}], "given", self.loaded.vocabulary)
-        most = len(ids) + self.args.max_tokens
+        most = len(ids) + self.args.max_tokens  # mlx-lm also reads the last token that it samples
         if beyond := loading.beyond_context(self.loaded, self.args.model, len(ids), most):
             note(f"note: {beyond}: the prompt")
         return ids

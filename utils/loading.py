@@ -263,19 +263,19 @@ def embeddings(model: Any) -> int:
     return max(rows, default=2**31)
 
 
-def beyond_context(loaded: LoadedModel, name: str, tokens: int, most: int = 0) -> str:
+def beyond_context(loaded: LoadedModel, name: str, tokens: int, read: int) -> str:
     """A line for the user where `tokens` are more than the model was made for; else empty.
 
     Raises:
-        UserError: it has a table of positions, and `most` (or `tokens`) would read behind it, which
-            MLX does not notice.
+        UserError: it has a table of positions, and `read` of them would go beyond it, which MLX
+            does not notice.
     """
     modules = loaded.model.named_modules()
     positions = [m.weight.shape[0] for place, m in modules if place.endswith("wpe")]
-    if max(tokens, most) > min(positions, default=2**31):
+    if read > min(positions, default=2**31):
         raise UserError(
-            f"{name} has {positions[0]:,} positions, prompt and completion may take "
-            f"{max(tokens, most):,}: set shorter prompts or fewer new tokens"
+            f"{name} has {positions[0]:,} positions, prompt and completion (with padding) may take "
+            f"{read:,}: set shorter prompts or fewer new tokens"
         )
     if tokens <= loaded.context:
         return ""
