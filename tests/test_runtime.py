@@ -375,14 +375,25 @@ def test_the_progress_bar_shows_the_metric_that_is_evaluated(tmp_path):
         assert console.progress_text(record, log) == f"reward 1.00, {text}, length 9"
 
 
-def test_80_columns_have_room_for_time_left_reward_and_score():
+LONG = "950/1869|", "| 9:40:25 left, reward 1.38"
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (40, LONG),
+        (80, (*LONG, ", exact match 100.0%, length 20, gradient")),
+        (100, (*LONG, ", gradient, 10:00:00")),
+    ],
+)
+def test_a_terminal_shows_what_matters_most(columns, shown):
     """Of a long run, too: ten hours, and as many left."""
     line = tqdm.format_meter(
         *(950, 1869, 36_000),
-        ncols=80,
+        ncols=columns,
         prefix="gradient",
         bar_format=console.BAR,
         postfix="reward 1.38, exact match 100.0%, length 20",
     )
-    assert len(line) == 80
-    assert "<9:40:25, reward 1.38, exact match 100.0%" in line
+    assert len(line) == columns
+    assert all(part in line for part in shown)

@@ -12,8 +12,9 @@ from . import runtime, settings
 from .errors import readable
 from .text import counted, redact
 
-# Without tqdm's rate: 80 columns have no room for it beside reward and score. ETA says as much.
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+# What matters most stands first, the reward in the postfix within 40 columns: a terminal cuts the
+# end off. Without tqdm's rate and percentage, which the time left and the count say as well.
+BAR = "{n_fmt}/{total_fmt}|{bar}| {remaining} left{postfix}, {desc}, {elapsed}"
 
 
 def say(text: str) -> None:
@@ -40,6 +41,7 @@ def command_line(script: str, config: str | None, overrides: Sequence[str]) -> s
 
 def progress_bar(trainer: Any) -> tqdm:
     return tqdm(
+        desc="starting",
         total=trainer.total_updates,
         initial=trainer.update_step,
         bar_format=BAR,
@@ -56,7 +58,7 @@ def no_bar() -> tqdm:
 
 
 def progress_text(record: dict[str, Any], log: Any) -> str:
-    """What matters most stands first: a narrow terminal shows no more."""
+    """The figures that a person watches, the most important first."""
     parts = [f"reward {record['reward_mean']:.2f}"]
     parts += [log.score_text(log.history[-1]["em"])] if log.history else []
     parts += [f"length {record['completion_length']:.0f}"]
