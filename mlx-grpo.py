@@ -564,13 +564,13 @@ def sample_batch(
     past them is dropped.
     """
     completions = [Completion() for _ in rows]
-    reader = Reader(stop, completions)
     cache = caches.prefill(model, prompts, rows, how.max_tokens)
     tokens = mx.array([prompts[row][-1] for row in rows])  # (B,) that the cache has not yet
     # The key of a position is the row's with the position added: (max_tokens, B, 2)
     positions = np.arange(how.max_tokens, dtype=np.uint32)[:, None, None] * np.array([0, 1], "u4")
     step_keys = mx.array(keys + positions)
     forward = decoding.forward(model, cache)  # (B, 1) tokens -> (B, 1, V) logits
+    reader = Reader(stop, completions, decoding.part_to_leave(forward))
     sample_step = caches.compiled(partial(sample_tokens, how=how))
     for start in range(0, how.max_tokens, reader.block):
         block = []

@@ -853,8 +853,12 @@ def test_the_batch_ends_with_its_last_row(grpo, loaded, letters):
     assert len(model.rows) <= 11 + 2 * stop_rule.block_steps()
 
 
-def test_rows_leave_once_an_eighth_of_the_batch_has_ended(grpo, loaded, letters, monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_rows_leave_once_an_eighth_of_the_batch_has_ended(
+    grpo, loaded, letters, monkeypatch, platform
+):
     """Not for each: caches are copied. What other rows say does not change."""
+    monkeypatch.setattr(runtime, "platform_name", lambda: platform)  # steps are not compiled here
     lengths = [4, 12, *[40] * 3, 20, 28, *[40] * 9]
     texts = ["abcdefghijklmnop"[n] * length for n, length in enumerate(lengths)]
     completions, model = say(grpo, loaded, [[*letters(t), EOS] for t in texts])

@@ -34,6 +34,14 @@ def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
     return CompiledStep(model, cache) if _usable[kind] else partial(model, cache=cache)
 
 
+def part_to_leave(forward: Callable[[Any], Any]) -> float:
+    """The part of a batch that has to have ended before rows leave it.
+
+    Caches are copied then, and steps that are compiled are compiled anew.
+    """
+    return 1 / 2 if isinstance(forward, CompiledStep) else 1 / 8
+
+
 def _disagreement(model: Any, cache: list[Any]) -> str:
     """Why compiled steps are not the plain ones, for the shortest and the longest prompt, if so.
 

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from . import runtime
-
 
 class StopRule:
     """Decides on the host where a completion ends: at an EOS token, or within a stop string."""
@@ -46,14 +44,6 @@ class StopRule:
         return text[: min(cuts)] if cuts else text
 
 
-def part_to_leave() -> float:
-    """The part of a batch that has to have ended before rows leave it.
-
-    Caches are copied then, and on CUDA the steps that remain are compiled anew.
-    """
-    return 1 / 2 if runtime.platform_name() == "cuda" else 1 / 8
-
-
 def block_steps() -> int:
     """Decode steps between looks at the tokens on the host.
 
@@ -66,10 +56,13 @@ def block_steps() -> int:
 
 
 class Reader:
-    """Reads sampled tokens into completions, one block behind the device, which so never waits."""
+    """Reads sampled tokens into completions, one block behind the device, which so never waits.
 
-    def __init__(self, stop: StopRule, completions: Sequence[Any]) -> None:
-        self.stop, self.block = stop, block_steps()
+    Rows leave the batch once this `part_to_leave` of it has ended.
+    """
+
+    def __init__(self, stop: StopRule, completions: Sequence[Any], part_to_leave: float) -> None:
+        self.stop, self.part_to_leave, self.block = stop, part_to_leave, block_steps()
         self.completions = self.live = list(completions)
         self.unread: tuple[list[Any], Any, Any] | None = None
 
@@ -86,7 +79,7 @@ class Reader:
         self._read_unread()
         self.unread = self.live, ids, logprobs
         going = [i for i, completion in enumerate(self.live) if not completion.finish_reason]
-        if len(going) > len(self.live) * (1 - part_to_leave()):
+        if len(going) > len(self.live) * (1 - self.part_to_leave):
             return list(range(len(self.live)))
         self.live = [self.live[i] for i in going]
         return going
