@@ -207,7 +207,7 @@ class MLXGRPOConfig(RunSettings):
     kl_estimator: str = "k3"
     """k1, k2 or k3 (joschu.net/blog/kl-approx.html)."""
     kl_placement: str = "loss"
-    """Add the penalty to the loss, per token, or take its sum per completion off the reward."""
+    """loss (the penalty is added, per token) or reward (its sum per completion is taken off)."""
     kl_bias_correction: bool = False
     """In the loss, multiply the estimate by the ratio, which makes its gradient unbiased."""
     kl_target: float = 0.0
@@ -287,8 +287,8 @@ def load_questions(config: MLXGRPOConfig, split: str) -> list[dict[str, Any]]:
         UserError: missing file, split or column, malformed or empty data.
         RunError: the hub is out of reach.
     """
-    sources = datafiles.sources(config, split)
-    return [as_question(s, row) for s in sources for row in datafiles.read_dataset(s, split)]
+    each = datafiles.sources(config, split)  # the settings, by data set of `dataset_mix`
+    return [as_question(own, row) for own in each for row in datafiles.read_dataset(own, split)]
 
 
 def as_question(config: MLXGRPOConfig, row: dict[str, Any]) -> dict[str, Any]:
@@ -345,7 +345,7 @@ def well_formed(text: str, between: str, inside: str) -> bool:
     """Exactly one of each tag, in order, nothing else outside but white space.
 
     `between` separates </reasoning> from <answer>; `inside` must stand at both inner edges of each
-    pair of tags. Written with `find`, not one regular expression, to stay linear in the length.
+    pair of tags. Not one regular expression, whose time could grow faster than the length.
     """
     text = text.strip()
     if [text.count(tag) for tag in TAGS] != [1] * 4:
@@ -410,23 +410,23 @@ class Scores:
             getattr(self, name)[groups] = getattr(other, name)
 
 
+def has_signal(rewards: np.ndarray) -> np.ndarray:
+    """(P,) whether the rewards of each group differ, by more than rounding does."""
+    valid = ~np.isnan(rewards)
+    span = np.where(valid, rewards, -np.inf).max(1) - np.where(valid, rewards, np.inf).min(1)
+    return span > 1e-8
+
+
 def centred(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(P, G) rewards minus the mean of their group, and the (P, 1) number that were valued.
 
-    A reward of NaN (no function applied) counts nowhere and gets 0, and so does a group whose
-    rewards span less than 1e-8: it says nothing about which completion was better.
+    A reward of NaN (no function applied) counts nowhere and gets 0, and so does a group without
+    signal: it says nothing about which completion was better.
     """
     valid = ~np.isnan(rewards)
     count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
     mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
     return np.where(valid & has_signal(rewards)[:, None], rewards - mean, 0.0), count
-
-
-def has_signal(rewards: np.ndarray) -> np.ndarray:
-    """(P,) whether the rewards of each group differ."""
-    valid = ~np.isnan(rewards)
-    span = np.where(valid, rewards, -np.inf).max(1) - np.where(valid, rewards, np.inf).min(1)
-    return span > 1e-8
 
 
 def group_advantages(rewards: np.ndarray, eps: float = 1e-4) -> np.ndarray:
@@ -437,7 +437,8 @@ def group_advantages(rewards: np.ndarray, eps: float = 1e-4) -> np.ndarray:
 
 
 def leave_one_out(centre: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """RLOO (arXiv:2402.14740): R minus the mean of the others of its group."""
+    """RLOO (arXiv:2402.14740): R minus the mean of the others of its group, so n / (n - 1) times R
+    minus the mean of all n."""
     return centre * count / np.maximum(count - 1, 1)
 
 
@@ -451,7 +452,7 @@ def gdpo_advantages(s: Scores) -> np.ndarray:
 def whiten(values: np.ndarray, s: Scores) -> np.ndarray:
     """(P, G) values with mean 0 and variance 1 over all tokens; 0 where all values are equal."""
     valid = ~np.isnan(s.rewards)
-    share = np.where(valid, s.lengths, 0) / max(s.lengths[valid].sum(), 1)
+    share = np.where(valid, s.lengths, 0) / max(s.lengths[valid].sum(), 1)  # (P, G) of all tokens
     known = np.where(valid, values, np.nan)
     shifted = np.nan_to_num(known) - np.nansum(share * known)
     scaled = shifted / np.sqrt((share * shifted**2).sum() + 1e-8)
@@ -461,6 +462,7 @@ def whiten(values: np.ndarray, s: Scores) -> np.ndarray:
 ADVANTAGES: dict[str, Callable[[Scores], np.ndarray]] = {
     "group_norm": lambda s: group_advantages(s.rewards, s.eps),
     "dr_grpo": lambda s: centred(s.rewards)[0],  # arXiv:2503.20783
+    # TRL's scale_rewards = "batch", arXiv:2508.08221
     "batch": lambda s: centred(s.rewards)[0] / (np.nanstd(s.rewards, ddof=1) + s.eps),
     "rloo": lambda s: leave_one_out(*centred(s.rewards)),
     "reinforce": lambda s: whiten(s.rewards, s),  # REINFORCE++, arXiv:2501.03262
