@@ -1,13 +1,17 @@
 """utils/evaluate_model.py: its figures against known values, the trainer, and its own records."""
 
+import gc
 import itertools
 import json
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from conftest import ROOT
 from helpers import make_trainer
@@ -242,6 +246,28 @@ def test_a_reward_that_does_not_apply(evaluate, tmp_path):
     assert code == 0
     assert "reward test_evaluate_model:sometimes  -\n" in out
     assert [r["rewards"]["test_evaluate_model:sometimes"] for r in records_of(output)] == [None] * 2
+
+
+@pytest.mark.parametrize(("limit", "joined"), [("0", True), ("0.005", False)])
+def test_layers_are_joined_where_there_is_room_and_take_none_that_stays(
+    evaluate, monkeypatch, limit, joined
+):
+    found, make = [], evaluate_model.make_evaluator
+
+    def spied(loaded, *rest):
+        gc.collect()
+        layers = [layer.self_attn.q_proj for layer in loaded.model.layers]
+        found.append(({type(layer) for layer in layers}, mx.get_active_memory()))
+        return make(loaded, *rest)
+
+    monkeypatch.setattr(evaluate_model, "make_evaluator", spied)
+    gc.collect()
+    before = mx.get_active_memory()
+    words = ("--config", TOML, "--samples", 2, "--set", f"memory_limit_gb={limit}")
+    assert evaluate(TINY, *words)[0] == 0
+    ((kinds, after),) = found
+    assert kinds == {partial if joined else nn.Linear}
+    assert after - before < 1.1 * (TINY / "model.safetensors").stat().st_size
 
 
 def test_a_reward_that_fails_is_named_and_exit_1(evaluate, tmp_path):
