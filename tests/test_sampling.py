@@ -427,7 +427,7 @@ def test_views_are_the_policy(policy):
     assert (merged is trainer.model) == (kind == "plain")
     assert not any("lora_a" in module for module in merged.modules())
     low_rank = [m for m in merged.modules() if isinstance(m, views.LowRank)]
-    assert bool(low_rank) == (kind == "4-bit"), "4-bit bases are never merged"
+    assert bool(low_rank) == (kind == "4-bit"), "4-bit bases stay packed"
     joined = views.joined(merged, 1e9)
     products = [layer.self_attn.q_proj.func.__self__ for layer in joined.model.layers]
     assert all(isinstance(p.layer, views.LowRank) == (kind == "4-bit") for p in products)
