@@ -444,7 +444,7 @@ def unadapted(trainer):
 
 
 @pytest.mark.parametrize("policy", ["4-bit"], indirect=True)
-def test_a_quantized_base_is_unpacked_on_cuda_where_there_is_room(policy, monkeypatch):
+def test_a_quantized_base_is_unpacked_where_there_is_room_but_not_on_metal(policy, monkeypatch):
     """The same function. A 4-bit copy that was asked for stays one."""
     _, trainer = policy
     tokens, seen = mx.array([[1, 2, 3, 4, 5]]), []
@@ -455,7 +455,8 @@ def test_a_quantized_base_is_unpacked_on_cuda_where_there_is_room(policy, monkey
         ("cuda", False, 10**9, "Linear"),
         ("cuda", False, 300_000, "LowRank"),  # of the 0.6 MB that it takes
         ("cuda", True, 10**9, "LowRank"),
-        ("cpu", False, 10**9, "LowRank"),
+        ("cpu", False, 10**9, "Linear"),
+        ("metal", False, 10**9, "LowRank"),
     ):
         monkeypatch.setattr(runtime, "platform_name", lambda name=platform: name)
         monkeypatch.setattr(type(trainer.plan), "spare_for_rollouts", room)

@@ -511,7 +511,7 @@ def _views(plan: Plan) -> int:
     width = settings.train_dtype_bytes
     whole = shape.parameters * width
     quantized = shape.quantized_bits is not None
-    unpacked = quantized and settings.platform == "cuda" and whole <= half
+    unpacked = quantized and settings.platform != "metal" and whole <= half
     packed = not unpacked and (quantized or settings.quantize_for_rollouts)
     kv = shape.kv_heads * shape.head_dim
     together = shape.heads * shape.head_dim + 2 * kv

@@ -32,14 +32,15 @@ def for_rollouts(trainer: Any) -> Any:
 def merged(model: Any, room: float, unpack: bool = False) -> Any:
     """A view with the adapters multiplied out into the weights, which are rounded anew.
 
-    Only for rollouts, whose importance weights correct for the rounding. Quantized layers are to be
-    unpacked for it only on CUDA, where products with them are slow: one H200, 1.5B, 64 rows of 256
-    tokens 3.5 s, unpacked 1.8 to 2.1 (`benchmarks/update_cost.py --bits 4`). Else, or where there
-    is no room, they keep their adapters beside them, see `LowRank`. The model itself where it has
-    none, or where the new weights take more than half of `room` bytes: joining them may take as
-    much again.
+    Only for rollouts, whose importance weights correct for the rounding. Quantized layers are
+    unpacked if `unpack`, but not on Metal, where products with them are fast: one H200, 1.5B, 64
+    rows of 256 tokens took 3.5 s, unpacked 1.8 to 2.1 (`benchmarks/update_cost.py --bits 4`); a
+    2-core CPU, `configs/tiny_math.toml` with models/tiny-math in 4 bits, 985 tokens/s, unpacked
+    8,200 (without a fast BLAS 806 and 1,320). Else, or where there is no room, they keep their
+    adapters beside them, see `LowRank`. The model itself where it has none, or where the new
+    weights take more than half of `room` bytes: joining them may take as much again.
     """
-    for unpacked in (True, False) if unpack and runtime.platform_name() == "cuda" else (False,):
+    for unpacked in (True, False) if unpack and runtime.platform_name() != "metal" else (False,):
         view = _merged(model, unpacked)
         new = _new_arrays(view, model)
         if new and 2 * sum(x.nbytes for x in new) <= room:
