@@ -1218,7 +1218,8 @@ class MLXGRPOTrainer(RunState):
         rows = subset(dataset, samples)
         how = self.sampling_with(temperature, self.args.eval_max_new_tokens)
         keys = [row_key(self.args.seed, 1, i) for i in range(len(rows))]
-        return rows, self.sample(model or self.model, rows, keys, how)
+        policy = views.unpacked(model or self.model, self.plan.spare_for_rollouts)
+        return rows, self.sample(policy, rows, keys, how)
 
     def is_right(self, response: Completion, row: dict[str, Any]) -> bool:
         """Exact match, the metric that evaluations report."""

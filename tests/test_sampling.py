@@ -470,6 +470,29 @@ def test_a_quantized_base_is_unpacked_where_there_is_room_but_not_on_metal(polic
 
 
 @pytest.mark.parametrize("policy", ["4-bit"], indirect=True)
+def test_a_quantized_base_is_unpacked_for_evaluations_and_adapters_stay(policy, monkeypatch):
+    _, trainer = policy
+    tokens, seen = mx.array([[1, 2, 3, 4, 5]]), []
+    sample = trainer.sample
+    monkeypatch.setattr(trainer, "sample", lambda m, *a: seen.append(m) or sample(m, *a))
+    trainer.answers(trainer.train_dataset, 2)
+    kinds = {type(module) for module in seen[0].modules()}
+    assert not kinds & {nn.QuantizedLinear, nn.QuantizedEmbedding}
+    assert any("lora_a" in module for module in seen[0].modules())
+    assert mx.abs(seen[0](tokens) - trainer.model(tokens)).max() < 1e-4
+    monkeypatch.setattr(runtime, "platform_name", lambda: "metal")
+    assert views.unpacked(trainer.model, 1e9) is trainer.model
+
+
+def test_weights_whose_scales_are_bytes_stay_packed(model_dir):
+    """They would come out in bfloat16, in a model that computes in float32."""
+    model = mlx_lm.load(str(model_dir))[0]
+    nn.quantize(model, 32, 4, mode="mxfp4")
+    assert views.unpacked(model, 1e9) is model
+    assert views.merged(model, 1e9, unpack=True) is model
+
+
+@pytest.mark.parametrize("policy", ["4-bit"], indirect=True)
 def test_all_that_is_unpacked_counts_and_is_computed_at_once(policy, monkeypatch):
     """The embedding, too, which has no adapter."""
     model = policy[1].model

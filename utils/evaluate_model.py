@@ -230,9 +230,9 @@ def evaluate(
     scores, start = Scores(name), time.perf_counter()
     loaded = open_model(name, trust=args.trust_remote_code)
     config = replaced(config, model_name=name)
-    # The layers that are joined go: both are there only before anything is sampled.
+    # What is unpacked or joined goes: both are there only before anything is sampled.
     room = memory.HEADROOM * planning.budget_bytes(config) - mx.get_active_memory()
-    loaded.model = views.joined(loaded.model, room)
+    loaded.model = views.joined(views.unpacked(loaded.model, room), room)
     evaluator = make_evaluator(loaded, config, rewards, args.batch_size)
     how = evaluator.sampling_with(temperature_of(args, config), config.eval_max_new_tokens)
     number_of = {id(row["prompt"]): i for i, row in enumerate(questions)}

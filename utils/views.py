@@ -40,14 +40,37 @@ def merged(model: Any, room: float, unpack: bool = False) -> Any:
     adapters beside them, see `LowRank`. The model itself where it has none, or where the new
     weights take more than half of `room` bytes: joining them may take as much again.
     """
-    for unpacked in (True, False) if unpack and runtime.platform_name() != "metal" else (False,):
-        view = _merged(model, unpacked)
-        new = _new_arrays(view, model)
-        if new and 2 * sum(x.nbytes for x in new) <= room:
-            for array in new:  # one by one, for each takes float32 copies while it is made
-                mx.eval(array)
+    for whole in (True, False) if unpack and _better_unpacked(model) else (False,):
+        view = _merged(model, whole)
+        if _computed(view, model, room):
             return view
     return model
+
+
+def unpacked(model: Any, room: float) -> Any:
+    """A view with quantized layers unpacked, as `merged` does it, and adapters as they are.
+
+    For evaluations: no adapter is rounded. The model itself on Metal, where nothing is quantized,
+    or where the new weights take more than half of `room` bytes.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    if not _better_unpacked(model):
+        return model
+    view = copy.deepcopy(model)
+    dequantize_model(view)
+    return view if _computed(view, model, room) else model
+
+
+def _better_unpacked(model: Any) -> bool:
+    """Whether quantized layers, if it has any, should be unpacked where there is room.
+
+    Not on Metal, and not where scales are bytes (mxfp4): those come out in bfloat16, whatever type
+    the model computes in.
+    """
+    scales = [module.scales for module in model.modules() if "scales" in module]
+    floats = all(mx.issubdtype(x.dtype, mx.floating) for x in scales)
+    return bool(scales) and floats and runtime.platform_name() != "metal"
 
 
 def _merged(model: Any, unpack: bool) -> Any:
@@ -84,6 +107,17 @@ def _with_adapter(adapter: Any, key: Any) -> Any:
         layer.weight = round_at_random(layer.weight, noise)
     layer.weight = layer.weight.astype(dtype)
     return layer
+
+
+def _computed(view: Any, model: Any, room: float) -> bool:
+    """Whether something is new in the view, and takes half of `room` bytes at most: then it is
+    computed."""
+    new = _new_arrays(view, model)
+    if not new or 2 * sum(x.nbytes for x in new) > room:
+        return False
+    for array in new:  # one by one, for each takes float32 copies while it is made
+        mx.eval(array)
+    return True
 
 
 def _new_arrays(view: Any, model: Any) -> list[Any]:
