@@ -443,13 +443,18 @@ def unadapted(trainer):
     return sys.modules[type(trainer).__module__].without_adapters(trainer.model)
 
 
+def asked(trainer, monkeypatch):
+    """The models that the trainer samples from hereafter."""
+    models, sample = [], trainer.sample
+    monkeypatch.setattr(trainer, "sample", lambda m, *a: models.append(m) or sample(m, *a))
+    return models
+
+
 @pytest.mark.parametrize("policy", ["4-bit"], indirect=True)
 def test_a_quantized_base_is_unpacked_where_there_is_room_but_not_on_metal(policy, monkeypatch):
     """The same function. A 4-bit copy that was asked for stays one."""
     _, trainer = policy
-    tokens, seen = mx.array([[1, 2, 3, 4, 5]]), []
-    sample = trainer.sample
-    monkeypatch.setattr(trainer, "sample", lambda m, *a: seen.append(m) or sample(m, *a))
+    tokens, seen = mx.array([[1, 2, 3, 4, 5]]), asked(trainer, monkeypatch)
     monkeypatch.setattr(replacing, "setattr", monkeypatch.setattr, raising=False)
     for platform, copied, room, kind in (
         ("cuda", False, 10**9, "Linear"),
@@ -472,9 +477,7 @@ def test_a_quantized_base_is_unpacked_where_there_is_room_but_not_on_metal(polic
 @pytest.mark.parametrize("policy", ["4-bit"], indirect=True)
 def test_a_quantized_base_is_unpacked_for_evaluations_and_adapters_stay(policy, monkeypatch):
     _, trainer = policy
-    tokens, seen = mx.array([[1, 2, 3, 4, 5]]), []
-    sample = trainer.sample
-    monkeypatch.setattr(trainer, "sample", lambda m, *a: seen.append(m) or sample(m, *a))
+    tokens, seen = mx.array([[1, 2, 3, 4, 5]]), asked(trainer, monkeypatch)
     trainer.answers(trainer.train_dataset, 2)
     kinds = {type(module) for module in seen[0].modules()}
     assert not kinds & {nn.QuantizedLinear, nn.QuantizedEmbedding}
@@ -653,11 +656,7 @@ def test_what_a_product_computed_is_let_go(loaded):
 
 def test_adapters_are_merged_only_where_there_is_room(policy, monkeypatch):
     kind, trainer = policy
-    seen = []
-    sample = trainer.sample
-    monkeypatch.setattr(
-        trainer, "sample", lambda model, *a: (seen.append(model), sample(model, *a))[1]
-    )
+    seen = asked(trainer, monkeypatch)
     with_room = trainer.generate_responses([0])
     trainer.plan = dataclasses.replace(trainer.plan, budget_bytes=0)
     without = trainer.generate_responses([0])
