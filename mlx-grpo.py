@@ -41,32 +41,9 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING or not __package__:
-    from utils import caches, checks, console, curriculum, datafiles, launch, loading
-    from utils import nucleus, out_of_memory, planning, reward_functions, rewarding
-    from utils import runtime, settings, stopping, streams, templates
-    from utils.console import say
-    from utils.loading import LoadedModel, load_model
-    from utils.meter import timed
-    from utils.run_settings import RunSettings
-    from utils.run_state import RunState, due, subset
-    from utils.runlog import TokenSums, rollout_metrics
-    from utils.stop_rule import Reader, StopRule
-    from utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
-else:  # installed: this file is mlx_grpo/__init__.py
-    from .utils import caches, checks, console, curriculum, datafiles, launch, loading
-    from .utils import nucleus, out_of_memory, planning, reward_functions, rewarding
-    from .utils import runtime, settings, stopping, streams, templates
-    from .utils.console import say
-    from .utils.loading import LoadedModel, load_model
-    from .utils.meter import timed
-    from .utils.run_settings import RunSettings
-    from .utils.run_state import RunState, due, subset
-    from .utils.runlog import TokenSums, rollout_metrics
-    from .utils.stop_rule import Reader, StopRule
-    from .utils.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
+from utils.device import runtime
 
 # Before MLX is imported: its CPU wheel bundles a BLAS that is 15 to 50 times slower.
 BLAS = runtime.preload_blas(as_command=__name__ == "__main__")
@@ -76,12 +53,25 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-if TYPE_CHECKING or not __package__:  # these import MLX
-    from utils import decoding, drawing, exponentials, optimizers, rollouts, scoring, views
-    from utils.policies import quantize_copy, quantizes, without_adapters
-else:
-    from .utils import decoding, drawing, exponentials, optimizers, rollouts, scoring, views
-    from .utils.policies import quantize_copy, quantizes, without_adapters
+from utils.base.say import say
+from utils.data import chat_template, files, order
+from utils.device import cores, fast
+from utils.gradient import adamw, on_cores, scorer, shared_prompts
+from utils.memory import retry, this_machine
+from utils.memory.meter import timed
+from utils.model import loading
+from utils.model.adapters import without_adapters
+from utils.model.copies import quantize_copy, quantizes
+from utils.model.loading import LoadedModel, load_model
+from utils.model.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
+from utils.rewards import builtin, by_name, for_trainer
+from utils.rollouts import caches, compiled_step, draw, merged_layers, sampler
+from utils.rollouts.stop_rule import Reader, StopRule
+from utils.run import command_line, ending, progress
+from utils.run.log import TokenSums, rollout_metrics
+from utils.run.state import RunState, due, subset
+from utils.settings import checks, reading
+from utils.settings.run_settings import Settings
 
 # mlx_lm, transformers and datasets take seconds to import, so that happens where they are used:
 # `--help` and a mistyped setting answer at once.
@@ -99,11 +89,11 @@ Respond in the following format:
 
 
 @dataclass
-class MLXGRPOConfig(RunSettings):
+class MLXGRPOConfig(Settings):
     """Settings of the algorithm: model, prompts, rewards, sampling, loss, advantages, optimizer.
 
-    Those that change only where, how fast or how it looks are in utils/run_settings.py. Precedence
-    of both: these defaults < TOML file < `--set key=value`.
+    Those that change only where, how fast or how it looks are in utils/settings/run_settings.py.
+    Precedence of both: these defaults < TOML file < `--set key=value`.
     """
 
     model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -287,8 +277,8 @@ def load_questions(config: MLXGRPOConfig, split: str) -> list[dict[str, Any]]:
         UserError: missing file, split or column, malformed or empty data.
         RunError: the hub is out of reach.
     """
-    each = datafiles.sources(config, split)  # the settings, by data set of `dataset_mix`
-    return [as_question(own, row) for own in each for row in datafiles.read_dataset(own, split)]
+    each = files.sources(config, split)  # the settings, by data set of `dataset_mix`
+    return [as_question(own, row) for own in each for row in files.read_dataset(own, split)]
 
 
 def as_question(config: MLXGRPOConfig, row: dict[str, Any]) -> dict[str, Any]:
@@ -319,7 +309,7 @@ def encode_prompt(tokenizer: Any, config: MLXGRPOConfig, row: dict[str, Any]) ->
         UserError: the tokenizer has no chat template, or its template refuses the messages.
     """
     prefix = tokenizer.encode(config.reasoning_prefix, add_special_tokens=False)
-    return [*templates.chat_ids(tokenizer, config, row["prompt"]), *prefix]
+    return [*chat_template.chat_ids(tokenizer, config, row["prompt"]), *prefix]
 
 
 # Reward functions have TRL's interface: `completions` are conversations of one message each, every
@@ -388,7 +378,7 @@ REWARDS: dict[str, Callable[..., list]] = {
     "strict_format": strict_format_reward_func,
     "soft_format": soft_format_reward_func,
     "xmlcount": xmlcount_reward_func,
-    **reward_functions.table(extract_xml_answer, correctness_reward_func),
+    **builtin.table(extract_xml_answer, correctness_reward_func),
 }
 
 
@@ -537,16 +527,16 @@ def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.a
     logits = logits.astype(mx.float32) / (how.temperature or 1.0)
     best = logits.max(axis=-1, keepdims=True)
     # (B, V) probabilities up to a factor, the largest 1; by mx.exp, or what is faster on x86-64.
-    weights = exponentials.exp(logits - best)
+    weights = fast.exp(logits - best)
     kept = weights
     if 0 < how.top_k < logits.shape[-1]:
         kept = mx.where(kept >= mx.topk(kept, how.top_k).min(axis=-1, keepdims=True), kept, 0)
     if how.top_p < 1:
-        kept = mx.where(kept >= nucleus.threshold(kept, how.top_p), kept, 0)
+        kept = mx.where(kept >= draw.threshold(kept, how.top_p), kept, 0)
     if how.min_p > 0:
         kept = mx.where(kept >= how.min_p, kept, 0)
     # mx.random.categorical takes one key for the whole batch; each row has its own here.
-    tokens = drawing.draw(kept, keys) if how.temperature else mx.argmax(logits, axis=-1)
+    tokens = draw.draw(kept, keys) if how.temperature else mx.argmax(logits, axis=-1)
     chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)
     return tokens, (chosen - best - mx.log(weights.sum(axis=-1, keepdims=True)))[:, 0]
 
@@ -571,8 +561,8 @@ def sample_batch(
     # The key of a position is the row's with the position added: (max_tokens, B, 2)
     positions = np.arange(how.max_tokens, dtype=np.uint32)[:, None, None] * np.array([0, 1], "u4")
     step_keys = mx.array(keys + positions)
-    forward = decoding.forward(model, cache)  # (B, 1) tokens -> (B, 1, V) logits
-    reader = Reader(stop, completions, decoding.part_to_leave(forward))
+    forward = compiled_step.forward(model, cache)  # (B, 1) tokens -> (B, 1, V) logits
+    reader = Reader(stop, completions, compiled_step.part_to_leave(forward))
     sample_step = caches.compiled(partial(sample_tokens, how=how))
     for start in range(0, how.max_tokens, reader.block):
         block = []
@@ -598,7 +588,7 @@ def token_logprobs(
     """(B, W) log pi, at `temperature`, of the last `width` = W of (B, T) tokens.
 
     With `with_entropy` also the (B, W) entropies, in nats, of the distributions they are from.
-    utils/scoring.py does the same faster, and checks itself against this before the first update.
+    utils/gradient/ does the same faster, and checks itself against this before the first update.
     """
     logits = model(tokens[:, :-1])[:, -width:]  # (B, W, V): at t, of the token at t + 1
     logits = logits.astype(mx.float32) / temperature
@@ -807,7 +797,7 @@ class MLXGRPOTrainer(RunState):
 
     `step` counts batches of prompts, `update_step` optimizer updates, `rollout` calls of
     `train_step`. Methods stand in the order in which a run needs them; what it has beside them
-    (log, evaluations, checkpoints) is in utils/run_state.py.
+    (log, evaluations, checkpoints) is in utils/run/state.py.
     """
 
     args: MLXGRPOConfig
@@ -823,17 +813,19 @@ class MLXGRPOTrainer(RunState):
     ) -> None:
         super().__init__(args, command)
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
+        if args.gradient_checkpointing:
+            shared_prompts.checkpoint_layers(self.model)
         self.reward_funcs = reward_funcs
         self.prefix_ids = self.tokenizer.encode(args.reasoning_prefix, add_special_tokens=False)
         self.train_dataset = self.encode(train_dataset, "training")
         self.eval_dataset = self.encode(eval_dataset, "evaluation") if eval_dataset else []
-        self.data_sha256 = datafiles.fingerprint(self.train_dataset)
-        self.order = curriculum.PromptOrder(args, self.train_dataset)
+        self.data_sha256 = files.fingerprint(self.train_dataset)
+        self.order = order.PromptOrder(args, self.train_dataset)
         self.drawn = 0  # prompts that dynamic sampling took from the stream
         self.sampling = self.sampling_with(args.temperature, args.max_new_tokens)
         self.reward_moments = [0.0, 0.0, 0.0]
         self.kl_coeff = args.kl_coeff  # which kl_target moves
-        self.plan = planning.plan_of(self)
+        self.plan = this_machine.plan_of(self)
         self.set_up_schedule()
         self.set_up_optimizer()
         self.set_up_policies()
@@ -841,7 +833,7 @@ class MLXGRPOTrainer(RunState):
     def encode(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         """Add `prompt_ids` to each row; prompts over max_prompt_length are left out and counted."""
         rows = [{**r, "prompt_ids": encode_prompt(self.tokenizer, self.args, r)} for r in rows]
-        return datafiles.usable_prompts(self.args, rows, what, self.loaded.vocabulary)
+        return files.usable_prompts(self.args, rows, what, self.loaded.vocabulary)
 
     def sampling_with(self, temperature: float, max_tokens: int) -> Sampling:
         """The settings' filters and stop strings; what is greedy needs no filters."""
@@ -882,8 +874,8 @@ class MLXGRPOTrainer(RunState):
 
     def set_up_optimizer(self) -> None:
         """AdamW over float32 masters: bfloat16 weights do not move at a learning rate of 1e-6."""
-        self.optimizer = optimizers.make(self.model, self.args)
-        self.scorer = scoring.Scorer(token_logprobs, self.args.use_compile)
+        self.optimizer = adamw.make(self.model, self.args)
+        self.scorer = scorer.Scorer(token_logprobs, self.args.use_compile)
         self.loss_and_grad = self.make_loss_and_grad()
 
     @property
@@ -945,7 +937,7 @@ class MLXGRPOTrainer(RunState):
         after_batch: Callable[[list[Completion]], None] = lambda _: None,
     ) -> list[Completion]:
         """len(keys) / len(rows) completions of each row, in as few batches as memory allows."""
-        return rollouts.sampled(self, sample_batch, model, rows, keys, how, after_batch)
+        return sampler.sampled(self, sample_batch, model, rows, keys, how, after_batch)
 
     def generate_responses(self, batch: list[int]) -> list[Completion]:
         """`num_generations` completions for each row (index) of the training set, in order."""
@@ -953,12 +945,12 @@ class MLXGRPOTrainer(RunState):
         size = self.args.num_generations
         keys = [
             row_key(self.args.seed, 0, self.update_step, row, again * size + n)
-            for row, again in curriculum.occurrences(batch)  # a weighted prompt may come twice
+            for row, again in order.occurrences(batch)  # a weighted prompt may come twice
             for n in range(size)
         ]
         rows = [self.train_dataset[row] for row in batch]
-        after_batch = partial(rewarding.ahead, self, rows)  # slow rewards begin meanwhile
-        return self.sample(views.for_rollouts(self), rows, keys, self.sampling, after_batch)
+        after_batch = partial(for_trainer.ahead, self, rows)  # slow rewards begin meanwhile
+        return self.sample(merged_layers.for_rollouts(self), rows, keys, self.sampling, after_batch)
 
     def compute_rewards(
         self, rows: list[dict[str, Any]], responses: list[Completion]
@@ -967,7 +959,7 @@ class MLXGRPOTrainer(RunState):
 
         None from a function (NaN here) adds nothing; a row that no function values is NaN.
         """
-        values = rewarding.call(self, self.reward_funcs, rows, responses)
+        values = for_trainer.call(self, self.reward_funcs, rows, responses)
         stacked = np.stack(list(values.values()))  # (F, B)
         weights = np.array(self.args.reward_weights or [1.0] * len(values))[:, None]
         totals = np.nansum(stacked * weights, axis=0)
@@ -1063,7 +1055,7 @@ class MLXGRPOTrainer(RunState):
             return total
 
         cut = partial(self.micro_batches, rows, responses, np.ones(len(rows)))
-        return out_of_memory.scored(self, cut, summed)
+        return retry.scored(self, cut, summed)
 
     def learn(
         self, rows: list[dict], responses: list[Completion], advantages: np.ndarray, tokens: float
@@ -1075,13 +1067,13 @@ class MLXGRPOTrainer(RunState):
         first, records = self.update_step, []
         # As functions: where memory runs out, the update is cut up smaller and done once more.
         cut = partial(self.micro_batches, rows, responses, advantages)
-        cut_and_select = partial(out_of_memory.scored, self, cut, self.select_tokens)
+        cut_and_select = partial(retry.scored, self, cut, self.select_tokens)
         micro_batches = cut_and_select()
         for iteration in range(min(self.args.num_iterations, self.total_updates - first)):
             work = partial(self.update, micro_batches, iteration, tokens)
-            records.append(out_of_memory.updated(self, work, micro_batches, cut_and_select))
+            records.append(retry.updated(self, work, micro_batches, cut_and_select))
         if first == 0:
-            planning.recalibrate(self, micro_batches)
+            this_machine.recalibrate(self, micro_batches)
         return records
 
     def micro_batches(
@@ -1129,9 +1121,9 @@ class MLXGRPOTrainer(RunState):
         self.model.train()  # dropout, and no kernels that have no gradient
         gradient = partial(self.gradient, iteration == 0)
         # On a CPU, several micro-batches are computed together; elsewhere one after the other.
-        done = streams.spread(gradient, micro_batches, streams.at_once(self))
+        done = on_cores.spread(gradient, micro_batches, this_machine.at_once(self))
         for batch, ((part, stats, logprobs), new) in done:
-            grads, new = optimizers.accumulate(grads, new), None  # so that each goes as it is added
+            grads, new = adamw.accumulate(grads, new), None  # so that each goes as it is added
             mx.eval(grads, part, stats, logprobs)  # MLX is lazy: it computes when asked to
             if iteration == 0 and self.args.num_iterations > 1:
                 batch["old_logprobs"] = logprobs  # the anchor of the ratio from now on
@@ -1180,7 +1172,7 @@ class MLXGRPOTrainer(RunState):
 
     def apply_gradients(self, loss: float, grads: Any) -> tuple[float, int]:
         """Clip by the global norm and step. A non-finite update changes nothing."""
-        norm = optimizers.global_norm(grads, self.args.use_compile)
+        norm = adamw.global_norm(grads, self.args.use_compile)
         self.update_step += 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bad_updates += 1
@@ -1218,7 +1210,7 @@ class MLXGRPOTrainer(RunState):
         rows = subset(dataset, samples)
         how = self.sampling_with(temperature, self.args.eval_max_new_tokens)
         keys = [row_key(self.args.seed, 1, i) for i in range(len(rows))]
-        policy = views.unpacked(model or self.model, self.plan.spare_for_rollouts)
+        policy = merged_layers.unpacked(model or self.model, self.plan.spare_for_rollouts)
         return rows, self.sample(policy, rows, keys, how)
 
     def is_right(self, response: Completion, row: dict[str, Any]) -> bool:
@@ -1227,7 +1219,7 @@ class MLXGRPOTrainer(RunState):
 
     def train(self) -> int:
         """Evaluate, update until the schedule ends, evaluate, save. Returns the exit code."""
-        with stopping.Guard(self) as run, console.progress_bar(self) as self.bar:
+        with ending.Guard(self) as run, progress.progress_bar(self) as self.bar:
             if self.unreported:
                 self.after_update(*self.unreported)  # an evaluation was cut short
             elif self.update_step == 0:
@@ -1240,43 +1232,44 @@ class MLXGRPOTrainer(RunState):
                 self.elapsed = run.seconds()
                 self.mark((before, records))
                 self.after_update(before, records)
-            stopping.finish(self, run.reason)
+            ending.finish(self, run.reason)
         return run.exit_code
 
 
 def read_config(path: str | None, overrides: Sequence[str]) -> MLXGRPOConfig:
     """Settings from defaults, TOML file and overrides, all checked."""
-    config = settings.resolve(MLXGRPOConfig, Path(path or ROOT / "configs/default.toml"), overrides)
-    launch.check_surroundings(config)
+    config = reading.resolve(MLXGRPOConfig, Path(path or ROOT / "configs/default.toml"), overrides)
+    command_line.check_surroundings(config)
     return config
 
 
 def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
     """Everything that can fail for bad input, cheap things first; nothing is written."""
     loading.check_model(config.model_name)
-    rewards = rewarding.load_rewards(config, REWARDS)
+    rewards = by_name.load_rewards(config, REWARDS)
     train_rows = load_questions(config, "train")
     train_rows = train_rows[: config.max_train_samples or len(train_rows)]
     test_rows = load_questions(config, "test") if config.eval_samples else []
     runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb, config.memory_limit_gb)
+    cores.take_turns(config)
     loaded = load_model(config)
     return MLXGRPOTrainer(loaded, rewards, config, train_rows, test_rows, command)
 
 
 def start(config: MLXGRPOConfig, command: str) -> int:
     """Train from the settings to `final/`. Returns the exit code."""
-    return launch.start(config, command, build_trainer, BLAS)
+    return command_line.start(config, command, build_trainer, BLAS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 1 (failed run), 2 (bad input), 128 + n (ended by signal n)."""
-    given = launch.parse_arguments(argv, MLXGRPOConfig, __file__)
+    given = command_line.parse_arguments(argv, MLXGRPOConfig, __file__)
 
     def work() -> int:
         config = read_config(given.config, given.overrides)
-        return planning.dry_run(config) if given.dry_run else start(config, given.command)
+        return this_machine.dry_run(config) if given.dry_run else start(config, given.command)
 
-    return launch.exit_code_of(work, given.debug)
+    return command_line.exit_code_of(work, given.debug)
 
 
 if __name__ == "__main__":

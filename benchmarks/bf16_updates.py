@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import results  # noqa: E402
-from utils import runtime  # noqa: E402
+from utils.device import runtime  # noqa: E402
 
 runtime.preload_blas()
 
@@ -27,7 +27,7 @@ import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from utils.optimizers import AdamW  # noqa: E402
+from utils.gradient.adamw import AdamW  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/bf16_updates.jsonl"
 MODEL = ROOT / "models/tiny-math"

@@ -24,8 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import update_cost  # noqa: E402
 
 from benchmarks import results  # noqa: E402
-from utils import checkpoints, runtime  # noqa: E402
-from utils.script import load_script  # noqa: E402
+from utils.base.script import load_script  # noqa: E402
+from utils.device import runtime  # noqa: E402
+from utils.run import checkpoints, folders  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/checkpoint_time.jsonl"
 
@@ -51,9 +52,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     path = folder / "out" / "checkpoint-1"
     writing = [timed(trainer.save_checkpoint, path) for _ in range(arguments.saves)]
-    hashing = [timed(checkpoints.seal, path) for _ in range(arguments.saves)]
+    hashing = [timed(folders.seal, path) for _ in range(arguments.saves)]
     start = time.perf_counter()
-    assert checkpoints.damage(path) is None
+    assert folders.damage(path) is None
     verifying = time.perf_counter() - start
     size = sum(file.stat().st_size for file in path.iterdir())
     loading = timed(checkpoints.load, path, trainer)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import results  # noqa: E402
-from utils import runtime  # noqa: E402
-from utils.script import load_script  # noqa: E402
+from utils.base.script import load_script  # noqa: E402
+from utils.device import runtime  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/learning_curves.jsonl"
 PICTURE = ROOT / "docs/learning_curves.png"
@@ -41,7 +41,7 @@ def train(seed: int, output_dir: Path) -> float:
 
 def grade(model: Path, seed: int, output_dir: Path) -> dict[str, dict[str, float]]:
     """Format, arithmetic and exact match on the test questions, greedy and at temperature 1."""
-    from utils import tiny_math
+    from utils.pretraining import tiny_math
 
     grpo = load_script()
     overrides = [f"model_name={model}", f"seed={seed}", f"output_dir={output_dir}"]

@@ -25,8 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import results  # noqa: E402
 from benchmarks.update_cost import SHAPES, WithoutStop, write_model, write_questions  # noqa: E402
-from utils import attention, caches, decoding, runtime, streams, views  # noqa: E402
-from utils.script import load_script  # noqa: E402
+from utils.base.script import load_script  # noqa: E402
+from utils.device import cores, runtime  # noqa: E402
+from utils.device.cuda import attention  # noqa: E402
+from utils.rollouts import caches, compiled_step, merged_layers  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/micro.jsonl"
 STAGES = ("prefill", "decode", "peer", "4-bit", "sampler", "log-probs", "gradient", "optimizer")
@@ -54,7 +56,7 @@ class Bench:
         self.model = self.trainer.model
         self.vocabulary = SHAPES[arguments.shape]["vocab_size"]
         self.random = np.random.default_rng(0)
-        self.policy = views.joined(views.merged(self.model, np.inf), np.inf)
+        self.policy = merged_layers.joined(merged_layers.merged(self.model, np.inf), np.inf)
         self.mx = mx
 
     def prompts(self, count: int, ragged: bool = False) -> list[list[int]]:
@@ -78,17 +80,17 @@ class Bench:
             self.grpo.Sampling(temperature=1.0, max_tokens=tokens),
             self.grpo.StopRule(WithoutStop(self.trainer.tokenizer), ()),
         )
-        (done,) = streams.in_turns([sampler])
+        (done,) = cores.in_turns([sampler])
         assert {len(completion.ids) for completion in done} == {tokens}
 
     def plain_steps(self, rows: int, tokens: int) -> None:
         """The same, with steps that are not compiled on CUDA either."""
-        usual = decoding.forward
-        decoding.forward = lambda model, cache: partial(model, cache=cache)
+        usual = compiled_step.forward
+        compiled_step.forward = lambda model, cache: partial(model, cache=cache)
         try:
             self.sample(self.policy, rows, tokens)
         finally:
-            decoding.forward = usual
+            compiled_step.forward = usual
 
     def mlx_rotations(self, rows: int, tokens: int) -> None:
         """The same, with MLX's kernel for the rotary embedding."""

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import results  # noqa: E402
-from utils import runtime  # noqa: E402
-from utils.script import load_script  # noqa: E402
+from utils.base.script import load_script  # noqa: E402
+from utils.device import runtime  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/objectives_learning.jsonl"
 CONFIG = "configs/tiny_math.toml"

@@ -5,8 +5,8 @@
 
 The first needs an environment with TRL 1.16.0 and PyTorch (CPU), nothing of this project. It runs
 the trainers' own `_generate_and_score_completions` and `_compute_loss`; only sampling and the
-model's forward pass are replaced, by the numbers of `inputs()`. tests/test_parity.py holds us to
-what it writes.
+model's forward pass are replaced, by the numbers of `inputs()`. tests/script/test_parity.py
+holds us to what it writes.
 """
 
 import argparse
@@ -288,7 +288,7 @@ def our_result(case: Case, given: dict[str, Any]) -> dict[str, Any]:
     """The same of ours, through the functions that the trainer calls."""
     import mlx.core as mx
 
-    from utils.script import load_script
+    from utils.base.script import load_script
 
     grpo = load_script()
     args = grpo.MLXGRPOConfig(**case.ours)

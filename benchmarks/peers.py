@@ -103,8 +103,8 @@ def load_mlx(cell: dict[str, Any]) -> tuple[Any, Any]:
 def run_ours(cell: dict[str, Any]) -> dict[str, Any]:
     """This project's train_step."""
     from benchmarks.update_cost import WithoutStop
-    from utils.runtime import provenance
-    from utils.script import load_script
+    from utils.base.script import load_script
+    from utils.device.runtime import provenance
 
     grpo = load_script()
     import mlx.core as mx
@@ -563,7 +563,7 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def main() -> None:
     cell = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if cell["blas"]:  # MLX's CPU wheel has a slow BLAS; peers get the fast one too unless told not
-        from utils.runtime import preload_blas
+        from utils.device.runtime import preload_blas
 
         cell["blas"] = preload_blas()
     result = RUNNERS[cell["tool"]](cell)

@@ -6,7 +6,8 @@
 
 Random weights in a named shape, prompts of about 150 tokens, stop tokens off. Appends a JSON record
 for each case to benchmarks/records/plan_accuracy.jsonl: what was planned for, and the peaks. The
-table in benchmarks/RESULTS.md plans again with the present code, and so does tests/test_memory.py.
+table in benchmarks/RESULTS.md plans again with the present code, and so does tests/memory/
+test_plan.py.
 """
 
 import argparse
@@ -27,8 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import update_cost  # noqa: E402
 
 from benchmarks import results  # noqa: E402
-from utils import memory, model_shape, runtime  # noqa: E402
-from utils.script import load_script  # noqa: E402
+from utils.base.script import load_script  # noqa: E402
+from utils.device import runtime  # noqa: E402
+from utils.memory import plan as memory_plan  # noqa: E402
+from utils.memory import suggestions  # noqa: E402
+from utils.model import shape as model_shape  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/plan_accuracy.jsonl"
 SETTINGS = ("max_new_tokens=256", "num_generations=16", "quantize_for_rollouts=false")
@@ -107,15 +111,15 @@ def measure(folder: Path, shape: str, bits: int, train_type: str, settings: tupl
     }
 
 
-def plan_of(record: dict[str, Any]) -> memory.Plan:
+def plan_of(record: dict[str, Any]) -> memory_plan.Plan:
     """The plan of a recorded case by the present code."""
     shape = model_shape.ModelShape(**record["model"])
-    known = {field.name for field in dataclasses.fields(memory.Settings)}
+    known = {field.name for field in dataclasses.fields(memory_plan.Settings)}
     wanted = {name: x for name, x in record["planned_for"].items() if name in known}
-    return memory.plan(shape, **wanted)
+    return suggestions.planned(shape, **wanted)
 
 
-def measured(record: dict[str, Any], plan: memory.Plan) -> dict[str, int]:
+def measured(record: dict[str, Any], plan: memory_plan.Plan) -> dict[str, int]:
     """Peaks by phase, less what earlier cases left: once, all ran in one process."""
     left = max(0, record["resident"] - plan.resident)
     return {name: peak - left for name, peak in record["peaks"].items()}

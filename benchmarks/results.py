@@ -20,7 +20,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def write_section(name: str, rows: Sequence[str], path: Path = RESULTS) -> None:
     """Put the lines between the markers `<!-- name -->` of RESULTS.md, or of another file."""
-    from utils.readme_tables import replaced
+    from docs.readme_tables import replaced
 
     text = path.read_text(encoding="utf-8")
     path.write_text(replaced(text, name, list(rows)), encoding="utf-8")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import results  # noqa: E402
-from utils import runtime  # noqa: E402
+from utils.device import runtime  # noqa: E402
 
 runtime.preload_blas()
 
@@ -33,7 +33,8 @@ import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from benchmarks.update_cost import SHAPES  # noqa: E402
-from utils import batching, prefix, scoring  # noqa: E402
+from utils.gradient import agreement, head, packing, shared_prompts  # noqa: E402
+from utils.gradient import scorer as scoring  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/scoring_ways.jsonl"
 PROMPT, COMPLETION, EACH = 150, 256, 16
@@ -56,7 +57,7 @@ def make_model(shape: str, dtype: str, checkpointing: bool) -> nn.Module:
     model = model_class(arguments.from_dict({**config, "max_position_embeddings": 4096}))
     model.set_dtype(getattr(mx, dtype))
     if checkpointing:
-        prefix.checkpoint_layers(model)
+        shared_prompts.checkpoint_layers(model)
     mx.eval(model.train().parameters())
     return model
 
@@ -67,8 +68,8 @@ def make_batch(vocabulary: int, groups: int, way: dict[str, Any]) -> dict[str, m
         [(prompt, random.integers(3, vocabulary, COMPLETION).tolist()) for _ in range(EACH)]
         for prompt in random.integers(3, vocabulary, (groups, PROMPT)).tolist()
     ]
-    batch = scoring.plain_batch([pair for group in pairs for pair in group])
-    shapes = batching.Shapes(bucketed=True)
+    batch = agreement.plain_batch([pair for group in pairs for pair in group])
+    shapes = packing.Shapes(bucketed=True)
     length = way.get("length", 0)
     if length:
         missing = length + 1 - batch["tokens"].shape[1]
@@ -76,19 +77,19 @@ def make_batch(vocabulary: int, groups: int, way: dict[str, Any]) -> dict[str, m
     mask = np.array(batch["mask"])
     arrays: dict[str, np.ndarray] = {}
     if way.get("shared"):
-        arrays = batching.layout_groups(pairs, mask, shapes)
+        arrays = packing.layout_groups(pairs, mask, shapes)
     elif way.get("split"):
-        arrays = batching.layout_rows(mask, batch["tokens"].shape[1], shapes)
+        arrays = packing.layout_rows(mask, batch["tokens"].shape[1], shapes)
     batch |= {name: mx.array(values) for name, values in arrays.items()}
     batch["advantages"] = mx.array(random.normal(size=(groups * EACH, 1)).astype(np.float32))
     return batch
 
 
 def make_step(model: nn.Module, way: dict[str, Any], compiled: bool) -> Callable:
-    from utils.script import load_script
+    from utils.base.script import load_script
 
     scorer = scoring.Scorer(load_script().token_logprobs, compiled=True)
-    scorer.names = scoring.head_parameters(model)
+    scorer.names = head.head_parameters(model)
     scorer.piece, scorer.keep = 2**27, not way.get("pieces")
 
     def loss(batch: dict[str, mx.array]) -> mx.array:

@@ -37,7 +37,7 @@ MOST_EM, MOST_AREA = 0.05, 0.10  # final exact match within, area under the curv
 
 def our_trainer(model: Path, seed: int, output_dir: Path) -> Any:
     from benchmarks.learning_curves import CONFIG
-    from utils.script import load_script
+    from utils.base.script import load_script
 
     grpo = load_script()
     overrides = [f"model_name={model}", f"seed={seed}", f"output_dir={output_dir}"]
@@ -136,7 +136,7 @@ def train_trl(job: dict[str, Any]) -> dict[str, Any]:
 def our_rewards(job: dict[str, Any], tokenizer: Any, stop_ids: list[int], sampled: list) -> Any:
     """The sum of mlx-grpo.py's reward functions on the text that it would read."""
     os.environ["MLX_GRPO_BLAS"] = "none"
-    from utils.script import load_script
+    from utils.base.script import load_script
 
     grpo = load_script()
     functions = [grpo.REWARDS[name] for name in job["reward_funcs"]]
@@ -202,7 +202,7 @@ def measure_ours(seed: int) -> dict[str, Any]:
 
 
 def measure(tool: str, seed: int, python: Path) -> None:
-    from utils import runtime
+    from utils.device import runtime
 
     result = measure_ours(seed) if tool == "ours" else measure_trl(seed, python)
     versions = runtime.provenance(ROOT)

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import results  # noqa: E402
-from utils import runtime  # noqa: E402
-from utils.readme_tables import QWEN  # noqa: E402
-from utils.script import load_script  # noqa: E402
+from docs.readme_tables import QWEN  # noqa: E402
+from utils.base.script import load_script  # noqa: E402
+from utils.device import runtime  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/update_cost.jsonl"
 SHAPES = {

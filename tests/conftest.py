@@ -11,15 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import runtime  # noqa: E402
-from utils.script import load_script  # noqa: E402
+from utils.base.script import load_script  # noqa: E402
+from utils.device import runtime  # noqa: E402
 
 runtime.preload_blas()  # as the script does, before any test file imports MLX
 os.environ["MLX_ENABLE_TF32"] = "0"  # its products of float32 have 10 bits
 
 import mlx.core as mx  # noqa: E402
 
-# Equality to 1e-5 is a matter of float32 on the CPU; tests/test_device.py compares a GPU with it.
+# Equality to 1e-5 is a matter of float32 on the CPU; tests/device/ has what compares a GPU with it.
 mx.set_default_device(mx.cpu)
 # A shell that starts the tests in the background ignores Ctrl-C for them, and so would the programs
 # that they start and interrupt.

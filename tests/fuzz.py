@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from conftest import ROOT, load_script, make_model
 
-from utils.errors import RunError, UserError
+from utils.base.errors import RunError, UserError
 
 SECONDS = 20.0  # for one case; most take a millisecond
 
@@ -183,9 +183,9 @@ def fuzz(world: World, surface: Surface, cases: int, seed: int, until: str = "")
 
 @contextmanager
 def new_world() -> Iterator[World]:
-    from utils import templates
+    from utils.data import chat_template
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(templates, "SECONDS", 0.3):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(chat_template, "SECONDS", 0.3):
         world = World(Path(folder))
         with bounds_checked():
             yield world

@@ -19,10 +19,14 @@ import numpy as np
 from conftest import ROOT
 from fuzz import Case, Surface, World
 
-from utils import checkpoints, datafiles, evaluate_model, inference, loading, rewarding, tracking
-from utils import settings as settings_module
-from utils.errors import UserError
-from utils.reward_calls import RewardCalls, TrainerState
+from utils import evaluate_model, inference
+from utils.base.errors import UserError
+from utils.data import files as datafiles
+from utils.model import loading
+from utils.rewards import by_name
+from utils.rewards.calls import RewardCalls, TrainerState
+from utils.run import checkpoints, folders, trackers
+from utils.settings import reading
 
 Random = random.Random
 VOCABULARY = 384  # of the random model
@@ -140,11 +144,11 @@ def check_config(world: World, config: object) -> None:
     for f in fields(world):
         kind = typing.get_origin(types[f.name]) or types[f.name]
         assert isinstance(getattr(config, f.name), kind), f.name
-    recorded = settings_module.recorded(config)
+    recorded = reading.recorded(config)
     assert json.loads(json.dumps(recorded, allow_nan=False)) == recorded
     json.dumps(recorded, ensure_ascii=False).encode()
     world.grpo.MLXGRPOConfig(**dataclasses.asdict(config))
-    rewarding.load_rewards(config, world.grpo.REWARDS)
+    by_name.load_rewards(config, world.grpo.REWARDS)
 
 
 def toml_case(world: World, rng: Random) -> Case:
@@ -524,7 +528,7 @@ COUNTERS = ("step", "update_step", "rollout", "elapsed", "history", "pending", "
 
 def change_state(rng: Random, folder: Path) -> None:
     """Someone changed it, and knows about the manifest."""
-    state = folder / checkpoints.STATE
+    state = folder / folders.STATE
     found = json.loads(state.read_text())
     for _ in range(rng.choice((1, 1, 3))):
         name = rng.choice((*COUNTERS, *found))
@@ -536,7 +540,7 @@ def change_state(rng: Random, folder: Path) -> None:
 
 
 def change_manifest(rng: Random, folder: Path) -> None:
-    manifest = folder / checkpoints.MANIFEST
+    manifest = folder / folders.MANIFEST
     found = json.loads(manifest.read_text())
     name = rng.choice((*found["files"], "../x", ""))
     entry = {"bytes": value(rng), "sha256": value(rng)}
@@ -565,26 +569,26 @@ def checkpoint_case(world: World, rng: Random) -> Case:
     if 0.15 <= kind < 0.5:
         change_state(rng, folder)
     elif 0.5 <= kind < 0.6:
-        arrays = folder / rng.choice((checkpoints.ARRAYS, "model.safetensors"))
+        arrays = folder / rng.choice((folders.ARRAYS, "model.safetensors"))
         arrays.write_bytes(change_header(rng, arrays.read_bytes()))
     elif 0.6 <= kind < 0.75:
         change_manifest(rng, folder)
     elif not good:
         rot(rng, folder)
     if sealed:
-        checkpoints.seal(folder)
-    files = [folder / f.name for f in world.run_dir.iterdir() if f.name != checkpoints.MANIFEST]
+        folders.seal(folder)
+    files = [folder / f.name for f in world.run_dir.iterdir() if f.name != folders.MANIFEST]
     whole = all(
         f.is_file() and f.read_bytes() == (world.run_dir / f.name).read_bytes() for f in files
     )
     named = rng.choice(("auto", str(folder)))
 
     def run() -> None:
-        chosen = checkpoints.to_resume(folder.parent, named)
+        chosen = folders.to_resume(folder.parent, named)
         assert whole or sealed, "a damaged checkpoint was taken for a whole one"
         check_resumed(world, chosen)
 
-    manifest = folder / checkpoints.MANIFEST
+    manifest = folder / folders.MANIFEST
     valid = manifest.is_file() and parses(json.loads, manifest.read_bytes())
     return Case(run, valid, good)
 
@@ -630,16 +634,16 @@ def log_case(world: World, rng: Random) -> Case:
         checkpoints.rewind_log(path, size)
         assert path.read_bytes() == data[:size]
         with contextlib.suppress(UserError):
-            records, end = tracking.read_log(path)
+            records, end = trackers.read_log(path)
             assert all(isinstance(record["update"], int) for record in records)
-            assert tracking.read_log(path, end) == (records, end)
+            assert trackers.read_log(path, end) == (records, end)
         tracker_file(world, data)
 
     return Case(run, all(parses(json.loads, line) for line in lines), good)
 
 
 def tracker_file(world: World, data: bytes) -> None:
-    from utils.tracking import CSVTracker
+    from utils.run.trackers import CSVTracker
 
     world.file("out/metrics.csv", data)
     tracker = CSVTracker(world.files / "out")
@@ -677,7 +681,7 @@ def output_case(world: World, rng: Random) -> Case:
     ids = [[rng.randrange(VOCABULARY) for _ in range(rng.randrange(20))] for _ in texts]
     slow = rng.random() >= 0.02  # math-verify takes 50 ms and more for a text
     functions = {
-        name: rewarding.with_parameters(name, world.grpo.REWARDS[name], world.config(), True)
+        name: by_name.with_parameters(name, world.grpo.REWARDS[name], world.config(), True)
         for name in BOUNDS
         if name != "math" or not slow
     }
@@ -763,7 +767,7 @@ def server_case(world: World, rng: Random) -> Case:
     """What a reward server or a judge answers, without the network between."""
     import asyncio
 
-    from utils import remote_rewards
+    from utils.rewards import servers
 
     body = rng.choice(
         (
@@ -780,9 +784,9 @@ def server_case(world: World, rng: Random) -> Case:
         return body, "http://localhost"
 
     if asked == "judge":
-        service: object = remote_rewards.Judge(9.0, url=url)
+        service: object = servers.Judge(9.0, url=url)
     else:
-        service = remote_rewards.RemoteReward([url], 9.0)
+        service = servers.RemoteReward([url], 9.0)
     service.endpoint.post = post  # type: ignore[attr-defined]
     column = {"answer": ["7"], "completions": [[{"content": "7"}]]}
 
@@ -815,7 +819,7 @@ def inference_case(world: World, rng: Random) -> Case:
         run = lambda: check_prompts(inference.read_prompts(path, rng.random() < 0.5))  # noqa: E731
     elif kind == 1:
         good = rng.random() < 0.3
-        found = settings_module.recorded(world.config())
+        found = reading.recorded(world.config())
         if not good:
             for _ in range(3):
                 name, item = setting(world, rng)

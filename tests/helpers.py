@@ -1,14 +1,26 @@
 """Build small trainers in tests."""
 
+import ctypes
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
-from conftest import load_script
-from mlx.utils import tree_flatten
+# isort: off
+from conftest import load_script  # first: it loads a BLAS before MLX is imported
+
+# isort: on
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from utils.device import cores, fast
+from utils.model.tiktoken_wrapper import CHAT_TOKENS
 
 QUIET = {
     "use_compile": False,
@@ -182,3 +194,131 @@ def timeless(output_dir):
         {k: v for k, v in record.items() if not k.startswith(TIMES)}
         for record in read_log(output_dir)
     ]
+
+
+def rollout(trainer, rows=(0, 1, 2)):
+    """Sampled completions of ragged lengths with random advantages: (rows, responses, A)."""
+    trainer.refresh_old_policy()
+    responses = trainer.generate_responses(list(rows))
+    generator = np.random.default_rng(3)
+    for response in responses:  # cut to ragged lengths, from 1 token up
+        length = int(generator.integers(1, len(response.ids) + 1))
+        response.ids, response.logprobs = response.ids[:length], response.logprobs[:length]
+    group = trainer.args.num_generations
+    repeated = [trainer.train_dataset[r] for r in rows for _ in range(group)]
+    return repeated, responses, generator.normal(size=len(responses))
+
+
+def gradient(trainer, batches):
+    """Loss and summed gradient of some micro-batches."""
+    loss_and_grad = trainer.make_loss_and_grad()
+    total, loss = tree_map(mx.zeros_like, trainer.master), 0.0
+    for batch in batches:
+        (part, _, _), grads = loss_and_grad(batch)
+        total = tree_map(mx.add, total, grads)
+        loss += part.item()
+    return loss, dict(tree_flatten(total))
+
+
+def relative_difference(one, other):
+    """max |dg| / max |g| over all parameters."""
+    largest = max(mx.abs(g).max().item() for g in one.values())
+    assert largest > 1e-4, "a zero gradient would make any comparison pass"
+    return max(mx.abs(one[k] - other[k]).max().item() for k in one) / largest
+
+
+def micro_batches(trainer, sample, tokens):
+    trainer.plan = dataclasses.replace(trainer.plan, micro_batch_tokens=tokens)
+    return trainer.micro_batches(*sample)
+
+
+def snapshot(trainer):
+    """Weights, masters and moments as bytes, to compare bit by bit."""
+    parts = {
+        "weights": trainer.model.parameters(),
+        "masters": trainer.master,
+        "optimizer": trainer.optimizer.state,
+    }
+    return {n: np.array(x.astype(mx.float32)).tobytes() for n, x in flat(parts).items()}
+
+
+def poison(trainer, *, loss=False, gradient=False):
+    """Makes every loss or one number of every gradient not finite from now on."""
+    inner = trainer.loss_and_grad
+
+    def poisoned(batch):
+        (value, sums, logprobs), grads = inner(batch)
+        if gradient:
+            grads["model"]["norm"]["weight"] = grads["model"]["norm"]["weight"] * math.inf
+        return (value * (math.nan if loss else 1), sums, logprobs), grads
+
+    trainer.loss_and_grad = poisoned
+    return inner
+
+
+RESUMED = {
+    "max_updates": 6,
+    "logging_steps": 3,  # not a multiple of the 2 batches of an update: some wait for their record
+    "eval_samples": 4,
+    "eval_steps": 4,
+    "eval_every_updates": 3,
+    "eval_subset_size": 4,
+    "eval_max_new_tokens": 4,
+    "learning_rate": 0.01,
+    "lora_learning_rate": 0.01,
+    "max_new_tokens": 6,
+}
+
+
+def both(*prepares):
+    def prepare(trainer):
+        for one in prepares:
+            one(trainer)
+
+    return prepare
+
+
+def lose_the_right_to_write_everywhere():
+    """Root ignores the permissions of folders, unless CAP_DAC_OVERRIDE (1) is dropped."""
+    pr_capbset_drop = 24
+    ctypes.CDLL(None).prctl(pr_capbset_drop, 1, 0, 0, 0)
+
+
+def improving(trainer):
+    """Evaluations that get better with every update."""
+    result = {"em_subset": 3, "truncation_rate": 0.0}
+    trainer.score = lambda *_, **__: {"em": trainer.update_step / 10, **result}
+
+
+def keys_for(grpo, count):
+    return np.stack([grpo.row_key(7, n) for n in range(count)])
+
+
+def sample(grpo, loaded, prompts, rows=None, keys=None, stops=(), **how):
+    model, tokenizer = loaded
+    fast.switch_on(model)  # as load_model does
+    rows = list(range(len(prompts))) if rows is None else rows
+    keys = keys_for(grpo, len(rows)) if keys is None else keys
+    how = grpo.Sampling(**{"temperature": 1.0, "max_tokens": 30, **how})
+    stop = grpo.StopRule(tokenizer, stops)
+    return cores.in_turns([grpo.sample_batch(model, prompts, rows, keys, how, stop)])[0]
+
+
+def put_back_quantized_layers(monkeypatch):
+    """When the test ends: what is switched on for CUDA changes them for the whole process."""
+    monkeypatch.setattr(nn.QuantizedLinear, "__call__", nn.QuantizedLinear.__call__)
+    monkeypatch.setattr(nn.QuantizedEmbedding, "as_linear", nn.QuantizedEmbedding.as_linear)
+
+
+def random_prompts(*lengths):
+    generator = np.random.default_rng(5)
+    return [generator.integers(3, 380, length).tolist() for length in lengths]
+
+
+RANKS = {bytes([i]): i for i in range(256)} | {b"he": 256, b"ll": 257, b"hell": 258}
+
+
+PATTERN = r"\p{L}+|\p{N}{1,2}|\s+|[^\s\p{L}\p{N}]+"
+
+
+SPECIAL = {name: 259 + i for i, name in enumerate(CHAT_TOKENS)}

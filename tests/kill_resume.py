@@ -32,8 +32,9 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from utils import checkpoints, runlog, stopping  # noqa: E402
-from utils.script import load_script  # noqa: E402
+from utils.base.script import load_script  # noqa: E402
+from utils.run import checkpoints, ending, folders  # noqa: E402
+from utils.run import log as runlog  # noqa: E402
 
 grpo = load_script()
 
@@ -98,9 +99,9 @@ def instrument(memory: mmap.mmap, spent: dict[str, list[float]]) -> None:
     watch(trainer, "update", "gradient")
     watch(trainer, "evaluate", "evaluation")
     watch(runlog.RunLog, "append", "log")
-    watch(stopping, "finish", "final")
+    watch(ending, "finish", "final")
     watch(checkpoints, "save", "save")
-    watch(checkpoints, "prune", "save")
+    watch(folders, "prune", "save")
 
 
 def attempt(config: Path, marker: Path, times: Path) -> int:

@@ -24,10 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from utils import datafiles, model_shape, runtime  # noqa: E402
-from utils.errors import RunError, UserError, nearest_existing  # noqa: E402
-from utils.hf_config import translate_config  # noqa: E402
-from utils.model_check import compare, describe, read_fixed_text, read_source  # noqa: E402
+from utils.base.errors import RunError, UserError, nearest_existing  # noqa: E402
+from utils.data import files  # noqa: E402
+from utils.device import runtime  # noqa: E402
+from utils.model import shape as model_shape  # noqa: E402
+from utils.model.conversion_check import compare, describe, read_fixed_text, read_source  # noqa: E402
+from utils.model.hf_config import translate_config  # noqa: E402
 
 DEFAULT_OUTPUT = "utils/mlx_model"
 COMMAND = "uv run python utils/convert_model.py"
@@ -186,7 +188,7 @@ def check_source(args: argparse.Namespace) -> None:
         raise UserError(f"--hf-path {name} is no model folder: it has no config.json{trained}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise UserError(f"--hf-path {name}: no such folder, and no hub name (OWNER/NAME)")
-    datafiles.refuse_mistyped_path("--hf-path", name)
+    files.refuse_mistyped_path("--hf-path", name)
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -247,7 +249,7 @@ def one_line(error: BaseException) -> str:
 @contextmanager
 def partial_folder(output: Path) -> Iterator[Path]:
     """A name beside `output` to write to; moved there at the end, removed after an error."""
-    from utils.checkpoints import take_place  # brings tqdm: not for --help
+    from utils.run.folders import take_place  # brings tqdm: not for --help
 
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     made = [parent for parent in output.absolute().parents if not parent.exists()]
@@ -607,12 +609,12 @@ def convert_and_report(args: argparse.Namespace) -> None:
     # mlx-lm's progress goes where ours does: a pipe that nobody reads any more would end it.
     with partial_folder(args.output_dir) as folder, contextlib.redirect_stdout(sys.stderr):
         summary = run_conversion(args, folder)
-    from utils import console  # here: it needs packages, which `--help` does not
+    from utils.base import say as say_module  # here: it needs packages, which `--help` does not
 
-    console.say(f"{args.output_dir}: {summary}")
+    say_module.say(f"{args.output_dir}: {summary}")
     if args.upload_repo:
         upload(args.output_dir, args.upload_repo)
-        console.say(f"Uploaded to https://huggingface.co/{args.upload_repo}")
+        say_module.say(f"Uploaded to https://huggingface.co/{args.upload_repo}")
 
 
 def main() -> int:

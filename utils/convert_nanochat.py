@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from utils.errors import RunError, UserError  # noqa: E402
-from utils.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: E402
+from utils.base.errors import RunError, UserError  # noqa: E402
+from utils.model.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -393,7 +393,7 @@ def convert(args: argparse.Namespace) -> str:
     """Convert as the arguments say, all checks before anything is written. Returns a summary."""
     from mlx_lm.utils import get_total_parameters, save_config, save_model
 
-    from utils.checkpoints import written_aside
+    from utils.run.folders import written_aside
 
     path, meta = find_step(args.checkpoint_dir, args.step)
     config = read_config(meta)
@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     args.checkpoint_dir = args.checkpoint_dir.expanduser()
     try:
         check_output(args.output_dir, args.force)
-        from utils.runtime import preload_blas
+        from utils.device.runtime import preload_blas
 
         preload_blas()
         summary = convert(args)
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    from utils.console import say
+    from utils.base.say import say
 
     train = shlex.join(["--set", f"model_name={args.output_dir}"])
     say(f"{summary}\nTrain it with: {train}")

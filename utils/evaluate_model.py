@@ -22,7 +22,9 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = "utils"
 
-from .errors import UserError
+from .base.errors import UserError
+from .base.script import load_script
+from .base.text import counted
 from .inference import (
     POSITIVE,
     SEED,
@@ -35,9 +37,7 @@ from .inference import (
     run,
     trainer_settings,
 )
-from .runlog import RunLog
-from .script import load_script
-from .text import counted
+from .run.log import RunLog
 
 COMMAND = "uv run python utils/evaluate_model.py"
 EXAMPLES = f"""examples:
@@ -144,7 +144,7 @@ class Scores:
 
 def resolve(args: argparse.Namespace) -> tuple[Any, str]:
     """The trainer's configuration with the arguments on top, and where it is from."""
-    from .settings import replaced  # here: `--help` answers at once
+    from .settings.reading import replaced  # here: `--help` answers at once
 
     config, source = trainer_settings(args.config, args.set, args.models)
     changes: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
@@ -167,7 +167,7 @@ def resolve(args: argparse.Namespace) -> tuple[Any, str]:
 
 def read_questions(args: argparse.Namespace, config: Any) -> list[dict[str, Any]]:
     """The split, or the same fixed subset of it that the trainer evaluates on."""
-    from .run_state import subset
+    from .run.state import subset
 
     rows = load_script().load_questions(config, args.split)
     if args.samples and args.samples > len(rows):
@@ -193,8 +193,8 @@ def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size
 
     Its own methods encode the questions, sample and call the reward functions.
     """
-    from . import console
-    from .reward_calls import RewardCalls
+    from .rewards.calls import RewardCalls
+    from .run import progress
 
     cls = load_script().MLXGRPOTrainer
     evaluator = object.__new__(cls)
@@ -208,7 +208,7 @@ def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size
     evaluator.log = RunLog(dataclasses.replace(config, log_jsonl=False))
     evaluator.rollouts_per_epoch = 1
     evaluator.plan = Batches(batch_size)
-    evaluator.interrupted, evaluator.bar = False, console.no_bar()
+    evaluator.interrupted, evaluator.bar = False, progress.no_bar()
     return evaluator
 
 
@@ -224,15 +224,18 @@ def evaluate(
     import mlx.core as mx
     from tqdm import tqdm
 
-    from . import loading, memory, planning, views
-    from .settings import replaced
+    from .memory import plan as memory_plan
+    from .memory import this_machine
+    from .model import loading
+    from .rollouts import merged_layers
+    from .settings.reading import replaced
 
     scores, start = Scores(name), time.perf_counter()
     loaded = open_model(name, trust=args.trust_remote_code)
     config = replaced(config, model_name=name)
     # What is unpacked or joined goes: both are there only before anything is sampled.
-    room = memory.HEADROOM * planning.budget_bytes(config) - mx.get_active_memory()
-    loaded.model = views.joined(views.unpacked(loaded.model, room), room)
+    room = memory_plan.HEADROOM * this_machine.budget_bytes(config) - mx.get_active_memory()
+    loaded.model = merged_layers.joined(merged_layers.unpacked(loaded.model, room), room)
     evaluator = make_evaluator(loaded, config, rewards, args.batch_size)
     how = evaluator.sampling_with(temperature_of(args, config), config.eval_max_new_tokens)
     number_of = {id(row["prompt"]): i for i, row in enumerate(questions)}
@@ -357,12 +360,13 @@ def comparison(base: Scores, other: Scores) -> str:
 
 def report(args: argparse.Namespace, config: Any) -> int:
     """Evaluate every model and print what came out."""
-    from . import rewarding, runtime
-    from .console import say
+    from .base.say import say
+    from .device import runtime
+    from .rewards import by_name
 
     for name in args.models:  # all of them, before the first takes its time
         check_model(name)
-    rewards = rewarding.load_rewards(config, load_script().REWARDS)
+    rewards = by_name.load_rewards(config, load_script().REWARDS)
     questions = read_questions(args, config)
     runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb)
     if kernels := runtime.keep_compiled_kernels():
@@ -408,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def command() -> int:
-        from .console import say
+        from .base.say import say
 
         check_arguments(args)
         args.models = [os.path.expanduser(name) for name in args.models]

@@ -24,9 +24,9 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = "utils"
 
-from .errors import RunError, UserError
-from .script import load_script
-from .text import counted, is_unicode, redact, shown
+from .base.errors import RunError, UserError
+from .base.script import load_script
+from .base.text import counted, is_unicode, redact, shown
 
 COMMAND = "uv run python utils/inference.py"
 EXAMPLES = f"""examples:
@@ -201,7 +201,7 @@ def check_model(name: str, adapter: str = "") -> tuple[str, str]:
     Raises:
         UserError: what is missing or damaged.
     """
-    from . import loading
+    from .model import loading
 
     base, adapter = locate(name, adapter)
     try:
@@ -232,7 +232,7 @@ def open_model(name: str, adapter: str = "", *, trust: bool = False) -> Any:
 
 def settings_of_run(model: str) -> tuple[dict[str, Any], Path | None]:
     """How the run that made `model` asked it (keys OF_A_RUN), and the file that says so."""
-    from . import settings
+    from .settings import reading
 
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -246,7 +246,7 @@ def settings_of_run(model: str) -> tuple[dict[str, Any], Path | None]:
     if not isinstance(found, dict):
         raise UserError(f"{source}: config is no JSON object")
     types = typing.get_type_hints(load_script().MLXGRPOConfig)
-    values = {k: settings.check_type(k, found[k], types[k]) for k in OF_A_RUN if k in found}
+    values = {k: reading.check_type(k, found[k], types[k]) for k in OF_A_RUN if k in found}
     return without_code(values), source if values else None
 
 
@@ -279,12 +279,12 @@ def trainer_settings(file: str | None, overrides: list[str], models: list[str]) 
     Raises:
         UserError: unknown keys, wrong values, missing files.
     """
-    from . import settings
+    from .settings import reading
 
     grpo = load_script()
     if file:
         return grpo.read_config(file, overrides), file
-    given = settings.resolve(grpo.MLXGRPOConfig, None, overrides)
+    given = reading.resolve(grpo.MLXGRPOConfig, None, overrides)
     runs = [run for run in map(settings_of_run, models) if run[0]]
     values, source = runs[0] if runs else ({}, None)
     for name in OF_A_RUN[:PROMPT_SETTINGS]:
@@ -334,7 +334,7 @@ class Generator:
     def __init__(self, args: argparse.Namespace) -> None:
         import mlx.core as mx
 
-        from . import runtime
+        from .device import runtime
 
         self.args, self.grpo = args, load_script()
         config = None
@@ -356,14 +356,15 @@ class Generator:
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids by the trainer's own function. Raises UserError for a template that refuses."""
-        from . import datafiles, loading
+        from .data import files
+        from .model import loading
 
         try:
             ids = self.grpo.encode_prompt(self.tokenizer, self.config, {"prompt": messages})
         except ValueError as error:  # nanochat's tokenizer, for turns that it can't render
             raise UserError(str(error)) from None
         unlimited = dataclasses.replace(self.config, max_prompt_length=2**31 - 1)
-        datafiles.check_prompts(unlimited, [{"prompt_ids": ids}], "given", self.loaded.vocabulary)
+        files.check_prompts(unlimited, [{"prompt_ids": ids}], "given", self.loaded.vocabulary)
         most = len(ids) + self.args.max_tokens  # mlx-lm also reads the last token that it samples
         if beyond := loading.beyond_context(self.loaded, self.args.model, len(ids), most):
             note(f"note: {beyond}: the prompt")
@@ -617,10 +618,10 @@ def read_prompts(path: Path, grpo_prompt: bool) -> list[dict[str, Any]]:
     Raises:
         UserError: missing, malformed, or without prompts.
     """
-    from . import datafiles
+    from .data import files
 
-    if path.suffix.lower() in datafiles.SUFFIXES:
-        rows = datafiles.read_rows(path)
+    if path.suffix.lower() in files.SUFFIXES:
+        rows = files.read_rows(path)
         for index, row in enumerate(rows, start=1):
             check_row(f"{path}, row {index}", row, grpo_prompt)
         return rows

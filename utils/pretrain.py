@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from utils.runtime import preload_blas  # noqa: E402
+from utils.device.runtime import preload_blas  # noqa: E402
 
 preload_blas(as_command=__name__ == "__main__")  # MLX binds its BLAS when it is imported
 
@@ -45,13 +45,19 @@ from mlx_lm.utils import save_config, save_model  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from utils import checkpoints, litgpt, pretrain_data, pretrain_model, runtime, settings  # noqa: E402
-from utils.console import say  # noqa: E402
-from utils.errors import RunError, UserError  # noqa: E402
-from utils.prefix import checkpoint_layers  # noqa: E402
-from utils.pretrain_data import Rows  # noqa: E402
-from utils.text import counted  # noqa: E402
-from utils.tracking import Tracker, check_available, make_tracker  # noqa: E402
+from utils.base.errors import RunError, UserError  # noqa: E402
+from utils.base.say import say  # noqa: E402
+from utils.base.text import counted  # noqa: E402
+from utils.device import runtime  # noqa: E402
+from utils.gradient.shared_prompts import checkpoint_layers  # noqa: E402
+from utils.model import writing  # noqa: E402
+from utils.pretraining import data as pretrain_data  # noqa: E402
+from utils.pretraining import litgpt  # noqa: E402
+from utils.pretraining import model as pretrain_model  # noqa: E402
+from utils.pretraining.data import Rows  # noqa: E402
+from utils.run import checkpoints, folders  # noqa: E402
+from utils.run.trackers import Tracker, check_available, make_tracker  # noqa: E402
+from utils.settings import reading  # noqa: E402
 
 DEFAULT_CONFIG = ROOT / "configs/pretrain/moe_200m.toml"
 # precision -> type of the weights that learn, type of the forward and backward pass
@@ -468,7 +474,7 @@ def save_folder(folder: Path, trainer: Trainer, materials: Materials, dtype: mx.
     save_model(folder, trainer.weights_into_model(dtype))
     name = {"torch_dtype": str(dtype).rpartition(".")[2]}
     save_config({**materials.model_config, **end, **name}, folder / "config.json")
-    checkpoints.write_json(folder / "generation_config.json", end)
+    writing.write_json(folder / "generation_config.json", end)
     tokenizer.save_pretrained(folder)
 
 
@@ -476,14 +482,14 @@ def save_checkpoint(trainer: Trainer, materials: Materials, data: str) -> Path:
     """The weights that learn, moments, random state and position; `data` names the rows."""
     config = trainer.config
     path = Path(config.out_dir) / f"checkpoint-{trainer.step}"
-    arrays = {f"optimizer.{k}": v for k, v in checkpoints.flat(trainer.optimizer.state).items()}
+    arrays = {f"optimizer.{k}": v for k, v in writing.flat(trainer.optimizer.state).items()}
     arrays["random"] = mx.array(np.array(mx.random.state[0]))  # type: ignore[index]
-    with checkpoints.written_aside(path) as folder:
+    with folders.written_aside(path) as folder:
         save_folder(folder, trainer, materials, PRECISIONS[config.precision][0])
         counters = {"step": trainer.step, "data": data, "config": dataclasses.asdict(config)}
         checkpoints.write_state(folder, counters, arrays)
-        checkpoints.seal(folder)
-    checkpoints.prune(Path(config.out_dir), config.save_total_limit)
+        folders.seal(folder)
+    folders.prune(Path(config.out_dir), config.save_total_limit)
     return path
 
 
@@ -513,7 +519,7 @@ def load_checkpoint(folder: Path, trainer: Trainer, data: str) -> None:
             "another --out-dir, or --overwrite"
         )
     trainer.step = counters["step"]
-    names = checkpoints.flat(trainer.params)
+    names = writing.flat(trainer.params)
     trainer.params = tree_unflatten([(name, weights[name]) for name in names])
     state = [(k.partition(".")[2], v) for k, v in arrays.items() if k.startswith("optimizer.")]
     trainer.optimizer.state = tree_unflatten(state)
@@ -542,18 +548,18 @@ def find_checkpoint(config: PretrainConfig) -> Path | None:
     folder = Path(config.out_dir)
     if config.overwrite:
         source = Path(config.initial_checkpoint_dir or "/").resolve()
-        if any(source.is_relative_to(p.resolve()) for p in checkpoints.remains_of_run(folder)):
+        if any(source.is_relative_to(p.resolve()) for p in folders.remains_of_run(folder)):
             raise UserError("overwrite would delete initial_checkpoint_dir: choose another out_dir")
         return None
-    finished = (folder / "final").exists() and not checkpoints.found(folder)
+    finished = (folder / "final").exists() and not folders.found(folder)
     if config.resume == "auto" and finished:
         raise UserError(
             f"out_dir = {config.out_dir!r} holds a finished run and no checkpoint: choose another "
             "--out-dir, or --overwrite it"
         )
     if config.resume != "none":
-        return checkpoints.to_resume(folder, config.resume)
-    if checkpoints.remains_of_run(folder):
+        return folders.to_resume(folder, config.resume)
+    if folders.remains_of_run(folder):
         raise UserError(
             f"out_dir = {config.out_dir!r} already holds a run: --resume auto continues it, "
             "--overwrite replaces it"
@@ -632,7 +638,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
         mx.set_default_device(mx.cpu)
         config = smoke_config(config)
     out_dir = Path(config.out_dir)
-    checkpoints.refuse_unwritable(out_dir, "out_dir")
+    folders.refuse_unwritable(out_dir, "out_dir")
     logger = [] if config.logger_name == "none" else [config.logger_name]
     check_available(logger)
     checkpoint = None if smoke_test else find_checkpoint(config)
@@ -648,7 +654,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
         for name in ("metrics.csv", "metrics_eval.csv"):
             drop_later_rows(out_dir / name, trainer.step)
         say(f"continuing from {checkpoint}")
-    checkpoints.claim(out_dir, overwrite=config.overwrite, key="out_dir")
+    folders.claim(out_dir, overwrite=config.overwrite, key="out_dir")
     recorded = dataclasses.asdict(config)
     tracker = make_tracker(logger, out_dir, out_dir.name, recorded, since=trainer.step + 1)
     figures = fit(trainer, materials, tracker, data)
@@ -662,9 +668,9 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
     record |= figures | {"seconds": seconds, "device": mx.default_device().type.name}
     record["versions"] = {"python": platform.python_version()} | {n: version(n) for n in names}
     record["settings"] = dataclasses.asdict(config)
-    with checkpoints.written_aside(out_dir / "final") as folder:
+    with folders.written_aside(out_dir / "final") as folder:
         save_folder(folder, trainer, materials, trainer.compute)
-        checkpoints.write_json(folder / "pretrain.json", record)
+        writing.write_json(folder / "pretrain.json", record)
     say(f"saved {out_dir / 'final'} after {seconds} s")
 
 
@@ -685,12 +691,12 @@ def smoke_config(config: PretrainConfig) -> PretrainConfig:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    return litgpt.flatten(settings.read_toml(path))
+    return litgpt.flatten(reading.read_toml(path))
 
 
 def is_recipe(path: Path) -> bool:
     """Whether the file is for the recipe of models/tiny-math."""
-    name = settings.read_toml(path, DEFAULT_CONFIG.parent).get("recipe")
+    name = reading.read_toml(path, DEFAULT_CONFIG.parent).get("recipe")
     if name not in (None, "tiny_math"):
         raise UserError(f"recipe = {name!r}: the only recipe is 'tiny_math'")
     return name is not None
@@ -698,7 +704,7 @@ def is_recipe(path: Path) -> bool:
 
 def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
     """`--kebab-case` for every field; a bare flag of a boolean means true."""
-    docs = settings.field_docs(cls)
+    docs = reading.field_docs(cls)
     for field in dataclasses.fields(cls):
         names = ["--" + field.name.replace("_", "-")]
         if field.name == "eval_interval":
@@ -765,13 +771,13 @@ def resolve(path: Path, overrides: list[str]) -> PretrainConfig:
             near = difflib.get_close_matches(key, [*types, *litgpt.TABLES], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists the keys"
             raise UserError(f"unknown key {key!r} in {path}{hint}")
-        values[key] = settings.check_type(key, value, types[key])
+        values[key] = reading.check_type(key, value, types[key])
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         if key not in types or not equals:
-            settings.resolve(PretrainConfig, None, [override])  # raises with the nearest name
-        values[key] = settings.parse_text(key, text.strip(), types[key])
+            reading.resolve(PretrainConfig, None, [override])  # raises with the nearest name
+        values[key] = reading.parse_text(key, text.strip(), types[key])
     return PretrainConfig(**values)
 
 
@@ -782,12 +788,12 @@ def main(argv: list[str] | None = None) -> int:
     path = early.parse_known_args(argv)[0].config
     try:
         if is_recipe(path):
-            from utils import tiny_math_model
+            from utils.pretraining import tiny_math_model
 
             arguments, overrides = parse(argv, tiny_math_model.TinyMathConfig)
             if arguments.smoke_test:
                 raise UserError("--smoke-test: not for the recipe tiny_math; use --data-only")
-            recipe = settings.resolve(tiny_math_model.TinyMathConfig, path, overrides)
+            recipe = reading.resolve(tiny_math_model.TinyMathConfig, path, overrides)
             tiny_math_model.run(recipe, arguments.data_only)
         else:
             arguments, overrides = parse(argv, PretrainConfig)

@@ -1,0 +1,534 @@
+"""utils/pretrain.py: accumulation, packing, masks, exact resume, flags, smoke test, refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_tokenizer
+
+from utils import pretrain
+from utils.base.errors import UserError
+from utils.pretraining import data as pretrain_data
+from utils.pretraining import litgpt
+from utils.pretraining import model as pretrain_model
+from utils.settings import reading
+
+# isort: split
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import activations
+
+PRESET = ROOT / "configs/pretrain/moe_200m.toml"
+TEXT = "How many apples? <answer> 1 + 2 = 3 </answer> {} apples, how many?\n"
+CONFIG = """
+precision = "32-true"
+compile = false
+[train]
+global_batch_size = 4
+micro_batch_size = 2
+max_tokens = 640
+max_seq_length = 16
+save_interval = 0
+[optimizer.init_args]
+lr = 1e-2
+[model]
+mlp_class_name = "LLaMAMLP"
+n_embd = 32
+n_layer = 2
+n_head = 2
+n_query_groups = 1
+intermediate_size = 64
+padded_vocab_size = 384
+block_size = 64
+"""
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with tokenizer/, text/ (train), val/, pairs.jsonl and tiny.toml."""
+    # Models that earlier tests loaded may have put another in place (utils/device/x86), which a
+    # process that only pretrains has not.
+    for name in [name for name in sys.modules if name.startswith("mlx_lm.models.")]:
+        if hasattr(sys.modules[name], "swiglu"):
+            monkeypatch.setattr(sys.modules[name], "swiglu", activations.swiglu)
+    for name in ("tokenizer", "text", "val"):
+        (tmp_path / name).mkdir()
+    make_tokenizer(tmp_path / "tokenizer")
+    for index in range(4):
+        (tmp_path / "text" / f"{index}.txt").write_text(TEXT.format(index) * 20)
+    (tmp_path / "val" / "0.txt").write_text(TEXT.format(9) * 10)
+    pairs = [{"prompt": "How many?" * n, "completion": f"{n} apples" * n} for n in range(1, 5)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def flags(work, *more):
+    paths = {"out-dir": "out", "tokenizer-dir": "tokenizer", "train-data-path": "text"}
+    paths["val-data-path"] = "val"
+    named = [part for key, name in paths.items() for part in (f"--{key}", str(work / name))]
+    return ["--config", str(work / "tiny.toml"), *named, *map(str, more)]
+
+
+def jsonl(work, *more):
+    data = ("--data-class-path", "litgpt.data.JSON", "--train-data-path", work / "pairs.jsonl")
+    return flags(work, *data, "--max-seq-length", 64, *more)
+
+
+def trainer_of(arguments):
+    _, overrides = pretrain.parse(arguments, pretrain.PretrainConfig)
+    config = pretrain.resolve(Path(arguments[1]), overrides)
+    return pretrain.Trainer(config, pretrain.prepare(config, smoke_test=False))
+
+
+def weights_of(folder):
+    return dict(mx.load(str(folder / "model.safetensors")))
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(mx.array_equal(left[k], right[k]) for k in left)
+
+
+# Data
+
+
+def test_packing_fills_every_row_and_makes_every_token_a_target_once():
+    rows = pretrain_data.pack([[1, 2, 3], [4], [5, 6, 7, 8]], 4, end=0)
+    assert rows.tokens.tolist() == [[0, 1, 2, 3, 0], [0, 4, 0, 5, 6]]
+    assert rows.mask.all()
+    longer = pretrain_data.pack([[1, 2, 3], [4], [5, 6, 7, 8]], 11, end=0)
+    assert longer.tokens[:, 1:].tolist() == [[1, 2, 3, 0, 4, 0, 5, 6, 7, 8, 0]]
+
+
+def test_prompts_are_masked_and_the_end_is_trained(work):
+    tokenizer = pretrain_data.load_tokenizer(str(work / "tokenizer"))
+    rows = pretrain_data.pair_rows(tokenizer, [("How", "many"), ("", "a")], 64, False, "x")
+    assert rows.length == 32
+    for row, completion in enumerate(("many", "a")):
+        targets = rows.tokens[row, 1:][rows.mask[row]]
+        assert tokenizer.decode(targets) == completion + tokenizer.eos_token
+
+
+def test_chat_template_wraps_the_prompt(work):
+    tokenizer = pretrain_data.load_tokenizer(str(work / "tokenizer"))
+    rows = pretrain_data.pair_rows(tokenizer, [("How", "many")], 64, True, "x")
+    text = tokenizer.decode(rows.tokens[0])
+    assert text.startswith("<|im_start|>user\nHow<|im_end|>\n<|im_start|>assistant\nmany<|im_end|>")
+
+
+def test_long_rows_are_left_out_and_counted(work, capsys):
+    tokenizer = pretrain_data.load_tokenizer(str(work / "tokenizer"))
+    pairs = [("How", "many"), ("How", "many " * 90)]
+    assert len(pretrain_data.pair_rows(tokenizer, pairs, 32, False, "train")) == 1
+    assert "train: 1 of 2 rows are longer" in capsys.readouterr().out
+
+
+def test_an_epoch_visits_every_row_once_and_the_next_in_another_order():
+    order = np.concatenate([pretrain_data.batch_rows(10, 4, step, seed=1) for step in range(5)])
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert list(order[:10]) != list(order[10:])
+    other = pretrain_data.batch_rows(10, 4, 0, seed=2)
+    assert list(order[:4]) != list(other)
+
+
+def test_unigram_entropy_by_hand():
+    rows = pretrain_data.pack([[1, 1, 2]], 4, end=0)  # targets 1 1 2 0
+    assert rows.unigram_entropy() == pytest.approx(1.5 * np.log(2))
+
+
+# Training
+
+
+@pytest.mark.parametrize("data", [flags, jsonl])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(work, data):
+    whole = trainer_of(data(work))
+    tokens, mask = whole.batch(whole.rows, np.arange(4))
+
+    def mean_loss(params):
+        whole.model.update(params)
+        return pretrain.total_loss(whole.model, tokens, mask) / mask.sum()
+
+    expected, wanted = mx.value_and_grad(mean_loss)(whole.params)
+    wanted = dict(tree_flatten(wanted))
+    for micro in (1, 2, 4):
+        trainer = trainer_of(data(work, "--micro-batch-size", micro))
+        loss, grads = trainer.gradients(np.arange(4))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        for name, grad in tree_flatten(grads):
+            assert mx.allclose(grad, wanted[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_each_update_takes_the_next_rows(work):
+    trainer, seen = trainer_of(flags(work)), []
+    gradients = trainer.gradients
+    trainer.gradients = lambda index: (seen.append(list(index)), gradients(index))[1]
+    for _ in range(3):
+        trainer.train_step()
+    total = len(trainer.rows)
+    assert seen == [list(pretrain_data.batch_rows(total, 4, step, 42)) for step in range(3)]
+    assert len({row for rows in seen for row in rows}) == 12
+
+
+@pytest.mark.parametrize("option", ["--gradient-checkpointing", "--compile"])
+def test_a_cheaper_step_is_the_same_step(work, option):
+    steps = [trainer_of(flags(work, *more)) for more in ((), (option,))]
+    for _ in range(2):
+        plain, other = (trainer.train_step() for trainer in steps)
+        assert other == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "learns_in", "computes_in"),
+    [
+        ("bf16-mixed", mx.float32, mx.bfloat16),
+        ("bf16-true", mx.bfloat16, mx.bfloat16),
+        ("32-true", mx.float32, mx.float32),
+    ],
+)
+def test_precisions(work, precision, learns_in, computes_in):
+    trainer = trainer_of(flags(work, "--precision", precision))
+    layer, seen = trainer.model.layers[0], []
+    layer.mlp = _Spy(layer.mlp, seen)
+    trainer.params = trainer.cast(trainer.model.trainable_parameters(), learns_in)
+    trainer.optimizer.init(trainer.cast(trainer.params, mx.float32))
+    trainer.train_step()
+    assert {x.dtype for _, x in tree_flatten(trainer.params)} == {learns_in}
+    assert {x.dtype for _, x in tree_flatten(trainer.optimizer.state["model"])} == {mx.float32}
+    assert set(seen) == {computes_in}
+
+
+class _Spy(pretrain.nn.Module):
+    def __init__(self, inner, seen):
+        super().__init__()
+        self.inner, self._seen = inner, seen
+
+    def __call__(self, x):
+        self._seen.append(x.dtype)
+        return self.inner(x)
+
+
+def test_learning_rate_warms_up_and_falls_to_its_minimum():
+    config = pretrain.PretrainConfig(lr=1.0, min_lr=0.1, lr_warmup_steps=4)
+    rates = [pretrain.learning_rate(step, 24, config) for step in (1, 4, 14, 24)]
+    assert rates == pytest.approx([0.25, 1.0, 0.55, 0.1])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--lr 0.02", "--weight-decay 0.5", "--betas 0.8,0.999", "--betas 0.9,0.9", "--eps 1e-3"),
+        *("--min-lr 1e-3", "--lr-warmup-steps 2", "--max-norm 0.1", "--seed 1"),
+        *("--global-batch-size 8", "--max-tokens 512", "--max-seq-length 32"),
+    ],
+)
+def test_an_option_that_changes_training_does(work, option):
+    weights = []
+    for more in ([], option.split()):
+        trainer = trainer_of(flags(work, *more))
+        while trainer.step < trainer.steps:
+            trainer.train_step()
+        weights.append(dict(tree_flatten(trainer.params)))
+    assert not same(*weights)
+
+
+def test_gradients_are_clipped_to_the_global_norm(work):
+    trainer = trainer_of(flags(work, "--max-norm", 0.01))
+    assert trainer.train_step()["grad_norm"] > 0.1  # as it was before
+    state = tree_flatten(trainer.optimizer.state)
+    first = [x for name, x in state if name.endswith(".m")]
+    norm = sum(mx.square(x).sum().item() for x in first) ** 0.5
+    assert norm == pytest.approx(0.1 * 0.01, rel=1e-3)  # (1 - beta1) x the clipped gradient
+
+
+def test_a_run_learns_validates_and_its_model_loads(work):
+    more = (
+        "--max-tokens",
+        3200,
+        "--eval-interval",
+        20,
+        "--final-validation",
+        "--save-interval",
+        20,
+    )
+    assert pretrain.main(flags(work, *more, "--save-total-limit", 1)) == 0
+    record = json.loads((work / "out/final/pretrain.json").read_text())
+    assert record["updates"] == 50
+    assert record["val_loss"] < record["val_unigram_entropy"] < 5
+    rows = (work / "out/metrics.csv").read_text().splitlines()
+    assert rows[0].startswith("update,tokens,loss,lr,grad_norm")
+    assert len(rows) == 51
+    assert len((work / "out/metrics_eval.csv").read_text().splitlines()) == 4
+    assert [p.name for p in (work / "out").glob("checkpoint-*")] == ["checkpoint-40"]
+    model, tokenizer = mlx_lm.load(str(work / "out/final"))
+    assert mlx_lm.generate(model, tokenizer, "How many", max_tokens=3, verbose=False)
+
+
+def test_warm_up_from_a_checkpoint_trains_completions_only(work):
+    assert pretrain.main(flags(work)) == 0
+    start = ("--initial-checkpoint-dir", work / "out/final", "--tokenizer-dir", "")
+    more = ("--out-dir", work / "warm", "--lr", "1e-3", "--max-tokens", 128)
+    assert pretrain.main(jsonl(work, *start, *more, "--use-chat-template")) == 0
+    before, after = weights_of(work / "out/final"), weights_of(work / "warm/final")
+    assert before.keys() == after.keys()
+    assert not same(before, after)
+    moved = max(mx.abs(before[k] - after[k]).max().item() for k in before)
+    assert moved < 2e-3  # one update of AdamW: it started from those weights
+
+
+def test_tokenizer_is_trained_where_there_is_none(work):
+    more = ("--tokenizer-dir", work / "made", "--tokenizer-vocab-size", 300)
+    assert pretrain.main(flags(work, *more, "--max-tokens", 64)) == 0
+    made = pretrain_data.load_tokenizer(str(work / "made"))
+    assert 257 <= len(made) <= 300
+    assert made.decode(made.encode("Grüße 12\n")) == "Grüße 12\n"
+    _, loaded = mlx_lm.load(str(work / "out/final"))
+    assert loaded.encode("How many apples?") == made.encode("How many apples?")
+
+
+# Resume
+
+
+def test_a_killed_run_continues_to_the_same_weights(work):
+    more = ("--max-tokens", 64 * 300, "--save-interval", 20, "--precision", "32-true")
+    assert pretrain.main(flags(work, *more)) == 0
+    whole = weights_of(work / "out/final")
+    log = (work / "out/metrics.csv").read_text().splitlines()
+    arguments = flags(work, *more, "--out-dir", work / "killed")
+    command = [sys.executable, str(ROOT / "utils/pretrain.py"), *arguments]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ}
+    with subprocess.Popen(command, **quiet) as process:
+        deadline = time.monotonic() + 60
+        while not (work / "killed/checkpoint-20").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (work / "killed/final").exists()
+    assert pretrain.main(arguments) == 0
+    assert same(weights_of(work / "killed/final"), whole)
+    again = (work / "killed/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[:5] for row in again] == [row.split(",")[:5] for row in log]
+
+
+def test_a_run_whose_lines_nobody_reads_goes_on(work):
+    """As with `| head -1`, which leaves after the first."""
+    arguments = flags(work, "--out-dir", work / "piped")
+    command = [sys.executable, str(ROOT / "utils/pretrain.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert (work / "piped/final/model.safetensors").is_file()
+
+
+def test_resume_refuses_other_settings_and_other_data(work, capsys):
+    more = ("--save-interval", 5)
+    assert pretrain.main(flags(work, *more)) == 0
+    assert pretrain.main(flags(work, *more, "--lr", 0.5)) == 2
+    assert "lr (was 0.01, is 0.5)" in capsys.readouterr().err
+    (work / "text/0.txt").write_text("something else " * 300)
+    assert pretrain.main(flags(work, *more)) == 2
+    assert "the training data" in capsys.readouterr().err
+    assert pretrain.main(flags(work, *more, "--resume", "none")) == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert pretrain.main(flags(work, *more, "--overwrite")) == 0
+
+
+def test_a_finished_run_without_checkpoints_is_not_overwritten(work, capsys):
+    assert pretrain.main(flags(work)) == 0
+    assert pretrain.main(flags(work)) == 2
+    assert "finished run" in capsys.readouterr().err
+
+
+# Settings
+
+
+def test_every_setting_has_a_flag_and_flags_win(work):
+    for field in dataclasses.fields(pretrain.PretrainConfig):
+        assert (
+            f"--{field.name.replace('_', '-')}"
+            in pretrain.make_parser(pretrain.PretrainConfig).format_help()
+        )
+    arguments = "--micro-batch-size 1 --global-batch-size 64 --compile false --interval 7"
+    arguments += " --gradient-checkpointing --betas 0.9,0.95 --set lr=0.5"
+    _, overrides = pretrain.parse(flags(work, *arguments.split()), pretrain.PretrainConfig)
+    config = pretrain.resolve(work / "tiny.toml", overrides)
+    assert (config.micro_batch_size, config.global_batch_size) == (1, 64)
+    assert (config.compile, config.gradient_checkpointing) == (False, True)
+    assert (config.eval_interval, config.betas, config.lr) == (7, [0.9, 0.95], 0.5)
+
+
+def test_litgpts_production_settings_are_accepted():
+    wanted = "[train]\nglobal_batch_size = 256\ngradient_checkpointing = true\n"
+    wanted += "max_tokens = 300000000\n[optimization]\nflash_attention_force = true\n"
+    wanted += 'disable_math_fallback = true\ncompile_mode = "max-autotune"\n'
+    config = pretrain.PretrainConfig(**litgpt.flatten(tomllib.loads(wanted)))
+    assert (config.global_batch_size, config.max_tokens) == (256, 300_000_000)
+
+
+def test_defaults_are_those_of_litgpts_default_configuration():
+    table = tomllib.loads(PRESET.read_text())
+    preset, plain = pretrain.resolve(PRESET, []), pretrain.PretrainConfig()
+    ours = {"max_tokens", "eval_interval", "final_validation", "tokenizer_vocab_size", "model"}
+    for key in litgpt.flatten(table):
+        if key not in ours:
+            assert getattr(preset, key) == getattr(plain, key), key
+    assert plain.max_tokens == 320_000
+    assert (plain.eval_interval, plain.final_validation) == (0, False)
+    updates = -(-plain.max_tokens // (plain.global_batch_size * plain.max_seq_length))
+    assert updates == 5
+
+
+def test_the_warm_up_preset_loads():
+    config = pretrain.resolve(ROOT / "configs/pretrain/warm_up.toml", [])
+    assert config.data_class == "JSON"
+    assert not config.validates
+
+
+def test_moe_200m_has_the_sizes_its_preset_states():
+    config = litgpt.model_config(pretrain.resolve(PRESET, []).model)
+    module, args = pretrain_model.architecture(config)
+    total, active = pretrain_model.parameter_counts(module.Model(args), config)  # never evaluated
+    assert (config["model_type"], total, active) == ("mixtral", 549_146_880, 209_408_256)
+    assert "549 M parameters" in PRESET.read_text()
+
+
+def test_smoke_test_takes_one_step_and_saves_no_weights(work, capfd):
+    missing = ("--train-data-path", work / "nowhere", "--tokenizer-dir", work / "no_tokenizer")
+    assert pretrain.main(flags(work, *missing, "--padded", "--smoke-test")) == 2
+    capfd.readouterr()
+    text = CONFIG.replace("384", "512").replace('"32-true"', '"bf16-mixed"')
+    (work / "tiny.toml").write_text(text)
+    assert pretrain.main(flags(work, *missing, "--smoke-test", "--final-validation")) == 0
+    out = capfd.readouterr().out
+    assert "one step, no weights saved" in out
+    assert "\n\n" not in out, "no empty lines from the training of a tokenizer"
+    rows = (work / "out/smoke_test/metrics.csv").read_text().splitlines()
+    assert len(rows) == 2
+    assert rows[1].startswith("1,64,")
+    assert not [*work.rglob("*.safetensors"), *work.glob("no_tokenizer")]
+    smoke = pretrain.smoke_config(pretrain.PretrainConfig())
+    wanted = {"micro_batch_size": 1, "global_batch_size": 1, "max_tokens": 64, "logger_name": "csv"}
+    wanted |= {"max_seq_length": 64, "precision": "32-true"}
+    assert {key: getattr(smoke, key) for key in wanted} == wanted
+
+
+def test_a_mixture_of_experts_trains_on_the_cpu_in_float32_only(work, capsys):
+    more = "n_expert = 4\nn_expert_per_token = 2\nmoe_intermediate_size = 32\n"
+    text = CONFIG.replace("LLaMAMLP", "LLaMAMoE").replace("intermediate_size = 64\n", more)
+    (work / "tiny.toml").write_text(text)
+    assert pretrain.main(flags(work, "--max-tokens", 128)) == 0
+    if mx.default_device() == mx.cpu:
+        assert pretrain.main(flags(work, "--overwrite", "--precision", "bf16-mixed")) == 2
+        assert "--precision 32-true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--micro-batch-sise 2", "did you mean --micro-batch-size?"),
+        ("--set micro_batch_sise=2", "did you mean 'micro_batch_size'?"),
+        ("--micro-batch-size two", "must be a whole number"),
+        ("--micro-batch-size 3", "must be a multiple of micro_batch_size = 3"),
+        ("--max-tokens 0", "more than 0"),
+        ("--precision bf16", "did you mean 'bf16-true'?"),
+        ("--compile maybe", "must be true or false"),
+        ("--compile-mode fast", "must be one of default"),
+        ("--logger-name cvs", "did you mean 'csv'?"),
+        ("--optimizer-class-path torch.optim.SGD", "only torch.optim.AdamW"),
+        ("--data-class-path litgpt.data.Alpaca", "TextFiles or litgpt.data.JSON"),
+        ("--data-class-path litgpt.data.JSON", "wants a .jsonl file"),
+        ("--train-data-path nowhere", "does not exist"),
+        ("--text-suffixes .rst", "no file ending in .rst"),
+        ("--tokenizer-dir nowhere", "set tokenizer_vocab_size"),
+        ("--tokenizer-dir .", "holds no tokenizer"),
+        ("--initial-checkpoint-dir nowhere", "no config.json"),
+        ("--max-seq-length 65", "more than the model's block_size = 64"),
+        ("--betas 0.9", "two numbers"),
+        ("--min-lr 1", "must not be above lr"),
+        ("--resume nowhere", "is not a checkpoint folder"),
+        ("--data-only", "only the recipe tiny_math"),
+        ("--set model={}", "[model] is missing"),
+        ("--set model={n_embd='32'}", "n_layer is missing"),
+        ("--set model={n_embd='32',n_layer=1,n_head=1}", "must be a number"),
+        ("--set model={n_embd=32,n_layer=1,n_head=3}", "must be a multiple of n_head"),
+        ("--set model={n_embd=32,bias=true}", "mlx-lm's llama has False"),
+        ("--set model={n_embd=32,n_hed=2}", "n_hed: unknown"),
+        ("--set model={n_embd=32,mlp_class_name='GptNeoxMLP'}", "known are LLaMAMoE, LLaMAMLP"),
+        ("--set model={model_type='lama'}", "no such model type"),
+        ("--config nowhere.toml", "does not exist"),
+    ],
+)
+def test_bad_input_ends_with_exit_code_2_and_writes_nothing(work, arguments, complaint, capsys):
+    assert pretrain.main(flags(work, *arguments.split())) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (work / "out").exists()
+
+
+def test_the_nearest_preset_is_one_for_pretraining(capsys):
+    assert pretrain.main(["--config", "tiny_math.toml"]) == 2
+    assert "configs/pretrain/tiny_math.toml?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [("{", "line 1: not JSON"), ('{"prompt": "a"}', 'needs the texts "prompt"'), ("", "no line")],
+)
+def test_bad_jsonl_is_named(work, line, complaint, capsys):
+    (work / "pairs.jsonl").write_text(line)
+    assert pretrain.main(jsonl(work)) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(work, capsys):
+    (work / "tiny.toml").write_text(CONFIG.replace("384", "64"))
+    assert pretrain.main(flags(work)) == 2
+    assert "vocab_size = 64: the text has token" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_with_exit_code_1(work, capsys):
+    assert pretrain.main(flags(work, "--lr", "1e30", "--max-norm", "1e30")) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (work / "out/final").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(work, capsys):
+    assert pretrain.main([*flags(work), "--out-dir", str(work / "tiny.toml/out")]) == 2
+    out, err = capsys.readouterr()
+    assert f"out_dir {work}/tiny.toml/out is not writable ({work}/tiny.toml)" in err
+    assert not out
+
+
+def test_an_option_set_twice_is_refused():
+    with pytest.raises(UserError, match="max_tokens is set twice"):
+        litgpt.flatten({"max_tokens": 1, "train": {"max_tokens": 2}})
+
+
+def test_a_misspelt_table_is_named(work, capsys):
+    (work / "tiny.toml").write_text(CONFIG.replace("[train]", "[trian]"))
+    assert pretrain.main(flags(work)) == 2
+    assert "unknown key 'trian'" in capsys.readouterr().err
+    assert pretrain.main(["--config", str(work / "nowhere.toml")]) == 2
+
+
+def test_model_sizes_left_out_are_litgpts_own():
+    config = litgpt.model_config({"n_embd": 8, "n_layer": 1, "n_head": 2, "intermediate_size": 8})
+    assert config["num_key_value_heads"] == 2
+    assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-5, 10000)
+    assert "vocab_size" not in config  # the tokenizer's then
+
+
+def test_documentation_has_a_row_for_every_setting():
+    page = (ROOT / "docs/litgpt.md").read_text()
+    for name in reading.field_docs(pretrain.PretrainConfig):
+        assert f"`{name}`" in page, name

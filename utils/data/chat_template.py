@@ -1,0 +1,82 @@
+"""Chat messages to token ids, through whichever template there is."""
+
+
+import signal
+
+import threading
+
+from collections.abc import Iterator
+
+from contextlib import contextmanager
+
+from functools import cache
+
+from pathlib import Path
+
+from typing import Any
+
+from ..base.errors import UserError, panics_as_errors
+
+
+SECONDS = 10.0  # for one prompt, which takes a template milliseconds
+
+
+
+def chat_ids(tokenizer: Any, config: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of the messages with the opening of the answer, without the reasoning prefix.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or its template refuses the messages.
+    """
+    options = dict(config.chat_template_kwargs)
+    if config.chat_template == "plain":
+        text = "\n\n".join(message["content"].strip() for message in messages) + "\n\n"
+        return tokenizer.encode(text)
+    if config.chat_template:
+        options["chat_template"] = read(config.chat_template)
+    elif getattr(tokenizer, "has_chat_template", True) is False:
+        raise UserError(
+            f"the tokenizer of {config.model_name} has no chat template: set chat_template to a "
+            'Jinja file, or chat_template = "plain"'
+        )
+    which = f"chat template ({config.chat_template or config.model_name})"
+    try:
+        with time_limit(SECONDS, which), panics_as_errors():
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # a template is code, although in a sandbox: it can raise anything
+        hint = '; system_prompt = "" leaves the system message out' if config.system_prompt else ""
+        raise UserError(f"{which} refuses the prompt: {error}{hint}") from error
+
+
+
+@cache
+def read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template = {path!r} cannot be read: {error}") from None
+
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise UserError when the block takes longer (in the main thread, where signals arrive).
+
+    The sandbox of a template bounds a loop, not loops within loops: it can run for hours.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise UserError(f"{what} took over {seconds:g} seconds for one prompt: it may never end")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,374 @@
+"""Attention on CUDA where MLX's fused kernels leave out what GRPO needs.
+
+The gradient: MLX has a fused backward pass for whole tiles of 128 queries only, see `in_tiles`.
+
+One new token per row: MLX's kernel for one query takes no mask, and no number of keys that is on
+the device, and reads the keys and values once for every query head. `to_rows` reads them once for
+all. One H200, microseconds a layer with 12 heads on 2 of keys and values, head size 128, bfloat16
+(`benchmarks/micro.py --stage attention` has all layers of a model, in turn):
+
+    rows  positions  MLX, no mask  `to_rows`
+      16        278            33         41
+      64        278            52         42
+     256        278           168         84
+      64      1,200           202         56
+      64      4,400           523        132
+      16      4,400           164        124
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import runtime
+from ..marks import DecodeCache, GradientCache
+from ..patch import Way, difference, replace
+
+TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
+# Of a block of `to_rows`: the best for this table among 2 to 16 warps, and 8 to 32 lanes. Positions
+# are loaded a turn ahead: 64 rows at 4,400 took 225 microseconds without, 132 with it.
+WORKERS, LANES, AT_ONCE = 16, 16, 4
+NUMBERS = 56  # of queries that a lane holds in registers: 7 heads of 128
+
+
+def applies() -> bool:
+    return runtime.platform_name() == "cuda"
+
+
+def switch_on(model: nn.Module) -> None:
+    """Let the model's attention go by this module where its cache is ours or none.
+
+    With other caches nothing changes.
+    """
+    from mlx_lm.models import base
+
+    name = "scaled_dot_product_attention"
+    replace(model, name, base.scaled_dot_product_attention, dispatching)
+
+
+def problem() -> str:
+    """Of whole tiles; decoding compares its first steps itself (rollouts/compiled_step.py)."""
+    shape = (1, 2, TILE + 2, 64)
+    queries, keys, values = (
+        mx.random.normal(shape, dtype=mx.bfloat16, key=mx.random.key(n)) for n in range(3)
+    )
+    plain = partial(mx.fast.scaled_dot_product_attention, scale=64**-0.5)
+    args = queries, keys, values
+    return difference(plain(*args, mask="causal"), in_tiles(plain, *args, "causal"), 0.02)
+
+
+DISPATCHING = Way("attention by kernels of our own", applies, problem, switch_on)
+
+
+def dispatching(plain: Any) -> Any:
+    """mlx-lm's attention function, but for caches with rows of their own and for the gradient."""
+
+    @wraps(plain)
+    def attention(
+        queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None
+    ) -> Any:
+        if sinks is None and (cache is None or isinstance(cache, GradientCache)):
+            return in_tiles(partial(plain, cache=cache, scale=scale), queries, keys, values, mask)
+        if not isinstance(cache, DecodeCache) or cache.rows.position is None:
+            return plain(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+        alike = fits(queries, keys, values, cache.keys, cache.values)
+        if sinks is not None or mask is not cache.rows.all_seen or not alike:
+            raise ValueError("its attention is not a plain one to all tokens")
+        rotation = None
+        query, key = (cache.rows.rotated.get(id(x)) for x in (queries, keys))
+        if query and key and query.rotation == key.rotation:  # the kernel's: what MLX made goes
+            queries, keys, rotation = query.x, key.x, query.rotation
+        return to_rows(queries, keys, values, cache, scale, rotation)
+
+    return attention
+
+
+def in_tiles(plain: Any, queries: Any, keys: Any, values: Any, mask: Any) -> Any:
+    """plain(queries, keys, values, mask=mask) of (B, heads, T, D), with T padded to whole tiles.
+
+    What is added comes last: causal attention does not look there, and with a mask the queries that
+    are added see everything, but what they see is dropped. One H200, 1.5B in bfloat16, gradient of
+    64 completions of 200 tokens with shared prompts: 354 ms without, 340 ms with it.
+    """
+    count, size = queries.shape[2:]
+    causal = isinstance(mask, str)
+    fused = queries.dtype in (mx.bfloat16, mx.float16) and size <= 128 and size % 8 == 0
+    if not fused or count % TILE == 0 or count == 1 or (causal and count != keys.shape[2]):
+        return plain(queries, keys, values, mask=mask)
+
+    def padded(x: Any) -> Any:
+        widths = [(0, 0)] * (x.ndim - 2) + [(0, -count % TILE), (0, 0)]
+        return mx.pad(x, widths, constant_values=mx.array(x.dtype == mx.bool_, x.dtype))
+
+    if causal:
+        keys, values = padded(keys), padded(values)
+    elif mask is not None and mask.shape[-2] == count:
+        mask = padded(mask)
+    return plain(padded(queries), keys, values, mask=mask)[:, :, :count]
+
+
+def fits(*arrays: Any) -> bool:
+    """Whether `to_rows` takes these: on a GPU, for heads of up to 256 in steps of 16."""
+    alike, size = len({(x.dtype, x.shape[-1]) for x in arrays}) == 1, arrays[0].shape[-1]
+    return mx.default_device() == mx.gpu and alike and size <= 256 and size % LANES == 0
+
+
+class Rotation(NamedTuple):
+    """Arguments of `mx.fast.rope` but for the offset."""
+
+    dims: int
+    traditional: bool
+    frequencies: tuple[float, ...]  # of each pair of numbers, in radians a position
+
+
+class Rotated(NamedTuple):
+    """What a rotary embedding was applied to, and how."""
+
+    x: Any
+    rotation: Rotation
+
+
+@contextmanager
+def noting_rotations(rows: Any) -> Iterator[None]:
+    """Let `rows` know which arrays are rotary embeddings at its offset, and of what.
+
+    `to_rows` does the same to what it loads: two kernels less a layer, and those that nobody needs
+    any more are dropped when the step is compiled. One H200, 1.5B, steps of both kinds in turn
+    (`benchmarks/micro.py --stage decode`): 1.10 to 1.19 times faster at 64 rows, 1.08 to 1.12
+    at 256: the GPU waits for the host, which starts 315 kernels a step instead of 371.
+    """
+    fast: Any = mx.fast
+    plain = fast.rope
+    kept = []  # or an id could come again
+
+    def rope(x: Any, dims: int, **how: Any) -> Any:
+        y = plain(x, dims, **how)
+        rotation = rotation_of(dims, x.shape[-1], **how)
+        if rotation and how["offset"] is rows.offset_at_position:
+            rows.rotated[id(y)] = Rotated(x, rotation)
+            kept.append(y)
+        return y
+
+    fast.rope = rope
+    try:
+        yield
+    finally:
+        fast.rope = plain
+        rows.rotated.clear()
+
+
+def rotation_of(
+    dims: int,
+    size: int,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    freqs: Any = None,
+    **_: Any,
+) -> Rotation | None:
+    """As the kernel takes it; None where the lanes of a pair are no power of two apart."""
+    own, half = size // LANES, dims // 2
+    if own == 0 or (own % 2 if traditional else half % own or (half // own) & (half // own - 1)):
+        return None
+    periods = [base ** (n / half) for n in range(half)] if base else freqs.tolist()
+    return Rotation(dims, traditional, tuple(scale / period for period in periods))
+
+
+@functools.cache
+def on_device(numbers: tuple[float, ...]) -> Any:
+    array = mx.array(numbers, mx.float32) + 0  # else it would be in the host's memory
+    mx.eval(array)
+    return array
+
+
+def to_rows(
+    queries: Any, keys: Any, values: Any, cache: Any, scale: float, rotation: Any = None
+) -> Any:
+    """(B, heads, 1, D) queries to all that the tokens at `cache.rows.position` see.
+
+    `cache` has (B, groups, N, D) keys and values. The tokens' own (B, groups, 1, D) ones are stored
+    there, in place: MLX would copy all of them for each token while the GPU is not yet done with
+    the one before. So nothing else may hold them. A `rotation` is applied to queries and keys.
+    """
+    rows, heads, _, size = queries.shape
+    most = max(1, NUMBERS * LANES // size)
+    together = max(n for n in range(1, most + 1) if heads // keys.shape[1] % n == 0)
+    dims, traditional, frequencies = rotation or Rotation(0, False, (0.0,))
+    sizes = {"D": size, "HEADS": together, "LANES": LANES, "WORKERS": WORKERS, "AT_ONCE": AT_ONCE}
+    sizes |= {"DIMS": dims, "TRADITIONAL": traditional}
+    seen = cache.rows.ends, cache.rows.padding, cache.rows.position
+    (out,) = kernel(scale)(
+        inputs=[queries, keys, values, cache.keys, cache.values, *seen, on_device(frequencies)],
+        template=[("T", queries.dtype), *sizes.items()],
+        grid=(heads // together * WORKERS * LANES, rows, 1),
+        threadgroup=(WORKERS * LANES, 1, 1),
+        output_shapes=[queries.shape],
+        output_dtypes=[queries.dtype],
+    )
+    return out
+
+
+@functools.cache
+def kernel(scale: float) -> Any:
+    """The kernel of `to_rows`; MLX compiles it for each type and size that it meets."""
+    return mx.fast.cuda_kernel(
+        name="attention_to_rows",
+        input_names=[
+            *("queries", "new_keys", "new_values", "keys", "values"),
+            *("ends", "padding", "position", "frequencies"),
+        ],
+        output_names=["out"],
+        source=SOURCE.replace("SCALE", f"{float(scale)!r}f"),
+        # The stored ones are, and the others are parts of what one product computes for all three.
+        ensure_row_contiguous=False,
+    )
+
+
+# A block computes HEADS query heads of one group of a row. A worker, LANES threads of a warp, takes
+# AT_ONCE positions at a time, and of each a lane has D / LANES numbers; so keys and values are read
+# once for all heads. The workers' softmaxes are put together at the end.
+SOURCE = """
+constexpr int OWN = D / LANES;
+constexpr float LOWEST = -1e30f;
+struct alignas((OWN & -OWN) * sizeof(T)) Part { T x[OWN]; };
+__shared__ float bests[WORKERS][HEADS], totals[WORKERS][HEADS], outs[WORKERS][D];
+
+const int lane = threadIdx.x % LANES, worker = threadIdx.x / LANES, row = blockIdx.y;
+const int groups = keys_shape[1], room = keys_shape[2];
+const int group = blockIdx.x / (gridDim.x / groups);
+const int64_t head = blockIdx.x * HEADS;  // the first of the block's
+const int64_t start = (int64_t(row) * groups + group) * room * D + lane * OWN;
+const int end = ends[row], gap = padding[row], last = position[row] - gap;
+
+// Rotary embedding: of two numbers APART lanes, or next to each other. `last` is the offset.
+constexpr int APART = TRADITIONAL || DIMS == 0 ? 0 : DIMS / 2 / OWN;
+float cosine[OWN], sine[OWN];
+#pragma unroll
+for (int i = 0; i < OWN && DIMS; i++) {
+  const int d = lane * OWN + i;
+  const int pair = TRADITIONAL ? d / 2 : d % (DIMS / 2);
+  sincosf(d < DIMS ? last * frequencies[pair] : 0.0f, &sine[i], &cosine[i]);
+  if (TRADITIONAL ? d % 2 == 0 : d < DIMS / 2) sine[i] = -sine[i];
+}
+auto rotate = [&](float (&x)[OWN]) {
+  float other[OWN];
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    other[i] = TRADITIONAL ? x[i ^ 1] : __shfl_xor_sync(0xffffffff, x[i], APART);
+  }
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) x[i] = x[i] * cosine[i] + other[i] * sine[i];
+};
+
+const int64_t new_key_at = row * new_keys_strides[0] + group * new_keys_strides[1] + lane * OWN;
+const int64_t new_value_at =
+    row * new_values_strides[0] + group * new_values_strides[1] + lane * OWN;
+Part new_key = *reinterpret_cast<const Part*>(new_keys + new_key_at);
+const Part new_value = *reinterpret_cast<const Part*>(new_values + new_value_at);
+if (DIMS) {
+  float x[OWN];
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) x[i] = static_cast<float>(new_key.x[i]);
+  rotate(x);
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) new_key.x[i] = static_cast<T>(x[i]);
+}
+if (worker == 0) {
+  const int64_t at = start + int64_t(last + gap) * D;
+  *reinterpret_cast<Part*>(const_cast<T*>(keys + at)) = new_key;
+  *reinterpret_cast<Part*>(const_cast<T*>(values + at)) = new_value;
+}
+
+float q[HEADS][OWN], sum[HEADS][OWN], best[HEADS], total[HEADS];
+#pragma unroll
+for (int h = 0; h < HEADS; h++) {
+  best[h] = LOWEST;
+  total[h] = 0;
+  const int64_t at = row * queries_strides[0] + (head + h) * queries_strides[1];
+  const Part part = *reinterpret_cast<const Part*>(queries + at + lane * OWN);
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    q[h][i] = SCALE * 1.44269504f * static_cast<float>(part.x[i]);  // exponents of 2, not e
+    sum[h][i] = 0;
+  }
+  if (DIMS) rotate(q[h]);
+}
+
+// All workers of a warp take as many turns: they exchange numbers.
+Part next_key[AT_ONCE], next_value[AT_ONCE];
+auto load = [&](int n) {
+  #pragma unroll
+  for (int j = 0; j < AT_ONCE; j++) {
+    const int64_t at = start + int64_t(n + j < end ? n + j : n + j + gap) * D;
+    const bool stored = n + j < last;
+    next_key[j] = stored ? *reinterpret_cast<const Part*>(keys + at) : new_key;
+    next_value[j] = stored ? *reinterpret_cast<const Part*>(values + at) : new_value;
+  }
+};
+load(worker * AT_ONCE);
+for (int first = 0; first <= last; first += WORKERS * AT_ONCE) {
+  const int n = first + worker * AT_ONCE;
+  Part key[AT_ONCE], value[AT_ONCE];
+  #pragma unroll
+  for (int j = 0; j < AT_ONCE; j++) {
+    key[j] = next_key[j];
+    value[j] = next_value[j];
+  }
+  load(n + WORKERS * AT_ONCE);
+  #pragma unroll
+  for (int h = 0; h < HEADS; h++) {
+    float score[AT_ONCE], top = best[h];
+    #pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      score[j] = 0;
+      #pragma unroll
+      for (int i = 0; i < OWN; i++) score[j] += q[h][i] * static_cast<float>(key[j].x[i]);
+      #pragma unroll
+      for (int other = LANES / 2; other; other /= 2) {
+        score[j] += __shfl_xor_sync(0xffffffff, score[j], other);
+      }
+      score[j] = n + j <= last ? score[j] : LOWEST;
+      top = fmaxf(top, score[j]);
+    }
+    const float factor = exp2f(best[h] - top);
+    best[h] = top;
+    total[h] *= factor;
+    #pragma unroll
+    for (int i = 0; i < OWN; i++) sum[h][i] *= factor;
+    #pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      const float weight = exp2f(score[j] - top);
+      total[h] += weight;
+      #pragma unroll
+      for (int i = 0; i < OWN; i++) sum[h][i] += weight * static_cast<float>(value[j].x[i]);
+    }
+  }
+}
+
+#pragma unroll
+for (int h = 0; h < HEADS; h++) {
+  if (lane == 0) {
+    bests[worker][h] = best[h];
+    totals[worker][h] = total[h];
+  }
+  #pragma unroll
+  for (int i = 0; i < OWN; i++) outs[worker][lane * OWN + i] = sum[h][i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < D; i += blockDim.x) {
+    float top = LOWEST, weighted = 0, weights = 0;
+    for (int w = 0; w < WORKERS; w++) top = fmaxf(top, bests[w][h]);
+    for (int w = 0; w < WORKERS; w++) {
+      const float factor = exp2f(bests[w][h] - top);
+      weights += factor * totals[w][h];
+      weighted += factor * outs[w][i];
+    }
+    out[(int64_t(row) * gridDim.x * HEADS + head + h) * D + i] = static_cast<T>(weighted / weights);
+  }
+  __syncthreads();
+}
+"""

@@ -1,0 +1,299 @@
+"""What a model's config.json and the headers of its weights say about its size."""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..base.text import in_one_line, shown
+
+MAX_PARTS = 10_000  # layers or experts; the largest models have some hundreds
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+# Of the safetensors format; the last ones are packed in whole bytes.
+DTYPE_BITS = {
+    **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32},
+    **{"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8},
+    **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+DTYPE_NAMES = {4: "F32", 2: "BF16"}
+
+
+class Tensor(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the plan needs to know about a model; sizes as in its config.json."""
+
+    parameters: int
+    """Weights as a person counts them: a packed 4-bit matrix counts its unpacked entries."""
+    bytes_on_disk: int
+    bytes_by_dtype: dict[str, int]
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    """Width of the MLP, of one expert in a mixture of experts."""
+    vocab_size: int
+    quantized_bits: int | None
+    tied: bool
+    experts: int = 1
+    experts_per_token: int = 1
+    activation: str = "silu"
+
+
+def _size(config: dict[str, Any], source: str, *names: str, default: int | None = None) -> int:
+    """The first of `names` (families differ) that the configuration sets."""
+    value = next((config[name] for name in names if config.get(name) is not None), default)
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ValueError(f"{source}: {names[0]} must be a positive integer, got {shown(value)}")
+    return value
+
+
+def _table(config: dict[str, Any], source: str, *names: str) -> dict[str, Any]:
+    """The first of `names` that the configuration sets, an object; empty when none is."""
+    value: Any = next((config[name] for name in names if config.get(name)), {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: {names[0]} must be an object, got {shown(value)}")
+    return value
+
+
+def _dimensions(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields of ModelShape that the configuration gives, with the usual fallbacks."""
+    config = {**config, **_table(config, source, "text_config")}
+
+    def size(*names: str, default: int | None = None) -> int:
+        return _size(config, source, *names, default=default)
+
+    hidden = size("hidden_size", "n_embd", "d_model")
+    heads = size("num_attention_heads", "n_head")
+    return {
+        "hidden_size": hidden,
+        "layers": size("num_hidden_layers", "n_layer"),
+        "heads": heads,
+        "kv_heads": size("num_key_value_heads", default=heads),
+        "head_dim": size("head_dim", default=hidden // heads),
+        "intermediate_size": size("moe_intermediate_size", "intermediate_size", default=4 * hidden),
+        "vocab_size": size("vocab_size"),
+        "experts": size("num_experts", "num_local_experts", default=1),
+        "experts_per_token": size("num_experts_per_tok", default=1),
+        "activation": str(config.get("hidden_act") or config.get("hidden_activation") or "silu"),
+    }
+
+
+def _parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{source}: not JSON (nested too deeply)") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: a JSON object was expected, not {type(value).__name__}")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    return _parse_json(path.read_bytes(), str(path))
+
+
+def _tensor(name: str, entry: Any, source: str) -> tuple[int, int, Tensor]:
+    """(start, end, tensor) of a header entry whose shape and offsets agree."""
+    try:
+        start, end = entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        sizes = all(type(n) is int and 0 <= n < 2**31 for n in shape)
+        agree = end - start == -(-math.prod(shape) * DTYPE_BITS[dtype] // 8)
+        good = sizes and type(start) is type(end) is int and 0 <= start <= end and agree
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: bad header entry for tensor {shown(name)}") from error
+    if not good:
+        raise ValueError(f"{source}: bad header entry for tensor {shown(name)}")
+    return start, end, Tensor(dtype, shape, end - start)
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: 8 bytes of length, a JSON header, then the data.
+
+    Raises ValueError saying what is wrong with the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{path}: truncated, or not a safetensors file (no complete header)")
+        header = _parse_json(file.read(length), str(path))
+    header.pop("__metadata__", None)
+    entries = {name: _tensor(name, entry, str(path)) for name, entry in header.items()}
+    places = sorted((start, end) for start, end, _ in entries.values())
+    if any(a[1] > b[0] for a, b in pairwise(places)):
+        raise ValueError(f"{path}: tensors overlap, so the file is damaged")
+    missing = 8 + length + max((end for _, end in places), default=0) - size
+    if missing > 0:
+        raise ValueError(f"{path}: truncated, {missing:,} bytes of weights are missing")
+    return {name: tensor for name, (_, _, tensor) in entries.items()}
+
+
+def shards(model_dir: Path) -> list[Path]:
+    """The weight files that mlx_lm would load; an index names the ones that must be there.
+
+    Raises ValueError when one is missing, or the index is damaged.
+    """
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(f"{index}: has no weight_map")
+        for name in sorted(set(map(str, names.values()))):
+            if not (model_dir / name).is_file():
+                raise ValueError(f"{model_dir / name}: missing, but {index.name} names it")
+    shards = sorted(model_dir.glob("model*.safetensors"))
+    if not shards:
+        raise ValueError(f"{model_dir}: no model*.safetensors in this folder")
+    return shards
+
+
+def _packed_bits(config: dict[str, Any], path: str, source: str) -> int:
+    """Bits per weight of the quantized layer at `path`; layers may differ from the default."""
+    quantization = _table(config, source, "quantization", "quantization_config")
+    own = quantization.get(path)
+    bits = own.get("bits") if isinstance(own, dict) else None
+    bits = bits or quantization.get("bits") or 4
+    if type(bits) is not int or not 1 <= bits <= 32:
+        raise ValueError(f"{source}: quantization of {shown(bits)} bits is impossible")
+    return bits
+
+
+def _count_parameters(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> int:
+    total = 0
+    for name, tensor in tensors.items():
+        path, _, kind = name.rpartition(".")
+        packed = f"{path}.scales" in tensors
+        if packed and kind == "weight":
+            total += math.prod(tensor.shape) * 32 // _packed_bits(config, path, source)
+        elif not (packed and kind in ("scales", "biases")):
+            total += math.prod(tensor.shape)
+    return total
+
+
+def _shape(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> ModelShape:
+    head = [name for name in tensors if "lm_head." in name]
+    tied = bool(config.get("tie_word_embeddings", not head))
+    if tied:  # some checkpoints store the head although it is the embedding; mlx_lm drops it
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in head}
+    by_dtype: dict[str, int] = {}
+    for tensor in tensors.values():
+        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.nbytes
+    quantized = any(name.endswith(".scales") for name in tensors)
+    sizes = _dimensions(config, source)
+    if max(sizes["layers"], sizes["experts"]) > MAX_PARTS:  # each takes time and memory to build
+        raise ValueError(f"{source}: over {MAX_PARTS:,} layers or experts are not believable")
+    return ModelShape(
+        parameters=_count_parameters(config, tensors, source),
+        bytes_on_disk=sum(by_dtype.values()),
+        bytes_by_dtype=by_dtype,
+        quantized_bits=_packed_bits(config, "", source) if quantized else None,
+        tied=tied,
+        **sizes,
+    )
+
+
+def read_shape(model_dir: Path) -> ModelShape:
+    """Shape of the model in a folder, from config.json and the headers of its shards.
+
+    Raises ValueError naming the file and what is wrong with it (missing, truncated, not JSON, ...).
+    """
+    model_dir = Path(model_dir)
+    if not model_dir.is_dir():
+        raise ValueError(f"{model_dir}: no such folder")
+    source = model_dir / "config.json"
+    config = _read_json(source)
+    tensors: dict[str, Tensor] = {}
+    for shard in shards(model_dir):
+        tensors |= read_header(shard)
+    return _shape(config, tensors, str(source))
+
+
+def read_hub_shape(name: str, revision: str | None = None) -> ModelShape:
+    """Shape of a model on the Hugging Face hub: a cached copy, else a few kB of headers.
+
+    Raises ValueError when the name is unknown, has no safetensors, or the hub is out of reach.
+    """
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        get_safetensors_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            # One question without the download's five retries: offline, the answer comes at once.
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+        config_file = Path(hf_hub_download(name, "config.json", revision=revision))
+        if any(config_file.parent.glob("model*.safetensors")):
+            return read_shape(config_file.parent)
+        metadata = get_safetensors_metadata(name, revision=revision)
+    except (HTTPError, NotASafetensorsRepoError, OSError) as error:
+        text = in_one_line(str(error))
+        raise ValueError(f"{name}: cannot be read from the hub ({text})") from error
+    tensors = {
+        key: Tensor(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+        for file in metadata.files_metadata.values()
+        for key, info in file.tensors.items()
+    }
+    return _shape(_read_json(config_file), tensors, f"{name}/config.json")
+
+
+def projections(size: dict[str, int]) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every matrix in one llama-like block."""
+    hidden, inner = size["hidden_size"], size["intermediate_size"]
+    query, kv = size["heads"] * size["head_dim"], size["kv_heads"] * size["head_dim"]
+    attention = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden)]
+    router = [(hidden, size["experts"])] if size["experts"] > 1 else []
+    return (
+        attention + router + [(hidden, inner), (hidden, inner), (inner, hidden)] * size["experts"]
+    )
+
+
+def shape_from_config(config: dict[str, Any], dtype_bytes: float) -> ModelShape:
+    """Shape by arithmetic for llama- and qwen-like models, for tables without weights.
+
+    dtype_bytes: bytes per weight, 0.5625 for 4 bits with groups of 64. Raises ValueError for a
+    missing or impossible size.
+    """
+    size = _dimensions(config, "config")
+    kind = str(config.get("model_type", ""))
+    tied = bool(config.get("tie_word_embeddings", False))
+    query, kv = size["heads"] * size["head_dim"], size["kv_heads"] * size["head_dim"]
+    block = sum(inputs * outputs for inputs, outputs in projections(size))
+    block += 2 * size["hidden_size"]  # two norms
+    if kind.startswith("qwen2") or config.get("attention_bias"):
+        block += query + 2 * kv
+    if kind.startswith("qwen3"):
+        block += 2 * size["head_dim"]  # norms of queries and keys
+    tables = size["vocab_size"] * size["hidden_size"] * (1 if tied else 2)
+    parameters = size["layers"] * block + tables + size["hidden_size"]
+    on_disk = round(parameters * dtype_bytes)
+    return ModelShape(
+        parameters=parameters,
+        bytes_on_disk=on_disk,
+        bytes_by_dtype={DTYPE_NAMES.get(int(dtype_bytes), "U32"): on_disk},
+        quantized_bits=int(dtype_bytes * 8) if dtype_bytes < 2 else None,
+        tied=tied,
+        **size,
+    )

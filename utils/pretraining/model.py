@@ -1,0 +1,86 @@
+"""Models for `utils/pretrain.py`: fresh ones of any type that mlx-lm knows, or from a folder."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.utils import load_model
+
+from ..base.errors import UserError
+
+# Keys of config.json that transformers or this repository read, and mlx-lm does not.
+EXTRA = {"architectures", "torch_dtype", "max_position_embeddings", "name"}
+
+
+def architecture(config: dict[str, Any]) -> tuple[Any, Any]:
+    """mlx-lm's module of the model type, and its arguments.
+
+    Raises:
+        UserError: [model] names no model type of mlx-lm, or not the settings of that type.
+    """
+    kind = config.get("model_type")
+    try:
+        module = importlib.import_module(f"mlx_lm.models.{kind}")
+    except ModuleNotFoundError:
+        raise UserError(f"[model] model_type = {kind!r}: mlx-lm has no such model type") from None
+    known = {field.name for field in dataclasses.fields(module.ModelArgs)} | EXTRA
+    if unknown := sorted(set(config) - known):
+        raise UserError(f"[model] {unknown[0]}: unknown for {kind!r}; known: {sorted(known)}")
+    try:
+        return module, module.ModelArgs.from_dict(config)
+    except TypeError as error:
+        raise UserError(f"[model] is incomplete for {kind!r}: {error}") from None
+
+
+def new_model(config: dict[str, Any], seed: int) -> nn.Module:
+    """A model with fresh float32 weights; raises what `architecture` raises."""
+    module, args = architecture(config)
+    mx.random.seed(seed)
+    model = module.Model(args)
+    mx.eval(model.parameters())
+    return model
+
+
+def load_folder(folder: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Model and config.json of a folder.
+
+    Raises:
+        UserError: it is no model folder, or a quantized model.
+    """
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise UserError(f"initial_checkpoint_dir = {folder!r} is no model folder (no config.json)")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"initial_checkpoint_dir: {path}/config.json: {error}") from None
+    if "quantization" in config:
+        raise UserError(
+            f"initial_checkpoint_dir = {folder!r} is quantized: packed weights have no gradient"
+        )
+    try:
+        model, config = load_model(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"initial_checkpoint_dir = {folder!r} does not load: {error}") from None
+    return model, config
+
+
+def has_experts(model: nn.Module) -> bool:
+    return any(isinstance(module, SwitchLinear) for module in model.modules())
+
+
+def parameter_counts(model: nn.Module, config: dict[str, Any]) -> tuple[int, int]:
+    """All parameters, and those that take part in one token (experts not chosen do not)."""
+    idle = 0
+    chosen = config.get("num_experts_per_tok", 1) / config.get("num_local_experts", 1)
+    total = sum(weight.size for weight in dict(tree_flatten(model.parameters())).values())
+    for module in model.modules():
+        if isinstance(module, SwitchLinear):
+            idle += round(module.weight.size * (1 - chosen))
+    return total, total - idle

@@ -1,0 +1,149 @@
+"""Rewards beyond those in the script: equivalent mathematics, length, repetition.
+
+They take TRL's keywords; parameters with a default are what `reward_kwargs` may set, and `max_len`
+is max_new_tokens unless it is set. Lengths are sampled tokens, the stop token included.
+"""
+
+import math
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ..base.errors import UserError
+from .scoring_models import RewardModel
+from .servers import Judge, RemoteReward
+
+LONGEST = 1000  # characters that math-verify is to read
+WORDS = re.compile(r"[^\W\d_]{2,}(\s+[^\W\d_]+)*")
+
+
+def table(
+    extract_answer: Callable[[str], str], correctness: Callable[..., list]
+) -> dict[str, Callable[..., Any]]:
+    """The built-in rewards of this folder by name, with the script's reading of answers."""
+
+    def math_reward_func(completions: list, answer: list[str], **_: Any) -> list[float | None]:
+        """1.0 for an equivalent answer, None where the expected one can't be read."""
+        import_math_verify()  # complains before anything is loaded
+        texts = [c[0]["content"] for c in completions]
+        given = [extract_answer(text) or text for text in texts]
+        values = [equivalent(g, str(a)) for g, a in zip(given, answer, strict=True)]
+        return [None if value is None else float(value) for value in values]
+
+    def cosine_reward_func(
+        completions: list,
+        completion_ids: list,
+        answer: list[str],
+        max_len: int = 0,
+        min_value_wrong: float = -1.0,
+        max_value_wrong: float = -0.5,
+        min_value_correct: float = 0.5,
+        max_value_correct: float = 1.0,
+        **_: Any,
+    ) -> list[float]:
+        """Cosine in the length: short right answers earn most, short wrong ones least."""
+        right = correctness(completions=completions, answer=answer)
+        bounds = {
+            True: (min_value_correct, max_value_correct),
+            False: (max_value_wrong, min_value_wrong),  # as in the paper: swapped
+        }
+        pairs = zip(completion_ids, right, strict=True)
+        return [cosine_scaled(len(ids), max_len, *bounds[value > 0]) for ids, value in pairs]
+
+    return {
+        "math": math_reward_func,
+        "cosine": cosine_reward_func,
+        "length": length_reward_func,
+        "soft_overlong": soft_overlong_reward_func,
+        "repetition": repetition_reward_func,
+        "remote_rm": RemoteReward,
+        "judge": Judge,
+        "reward_model": RewardModel,
+    }
+
+
+def cosine_scaled(length: int, max_len: int, at_end: float, at_start: float) -> float:
+    """From `at_start` for length 0 to `at_end` for max_len and beyond (arXiv:2502.03373, C.1)."""
+    cosine = math.cos(math.pi * min(length / max_len, 1.0))
+    return at_end + 0.5 * (at_start - at_end) * (1 + cosine)
+
+
+def length_reward_func(
+    completion_ids: list, max_len: int = 0, target: int = 0, penalty: float = -1.0, **_: Any
+) -> list[float]:
+    """0 up to `target` tokens, then linearly down to `penalty` at max_len."""
+    if not 0 <= target < max_len:
+        raise ValueError(f"target = {target} must be at least 0 and below max_len = {max_len}")
+    over = (max(0, min(len(ids), max_len) - target) for ids in completion_ids)
+    return [penalty * tokens / (max_len - target) for tokens in over]
+
+
+def soft_overlong_reward_func(
+    completion_ids: list, max_len: int = 0, cache: int = 0, **_: Any
+) -> list[float]:
+    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13): 0 up to max_len - cache, then
+    down to -1 at max_len. `cache` 0 is a fifth of max_len, as in the paper."""
+    cache = cache or max(1, max_len // 5)
+    if not 0 < cache <= max_len:
+        raise ValueError(f"cache = {cache} must be above 0 and at most max_len = {max_len}")
+    free = max_len - cache
+    return [-min(max(0, len(ids) - free) / cache, 1.0) for ids in completion_ids]
+
+
+def repetition_reward_func(
+    completion_ids: list, ngram_size: int = 3, max_penalty: float = -1.0, **_: Any
+) -> list[float]:
+    """max_penalty x the share of token n-grams that repeat an earlier one (arXiv:2502.03373, C.2).
+
+    0 for completions shorter than an n-gram.
+    """
+    if ngram_size < 1 or max_penalty > 0:
+        raise ValueError(
+            f"ngram_size = {ngram_size} must be at least 1, max_penalty = {max_penalty} at most 0"
+        )
+    return [max_penalty * repeated_share(ids, ngram_size) for ids in completion_ids]
+
+
+def repeated_share(ids: list[int], size: int) -> float:
+    ngrams = list(zip(*(ids[i:] for i in range(size)), strict=False))
+    return 1 - len({*ngrams}) / len(ngrams) if ngrams else 0.0
+
+
+def equivalent(given: str, expected: str) -> bool | None:
+    """Whether two answers say the same mathematics ("0.5", "\\frac12", "1/2"), by math-verify.
+
+    `given` may be an answer or a whole text with a `\\boxed{}`. Words compare as words. None: the
+    expected answer can't be read.
+
+    Raises:
+        UserError: the package math-verify is not installed.
+    """
+    math_verify = import_math_verify()
+    if given.strip() == expected.strip():
+        return True
+    # Its time grows with the square of the length: what a text concludes stands at its end.
+    given = given[-LONGEST:]
+    if len(expected) > LONGEST:
+        return None
+    if WORDS.fullmatch(expected.strip()):  # math-verify would multiply the letters
+        return given.strip().casefold() == expected.strip().casefold()
+    # Its time limits are alarms, which only a main thread can set.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    target = math_verify.parse(f"\\boxed{{{expected}}}", parsing_timeout=limit)
+    if all(isinstance(part, str) for part in target):
+        return None
+    boxed = given if "\\boxed" in given or len(given) > 200 else f"\\boxed{{{given}}}"
+    answer = math_verify.parse(boxed, parsing_timeout=limit)
+    return bool(math_verify.verify(target, answer, timeout_seconds=limit))
+
+
+def import_math_verify() -> Any:
+    try:
+        import math_verify
+    except ImportError:
+        raise UserError(
+            "the reward math needs the package math-verify: uv sync --extra math, or pip install "
+            "'.[math]'"
+        ) from None
+    return math_verify

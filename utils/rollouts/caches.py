@@ -1,0 +1,295 @@
+"""KV caches of a rollout batch: each prompt is read once, and its cache is copied to its group.
+
+Three kinds, whichever the model's own caches allow:
+
+* plain KV caches in every layer (most models): `RolloutCache`, with one set of positions and one
+  mask for all layers; no mask when the prompts are equally long;
+* caches that mlx-lm can merge (rotating ones, recurrent state, mixtures): mlx-lm's batch caches;
+* any other: the rows of one prompt, which need no padding, in caches of the model's own kind.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+
+from ..base.say import say
+from ..device.marks import DecodeCache
+
+STEP = 256  # positions by which a cache grows, as mlx-lm's; utils/memory/plan.py counts on it
+PREFILL_TOKENS = 16_384  # of all prompts in one forward pass; longer ones are read in pieces
+
+
+def batches(model: Any, count: int, group: int, size: int) -> Iterator[range]:
+    """Cut `count` rows, `group` of each prompt, into batches of at most `size` rows.
+
+    Rows of different prompts are apart where the model's caches can't hold them together.
+    """
+    together = _can_batch(model)
+    start = 0
+    while start < count:
+        end = min(start + size, count)
+        if not together:
+            end = min(end, start - start % group + group)
+        yield range(start, end)
+        start = end
+
+
+def _can_batch(model: Any) -> bool:
+    """Whether rows of prompts of different lengths can be in one batch."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return all(map(_is_mergeable, make_prompt_cache(model))) and _takes_masks(model)
+
+
+def _takes_masks(model: Any) -> bool:
+    """Whether a batch with padding goes through; only shapes are checked, nothing is computed."""
+    try:
+        rows = [0, 1] * 11  # no number of heads, with which these could be confused
+        cache = prefill(model, [[0, 0, 0], [0, 0]], rows, 2)
+        model(mx.zeros((len(rows), 1), mx.int32), cache=cache)
+    except ValueError:  # gemma2 of mlx-lm 0.32: its own attention can't broadcast (B, 1, 1, N)
+        name = type(model).__module__.rpartition(".")[2]
+        _say_once(f"rollouts  one prompt at a time: {name} of mlx-lm can't mask a batch's padding")
+        return False
+    return True
+
+
+def _is_mergeable(layer: Any) -> bool:
+    parts = getattr(layer, "caches", None)  # of a CacheList
+    if parts is not None:
+        return all(map(_is_mergeable, parts))
+    if not hasattr(layer, "merge"):
+        _say_once(f"rollouts  one prompt at a time: mlx-lm can't batch {type(layer).__name__}")
+        return False
+    return True
+
+
+_say_once = functools.cache(say)
+
+
+def prefill(model: Any, prompts: list[list[int]], rows: list[int], max_tokens: int) -> list[Any]:
+    """The cache, one per layer, of `rows` (indices into `prompts`).
+
+    It holds all but the last token of each prompt, and has room for `max_tokens` from there on.
+    Prompts must be one where `batches` keeps them apart.
+    """
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+    layers = make_prompt_cache(model)
+    if all(type(layer) is KVCache for layer in layers):
+        return _row_caches(model, layers, prompts, rows, max_tokens)
+    if all(map(_is_mergeable, layers)):
+        return _merged_caches(model, prompts, rows)
+    assert len(prompts) == 1, f"{type(layers[0]).__name__} can't hold several prompts"
+    _read(model, layers, [prompts[0][:-1]])
+    keep_rows(layers, rows)
+    return layers
+
+
+def keep_rows(cache: list[Any], keep: list[int]) -> None:
+    """Drop all rows but `keep` (indices in order) from every layer."""
+    index = mx.array(keep)
+    shared = cache[0].rows if isinstance(cache[0], RolloutCache) else None
+    gap = shared.keep(keep) if shared is not None else None
+    for layer in cache:
+        if gap is not None:
+            layer.keep(index, gap)
+        elif hasattr(layer, "filter"):
+            layer.filter(index)
+        else:  # the batch is the first axis of everything that a cache holds
+            vars(layer).update({name: _taken(value, index) for name, value in vars(layer).items()})
+
+
+def compiled(function: Callable) -> Callable:
+    """The function compiled where that pays: fewer launches on a GPU; nothing to gain on a CPU."""
+    return function if mx.default_device() == mx.cpu else mx.compile(function)
+
+
+def _taken(value: Any, index: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_taken(part, index) for part in value)
+    return value[index] if getattr(value, "ndim", 0) > 1 else value
+
+
+def _read(model: Any, cache: list[Any], prompts: list[list[int]]) -> None:
+    """Run the model over right-padded token lists, if they have any; only caches are evaluated."""
+    longest = max(map(len, prompts))
+    tokens = mx.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    piece = max(3, PREFILL_TOKENS // len(prompts))
+    starts = list(range(0, longest, piece))
+    if longest % piece == 1 < longest:
+        starts[-1] -= 1  # one token alone is a step of decoding to mlx-lm's rotating batch caches
+    for start, end in pairwise([*starts, longest]):
+        model(tokens[:, start:end], cache=cache)
+        if longest > piece:
+            mx.eval([layer.state for layer in cache])
+            mx.clear_cache()
+
+
+def _row_caches(
+    model: Any, layers: list[Any], prompts: list[list[int]], rows: list[int], max_tokens: int
+) -> list[Any]:
+    # Padding comes later than its prompt, so no token of the prompt sees it.
+    _read(model, layers, [prompt[:-1] for prompt in prompts])
+    index = mx.array(rows)
+    shared = Rows([len(prompts[row]) - 1 for row in rows], max_tokens)
+    caches = [RolloutCache(shared) for _ in layers]
+    for cache, layer in zip(caches, layers, strict=True) if shared.width else ():
+        # Cut to what is in use: a capacity of 256, 512, ... makes MLX on CUDA take cuDNN for one
+        # query, which is slower than its own kernel (64 rows, H200: 4.6 against 3.9 ms a step).
+        cache.keys = mx.take(layer.keys[:, :, : shared.width], index, axis=0)
+        cache.values = mx.take(layer.values[:, :, : shared.width], index, axis=0)
+    return caches
+
+
+def _merged_caches(model: Any, prompts: list[list[int]], rows: list[int]) -> list[Any]:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = [make_prompt_cache(model) for _ in prompts]
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    padding = [max(lengths) - length for length in lengths]
+    # Not every recurrent model keeps padding out of its state: those read one prompt at a time.
+    alone = any(padding) and not all(hasattr(layer, "offset") for layer in caches[0])
+    for prompt, cache in zip(prompts, caches, strict=True) if alone else ():
+        _read(model, cache, [prompt[:-1]])
+    merged = [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
+    if not alone:
+        for layer in merged if any(padding) else ():
+            layer.prepare(lengths=lengths, right_padding=padding)
+        _read(model, merged, [prompt[:-1] for prompt in prompts])
+        for layer in merged if any(padding) else ():
+            layer.finalize()
+    keep_rows(merged, rows)
+    return merged
+
+
+class Rows:
+    """What the layers of a batch share: where the prompt of each row ends, and so what it sees.
+
+    Prompts are at positions 0..width - 1, the shorter ones padded on the right, and completions
+    from `width` on.
+    """
+
+    def __init__(self, lengths: list[int], max_tokens: int) -> None:
+        self.limit = max(lengths) + max_tokens  # no position beyond it will be used
+        # Only in a step that is compiled for every position (utils/rollouts/compiled_step.py):
+        self.position: Any = None  # (B,) of the tokens
+        self.offset_at_position: Any = None  # (B,) the same without padding
+        self.all_seen = mx.array(True)  # stands for the mask of all that they see
+        self.rotated: dict[int, Any] = {}  # by id, see noting_rotations in device/cuda
+        self._set(lengths)
+
+    def _set(self, lengths: list[int]) -> None:
+        self.lengths, self.width = lengths, max(lengths)
+        self.padded = min(lengths) < self.width
+        # (B,). The sum is on the device: CUDA kernels would read lists from the host's memory.
+        padding = [self.width - length for length in lengths]
+        self.ends, self.padding = mx.array([lengths, padding]) + 0
+        mx.async_eval(self.ends, self.padding)  # or compiled steps would compute them each time
+        self._visible: Any = None  # (B, 1, 1, limit)
+        self._offset: Any = None
+        self._offset_end = -1
+
+    def be_at(self, position: Any) -> None:
+        """A step that is compiled for every position begins, or ends with None."""
+        self.position = position
+        self.offset_at_position = None if position is None else position - self.padding
+
+    def offset(self, end: int) -> Any:
+        """RoPE position of the token at position `end`: one for all, or (B,) where rows differ."""
+        if self.position is not None:
+            return self.offset_at_position
+        if not self.padded:
+            return end
+        if self._offset_end != end:  # once for all layers
+            self._offset, self._offset_end = end - self.padding, end
+        return self._offset
+
+    def mask(self, end: int, window: int | None) -> Any:
+        """(B, 1, 1, end + 1) what the token at position `end` sees; None: everything.
+
+        With a `window`, only so many tokens up to this one.
+        """
+        if not self.padded and (window is None or end < window):
+            return None
+        if self._visible is None:
+            self._visible = self._unpadded(self.limit)
+        visible = self._visible[..., : end + 1]
+        return visible if window is None else visible & self._near(end, end + 1, window)
+
+    def _unpadded(self, count: int) -> Any:
+        position, ends = mx.arange(count), self.ends[:, None]
+        seen = (position < ends) | (position >= ends + self.padding[:, None])
+        return seen[:, None, None]
+
+    def _near(self, end: int, count: int, window: int) -> Any:
+        """Distance in tokens: from behind the padding, a prompt is so much nearer."""
+        position, padding = mx.arange(count), self.padding[:, None, None, None]
+        behind = position < self.ends[:, None, None, None]
+        return end - position - mx.where(behind, padding, 0) < window
+
+    def keep(self, keep: list[int]) -> slice:
+        """Drop rows. Returns the positions that only padding is left at."""
+        gap = slice(max(self.lengths[i] for i in keep), self.width)
+        self.limit -= gap.stop - gap.start
+        self._set([self.lengths[i] for i in keep])
+        return gap
+
+
+class RolloutCache(DecodeCache):
+    """One layer's keys and values of the rows of a batch; takes one token at a time."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.end = rows, rows.width  # `end` positions are in use
+        self.keys: Any = None  # (B, heads, positions, head size)
+        self.values: Any = None
+
+    @property
+    def offset(self) -> Any:
+        return self.rows.offset(self.end)
+
+    def make_mask(self, count: int, return_array: bool = False, window_size: Any = None) -> Any:
+        assert count == 1
+        if self.rows.position is None:
+            return self.rows.mask(self.end, window_size)
+        everything = window_size is None or self.rows.limit <= window_size
+        return self.rows.all_seen if everything else None
+
+    def make_room(self, keys: Any, values: Any) -> None:
+        """Room for one token more, of keys and values like these, if there is none."""
+        if self.keys is None or self.end == self.keys.shape[2]:
+            room = min(STEP, max(1, self.rows.limit - self.end))
+            self.keys = _grown(self.keys, keys, room)
+            self.values = _grown(self.values, values, room)
+
+    def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Store (B, heads, 1, head size) at the next position; returns all positions in use.
+
+        In a step compiled for every position, device/cuda/attention.py stores them, and takes
+        what is in use from here.
+        """
+        if self.rows.position is not None:
+            return keys, values
+        self.make_room(keys, values)
+        end = self.end = self.end + 1
+        self.keys[:, :, end - 1 : end], self.values[:, :, end - 1 : end] = keys, values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, index: Any, gap: slice) -> None:
+        """Keep the rows of `index`, and cut out the positions of `gap`."""
+        self.keys, self.values = (_cut(x, index, gap) for x in (self.keys, self.values))
+        self.end -= gap.stop - gap.start
+
+
+def _grown(stored: Any, new: Any, room: int) -> Any:
+    zeros = mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype)
+    return zeros if stored is None else mx.concatenate([stored, zeros], axis=2)
+
+
+def _cut(x: Any, index: Any, gap: slice) -> Any:
+    if gap.start < gap.stop:
+        x = mx.concatenate([x[:, :, : gap.start], x[:, :, gap.stop :]], axis=2)
+    return x[index]

@@ -1,0 +1,137 @@
+"""Decode steps on CUDA, compiled once for every position of the cache.
+
+A step of a model of 28 layers is some 700 operations, and building them in Python keeps the host
+about as long as the GPU needs for 64 rows. A compiled step is built once and serves until rows
+leave or the cache grows: it takes all of the cache, its free room too, and the position of the next
+token, on which shapes depend in a plain step, is an array.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from ..base.say import say
+from ..device import fast, runtime
+from .caches import RolloutCache, keep_rows
+
+ALIKE = 0.1  # difference of the logits over their spread, both as norms: rounding gives 0.01
+_usable: dict[str, bool] = {}  # by model and its sizes
+
+
+def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
+    """The model on the next (B, 1) tokens of the rows in `cache`, which keeps them: (B, 1, V)."""
+    own = isinstance(cache[0], RolloutCache) and cache[0].keys is not None
+    if not own or runtime.platform_name() != "cuda" or fast.part("cuda") is None:
+        return partial(model, cache=cache)
+    kind = f"{type(model)} {getattr(model, 'args', '')}"
+    if kind not in _usable:
+        problem = _disagreement(model, cache)
+        if problem:
+            name = type(model).__module__.rpartition(".")[2]
+            say(f"rollouts  steps of {name} are not compiled, and slower for it: {problem}")
+        _usable[kind] = not problem
+    return CompiledStep(model, cache) if _usable[kind] else partial(model, cache=cache)
+
+
+def part_to_leave(forward: Callable[[Any], Any]) -> float:
+    """The part of a batch that has to have ended before rows leave it.
+
+    Caches are copied then, and steps that are compiled are compiled anew.
+    """
+    return 1 / 2 if isinstance(forward, CompiledStep) else 1 / 8
+
+
+def _disagreement(model: Any, cache: list[Any]) -> str:
+    """Why compiled steps are not the plain ones, for the shortest and the longest prompt, if so.
+
+    They are not where a model needs the position as a number, or has an attention of its own.
+    """
+    cache = copy.deepcopy(cache)
+    lengths = cache[0].rows.lengths
+    keep_rows(cache, [lengths.index(min(lengths)), lengths.index(max(lengths))])
+    cache[0].rows.limit += 1  # a batch may be for one step, and two are compared
+    plain = _two_steps(partial(model, cache=copy.deepcopy(cache)), cache)
+    for layer in cache:  # what is not to be seen shall be noticed
+        layer.make_room(layer.keys, layer.values)
+        layer.values[:, :, layer.end :] = 1000
+    try:
+        difference = _two_steps(CompiledStep(model, cache), cache) - plain
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return str(error) or repr(error)
+    apart, spread = _norm(difference), _norm(plain - plain.mean())
+    alike = apart <= ALIKE * spread  # both 0 for a head that is not trained yet
+    return "" if alike else f"the logits differ by {apart:.2g}, and spread by {spread:.2g}"
+
+
+def _two_steps(forward: Callable[[Any], Any], cache: list[Any]) -> Any:
+    """The second sees what the first has stored."""
+    count = len(cache[0].rows.lengths)
+    # All different: attention to tokens that are alike is the same, whichever it is to.
+    tokens = mx.arange(2 * count).reshape(2, count, 1)
+    logits = []
+    for token in tokens:
+        logits.append(forward(token).astype(mx.float32))
+        mx.eval(logits)  # the next tokens are not made from these logits: nothing else would wait
+    return mx.concatenate(logits)
+
+
+def _norm(x: Any) -> float:
+    return float((x * x).sum().item() ** 0.5)
+
+
+class CompiledStep:
+    """(B, 1) tokens -> (B, 1, V) logits, with a token more in the cache.
+
+    All attention is `attention.to_rows`, which stores keys and values without telling MLX: tokens
+    must be made from the logits of the step before, or nothing would wait for it.
+    """
+
+    def __init__(self, model: Any, cache: list[Any]) -> None:
+        self.cache = cache
+        # Of functions, not of methods: in a circle of references, the cache would stay in memory
+        # until Python looks for circles.
+        self.compiled = mx.compile(partial(_at_position, model, cache))
+        self.position: Any = None  # (B,) of the next tokens, alike
+        self.stands_for = -1, 0  # the position in it, and B
+
+    def __call__(self, tokens: Any) -> Any:
+        for layer in self.cache:
+            layer.make_room(layer.keys, layer.values)
+        rows, end, count = self.cache[0].rows, self.cache[0].end, len(tokens)
+        if self.stands_for != (end, count):  # at first, and when rows have left
+            # Made by a sum, or it would be in the host's memory, as all that Python gives to MLX.
+            self.position = mx.zeros((count,), mx.int32) + end
+        try:
+            result = self.compiled(tokens, self.position, _stored(self.cache))
+        finally:
+            rows.be_at(None)
+        logits, self.position, stored = result
+        _store(self.cache, stored)  # when it was traced, placeholders came in their place
+        for layer in self.cache:
+            layer.end += 1
+        self.stands_for = end + 1, count
+        return logits
+
+
+def _at_position(
+    model: Any, cache: list[Any], tokens: Any, position: Any, stored: list[Any]
+) -> Any:
+    cache[0].rows.be_at(position)
+    _store(cache, stored)
+    cuda = fast.part("cuda")
+    assert cuda is not None, "`forward` would have taken plain steps"
+    with cuda.noting_rotations(cache[0].rows):
+        logits = model(tokens, cache=cache)
+    return logits, position + 1, _stored(cache)
+
+
+def _stored(cache: list[Any]) -> list[Any]:
+    return [(layer.keys, layer.values) for layer in cache]
+
+
+def _store(cache: list[Any], stored: list[Any]) -> None:
+    for layer, (keys, values) in zip(cache, stored, strict=True):
+        layer.keys, layer.values = keys, values

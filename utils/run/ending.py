@@ -1,0 +1,255 @@
+"""How a run ends: finished, out of time, by a signal or by an error. Nothing is lost, and the last
+line says why.
+
+A run that ends between two updates is saved as it is. One that ends within an update is saved as
+it was before it, as long as no weight has moved; then the update is done again, to the same result.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..base.errors import DiskError, RunError, UserError
+from ..base.say import say
+from ..base.text import redact
+from ..model import writing
+from . import checkpoints, folders
+
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+SLEPT = 60.0  # seconds by which the wall clock may run ahead before it is worth a line
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop: the unfinished update is dropped."""
+
+
+class Guard:
+    """Stands around the main loop: knows when it is over, and saves what a stop would lose."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.exit_code = 0
+        self.signal = signal.SIGINT
+        self.reason = ""
+
+    def __enter__(self) -> "Guard":
+        self.handlers = listen(self.on_signal)
+        self.start, self.wall = time.perf_counter(), time.time()
+        self.before = self.trainer.elapsed
+        return self
+
+    def on_signal(self, number: int, _: object) -> None:
+        """The first asks the trainer to stop cleanly, the second leaves at once."""
+        if self.trainer.interrupted:
+            raise KeyboardInterrupt(number)
+        self.trainer.interrupted = True
+        self.signal = signal.Signals(number)
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+            say("stopping  and saving the last finished update; once more leaves at once")
+
+    def seconds(self) -> float:
+        """How long the run has been going, by a clock that nobody can set back.
+
+        It stands still while the machine sleeps, and so does `max_hours`: said once.
+        """
+        passed = time.perf_counter() - self.start
+        slept = time.time() - self.wall - passed
+        if slept > SLEPT:
+            self.wall = math.inf
+            say(
+                f"clock     {slept / 60:.0f} minutes ahead of the run: the machine slept, or its "
+                "clock was set; only time awake counts"
+            )
+        return self.before + passed
+
+    def is_over(self) -> bool:
+        """Whether there is no update left to do; if it ends early, `reason` says why."""
+        a, trainer = self.trainer.args, self.trainer
+        if trainer.update_step >= trainer.total_updates:
+            return True
+        if a.max_hours and time.perf_counter() - self.start >= a.max_hours * 3600:
+            self.reason = f"max_hours = {a.max_hours:g} reached"  # of this process
+        if a.early_stopping_patience and (best := best_of(trainer.log.history)):
+            since = len(trainer.log.history) - 1 - trainer.log.history.index(best)
+            if since >= a.early_stopping_patience:
+                score = trainer.log.score_text(best["em"])
+                self.reason = (
+                    f"early_stopping_patience: {since} evaluations without a better one than "
+                    f"{score} at update {best['update']}"
+                )
+        return bool(self.reason)
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        try:
+            if isinstance(error, Exception):  # not the KeyboardInterrupt of the second Ctrl-C
+                keep(self.trainer, error)
+        finally:
+            put_back(self.handlers)
+        if not isinstance(error, Exception):
+            return False
+        if isinstance(error, Interrupted):
+            say(f"reason    {SIGNALS[self.signal]}")
+            self.exit_code = 128 + self.signal
+            return True
+        if isinstance(error, RunError | UserError):
+            return False
+        raise unexpected(error, self.trainer.output_dir) from error
+
+
+def best_of(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first of the best evaluations."""
+    return max((r for r in history if not math.isnan(r["em"])), key=score_of, default=None)
+
+
+def score_of(record: dict[str, Any]) -> float:
+    return float(record["em"])
+
+
+def listen(handler: Any) -> dict[signal.Signals, Any]:
+    """Install a handler for all ways to ask a process to end; returns those that were there.
+
+    `nohup` has SIGHUP ignored, and it stays so. Only a program's main thread gets signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    wanted = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """While there is nothing to save yet, every signal is a KeyboardInterrupt."""
+
+    def leave(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    handlers = listen(leave)
+    try:
+        yield
+    finally:
+        put_back(handlers)
+
+
+def left_at_once(stop: KeyboardInterrupt) -> int:
+    """Say why, and return the exit code that a shell knows for it."""
+    number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
+    say(f"reason    {SIGNALS[number]}: left at once")
+    return 128 + number
+
+
+def put_back(handlers: dict[signal.Signals, Any]) -> None:
+    """Put back the handlers that `listen` replaced."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def unexpected(error: Exception, folder: Path) -> RunError:
+    """One line for an error that nobody foresaw; its traceback goes into a file."""
+    text = redact("".join(traceback.format_exception(error)))
+    path = folder / "traceback.txt"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError:
+        return RunError(f"{text}\nunexpected {type(error).__name__}: {error}")
+    return RunError(f"unexpected {type(error).__name__}: {error} (traceback in {path})")
+
+
+def keep(trainer: Any, stop: Exception | None = None) -> None:
+    """Save where the run was between two updates, unless that was done; say how to go on.
+
+    `stop`: what ends the run, which its last line will say.
+    """
+    position = trainer.position
+    if not position:
+        return say("stopped   before the first update was finished: nothing to save")
+    update = position["update_step"]
+    path = trainer.output_dir / f"checkpoint-{position['step']}"
+    if isinstance(stop, DiskError) and stop.path == path:
+        say(f"stopped   after update {update}, which could not be saved")
+        return say_newest(trainer)
+    try:
+        if trainer.saved_at != update:
+            if trainer.update_step != update:
+                raise RunError("its weights have moved on")
+            checkpoints.save(path, trainer)
+            trainer.saved_at = update
+            a = trainer.args
+            folders.prune(trainer.output_dir, a.save_total_limit, a.max_ckpt_gb)
+    except RunError as error:
+        say(f"stopped   after update {update}, which could not be saved: {error}")
+        return say_newest(trainer)
+    say(f"stopped   after update {update}, saved in {path}. To continue:")
+    return say(f"          {trainer.command} --resume")
+
+
+def say_newest(trainer: Any) -> None:
+    found = folders.found(trainer.output_dir)
+    if found:
+        say(f"          {found[-1]} is untouched. To continue from there:")
+        say(f"          {trainer.command} --resume")
+
+
+def finish(trainer: Any, early: str) -> None:
+    """Evaluate once more and write `final/`, a model folder that mlx_lm loads by itself.
+
+    `early`: why the run ends before its schedule does; then it can be continued.
+    """
+    if early and trainer.step:
+        keep(trainer)  # before the records that are there only because it stops
+    if trainer.log.pending:
+        trainer.log.training(trainer.step, trainer.elapsed)
+    adapters = trainer.loaded.train_type != "full"
+    if not early and adapters and trainer.saved_at != trainer.update_step:
+        # Fusing takes memory that training did not: the adapters first.
+        trainer.save_checkpoint(trainer.output_dir / f"checkpoint-{trainer.step}")
+    if not evaluated(trainer):
+        trainer.evaluate("test")
+    final = trainer.output_dir / "final"
+    with folders.written_aside(final) as folder:
+        if adapters:
+            checkpoints.write_fused(folder, trainer)
+            compare_fused(trainer, folder)
+        else:
+            checkpoints.write_trained_model(folder, trainer, trainer.model, trainer.loaded.config)
+        ended = {"updates": trainer.update_step, "of": trainer.total_updates, "reason": early}
+        writing.write_json(folder / folders.ENDED, ended)
+    trainer.log.summary(trainer.update_step)
+    if trainer.args.closing_note:
+        say(f"note      {trainer.args.closing_note}")
+    say(f"saved     {final}")
+    say(f"reason    {early}" if early else f"finished  {all_updates(trainer.total_updates)}")
+
+
+def all_updates(number: int) -> str:
+    return "the only update" if number == 1 else f"all {number:,} updates"
+
+
+def evaluated(trainer: Any) -> bool:
+    """Whether the policy as it is now has an evaluation, as after one that ends the run early."""
+    return any(record["update"] == trainer.update_step for record in trainer.log.history[-1:])
+
+
+def compare_fused(trainer: Any, folder: Path) -> None:
+    """Evaluate the model that was written, if there is memory for it beside the run."""
+    from mlx_lm.utils import load_model
+
+    if not trainer.eval_dataset:
+        return
+    if not trainer.plan.fits_with_final:
+        say(f"fused     not evaluated: {trainer.plan.final_bytes / 1e9:.1f} GB more do not fit")
+        return
+    fused, _ = load_model(folder, trust_remote_code=trainer.args.trust_remote_code)
+    fused.eval()
+    score = trainer.evaluate_em(trainer.eval_dataset, trainer.args.eval_samples, model=fused)
+    unfused = trainer.log.history[-1]["em"]
+    say(f"fused     scores {score:.3f}, base with adapters {unfused:.3f}")

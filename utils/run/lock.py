@@ -1,0 +1,141 @@
+"""One run per folder: a lock that the kernel drops when its process dies, however it dies.
+
+The file stays behind after `kill -9`; since nobody holds it, the next run takes it over. POSIX
+locks belong to the process, so a worker that outlives a killed run does not keep it locked.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from ..base.errors import UserError
+from ..base.say import say
+
+_own: set[Path] = set()  # a POSIX lock does not keep its own process out
+
+
+class RunLock:
+    """Held from `claim` (or from the start, where an earlier run left the file) to the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder.resolve() / ".lock"
+        self.file: IO[str] | None = None
+
+    def __enter__(self) -> "RunLock":
+        """Nothing is written: a mistyped setting may still end this run before it begins.
+
+        Raises:
+            UserError: another process holds the folder.
+        """
+        if self.path.exists():
+            self._take()
+        return self
+
+    def claim(self) -> None:
+        """Take the lock, if that is not done yet, and write down who holds it.
+
+        Raises:
+            UserError: another process holds the folder.
+        """
+        if self.file is None:
+            self._take()
+        assert self.file is not None
+        killed = holder(self.file)
+        if killed:
+            say(f"lock      taken over from {described(killed)}, which was killed")
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "began": began(os.getpid())}
+        self.file.seek(0)
+        self.file.truncate()
+        self.file.write(json.dumps({**me, "started": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+        self.file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            _own.discard(self.path)
+            with contextlib.suppress(OSError):  # in a folder that turned read-only: looks killed
+                self.path.unlink()
+            self.file.close()
+            self.file = None
+
+    def _take(self) -> None:
+        if self.path in _own:
+            raise UserError(f"output_dir {self.folder}: this process is already training there")
+        while True:
+            try:
+                file = self.path.open("a+", encoding="utf-8")
+            except (IsADirectoryError, PermissionError) as error:
+                raise UserError(
+                    f"{self.path} cannot be opened ({error.strerror}): it says which run uses the "
+                    "folder; delete it if none does, or choose another output_dir"
+                ) from None
+            with contextlib.ExitStack() as stack:
+                stack.callback(file.close)
+                self._lock(file)
+                # The holder before us deletes the file; a lock on a deleted file locks nothing.
+                if self.path.exists() and os.path.samestat(
+                    self.path.stat(), os.fstat(file.fileno())
+                ):
+                    stack.pop_all()
+                    break
+        self.file = file
+        _own.add(self.path)
+
+    def _lock(self, file: IO[str]) -> None:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            found = holder(file)
+            if error.errno not in (errno.EACCES, errno.EAGAIN) and not (found and alive(found)):
+                return  # this file system has no locks: what the file says has to do
+            who = described(found) if found and alive(found) else "another process"
+            raise UserError(
+                f"output_dir {self.folder} is in use by {who}: let it finish, stop it, or choose "
+                "another output_dir"
+            ) from None
+
+
+def holder(file: IO[str]) -> dict[str, Any]:
+    """What the file says of who holds or held it; empty when it says nothing.
+
+    Not by its path: to close any descriptor of a file drops the locks that its process has on it.
+    """
+    file.seek(0)
+    try:
+        found = json.loads(file.read())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
+
+
+def described(found: dict[str, Any]) -> str:
+    return f"process {found['pid']} on {found.get('host')} (started {found.get('started')})"
+
+
+def alive(found: dict[str, Any]) -> bool:
+    """Whether that process still runs; one on another machine counts as alive.
+
+    A process number is used again after a while: the time at which the process began tells.
+    """
+    if found.get("host") != socket.gethostname():
+        return True
+    return began(found["pid"]) == found.get("began")
+
+
+def began(pid: int) -> str | None:
+    """When a process began, in the words of its system; None when there is no such process."""
+    if sys.platform == "linux":
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        except OSError:
+            return None
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return found or None

@@ -1,0 +1,394 @@
+"""What settings may be: ranges, choices, and combinations that make no sense together.
+
+All of it is checked before anything is loaded; a complaint names key, value and what is allowed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..base.errors import UserError
+from ..base.text import counted, shown
+
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "text that is not empty": (
+        lambda v: v.strip() != "",
+        "model_name output_dir dataset train_split test_split",
+    ),
+    "above 0 and finite": (
+        lambda v: 0 < v < math.inf,
+        "learning_rate lora_learning_rate lora_scale temperature max_grad_norm importance_cap "
+        "reward_timeout advantage_eps",
+    ),
+    "at least 0 and finite": (
+        lambda v: 0 <= v < math.inf,
+        "kl_coeff weight_decay max_hours max_ckpt_gb wired_limit_gb cache_limit_gb memory_limit_gb "
+        "clip_eps_high delta entropy_coeff advantage_clip reward_clip kl_target importance_floor",
+    ),
+    "at least 2 (a group needs another completion to compare with)": (
+        lambda v: v >= 2,
+        "num_generations",
+    ),
+    "at least 1": (
+        lambda v: v >= 1,
+        "lora_rank batch_size gradient_accumulation_steps num_epochs num_iterations "
+        "sync_every_updates max_new_tokens max_prompt_length max_completion_length "
+        "eval_max_new_tokens logging_steps kl_horizon",
+    ),
+    "at least 0": (
+        lambda v: v >= 0,
+        "max_train_samples max_updates top_k eval_steps eval_samples eval_every_updates "
+        "eval_subset_size log_completions save_steps save_total_limit rollout_batch_size "
+        "reward_workers micro_batch_tokens dynamic_sampling ref_sync_updates "
+        "early_stopping_patience watchdog_window",
+    ),
+    "at least 0, below 2 ** 64": (lambda v: 0 <= v < 2**64, "seed"),
+    "-1 (all) or at least 1": (lambda v: v == -1 or v >= 1, "lora_layers"),
+    "above 0, at most 1": (
+        lambda v: 0 < v <= 1,
+        "top_p top_entropy_quantile ref_sync_alpha",
+    ),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, "min_p warmup_ratio"),
+    "at least 0, below 1": (lambda v: 0 <= v < 1, "lora_dropout adam_beta1 adam_beta2"),
+    "above 0, below 1": (lambda v: 0 < v < 1, "clip_eps"),
+}
+PATHS = "model_name output_dir dataset adapter_path resume chat_template train_split test_split"
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "moment_bits": (32, 8),
+    "train_type": ("auto", "full", "lora", "dora"),
+    "curriculum": ("none", "weights", "easy_to_hard"),
+    "loss_type": (
+        *("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gmpo", "cpgd", "cispo", "sapo"),
+        "reinforce",
+    ),
+    "importance_sampling_level": ("auto", "token", "sequence"),
+    "advantage_estimator": (
+        *("group_norm", "dr_grpo", "batch", "rloo", "reinforce", "reinforce_baseline", "gdpo"),
+        *("gspo", "gmpo", "cpgd"),  # an alias is gone when this is read
+    ),
+    "kl_estimator": ("k1", "k2", "k3"),
+    "kl_placement": ("loss", "reward"),
+    "importance_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "lr_scheduler_type": ("cosine", "linear", "constant"),
+}
+
+
+# What each objective's paper sets where the user does not, and estimators that are names of losses.
+PAPERS: dict[str, dict[str, Any]] = {
+    "dapo": {"clip_eps_high": 0.28},
+    "gspo": {"clip_eps": 3e-4, "clip_eps_high": 4e-4},
+    "gmpo": {"clip_eps": 0.4, "clip_eps_high": 0.4},
+    "cispo": {"clip_eps_high": 4.0},
+    "cpgd": {"advantage_eps": 1e-6},
+}
+ALIASES = ("gspo", "gmpo", "cpgd")
+CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo")  # losses with PPO's clipped ratio
+WHITENED = ("reinforce", "reinforce_baseline", "gdpo")  # estimators that end with a normalisation
+
+
+def resolve_objective(c: Any) -> None:
+    """Replace an alias by loss and estimator, and open settings by those of the loss's paper.
+
+    Raises:
+        UserError: an alias beside another loss_type.
+    """
+    if c.advantage_estimator in ALIASES:
+        alias = c.advantage_estimator
+        if "loss_type" in c.explicit and c.loss_type != alias:
+            raise UserError(
+                f"advantage_estimator = {alias!r} stands for loss_type = {alias!r} with "
+                f"group_norm, but loss_type = {c.loss_type!r}: leave one of them out"
+            )
+        c.loss_type, c.advantage_estimator = alias, "group_norm"
+    for name, value in PAPERS.get(c.loss_type, {}).items():
+        if name not in c.explicit:
+            setattr(c, name, value)
+    if c.importance_sampling_level == "auto" and c.loss_type == "gspo":
+        c.importance_sampling_level = "sequence"
+
+
+def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
+    """(complaint, does it apply) for settings that make no sense together."""
+    yield "reward_funcs is empty: nothing would be learned", not c.reward_funcs
+    yield (
+        f"reward_weights has {counted(len(c.reward_weights), 'value')} for "
+        f"{len(c.reward_funcs)} reward_funcs: give each one a factor, or leave it out",
+        len(c.reward_weights) not in (0, len(c.reward_funcs)),
+    )
+    yield "reward_funcs names a function twice", len({*c.reward_funcs}) != len(c.reward_funcs)
+    for name, given in c.reward_kwargs.items():
+        yield (
+            f"reward_kwargs names {name!r}, which is not among reward_funcs: "
+            f"{', '.join(c.reward_funcs)}",
+            name not in c.reward_funcs,
+        )
+        yield (
+            f"reward_kwargs.{name} = {given!r} must be a table such as {{key = value}}",
+            not isinstance(given, dict),
+        )
+    yield (
+        "reward_model has no effect unless reward_funcs has reward_model",
+        bool(c.reward_model) and "reward_model" not in c.reward_funcs,
+    )
+    yield (
+        "remote_rm_url has no effect unless reward_funcs has remote_rm",
+        bool(c.remote_rm_url) and "remote_rm" not in c.reward_funcs,
+    )
+    yield (
+        "adapter_path needs train_type lora or dora",
+        bool(c.adapter_path) and (c.train_type == "full"),
+    )
+    yield (
+        "lora_dropout with gradient_checkpointing: a layer computed again would draw another mask, "
+        "and its gradient would be wrong; leave one of them out",
+        c.lora_dropout > 0 and c.gradient_checkpointing,
+    )
+    yield (
+        f"master_weights = false is for bfloat16 weights, so not with dtype = {c.dtype}",
+        not c.master_weights and c.dtype in ("float32", "float16"),
+    )
+    yield (
+        f"eval_metric = {c.eval_metric!r} is neither em nor one of reward_funcs",
+        c.eval_metric not in ("em", *c.reward_funcs),
+    )
+    weighted = [part for part in c.dataset_mix if "weight" in part]
+    yield (
+        f"curriculum = {c.curriculum} orders all questions by difficulty, so the weights in "
+        "dataset_mix would have no effect: leave one of them out",
+        c.curriculum == "easy_to_hard" and bool(weighted),
+    )
+    yield (
+        "shuffle = false keeps the order of the data, but weights draw at random: leave one out",
+        not c.shuffle and (bool(weighted) or c.curriculum == "weights"),
+    )
+    yield (
+        "max_train_samples has no effect on dataset_mix: write samples = N in its tables",
+        bool(c.dataset_mix) and c.max_train_samples > 0,
+    )
+    yield (
+        "dataset_mix: a weight in every table or in none (then each question comes once an epoch)",
+        len(weighted) not in (0, len(c.dataset_mix)),
+    )
+    yield from objective_contradictions(c)
+    yield (
+        "save_best goes by the evaluations on the test split, and eval_samples = 0 has none",
+        c.save_best and not c.eval_samples,
+    )
+    yield (
+        "early_stopping_patience counts evaluations on the test split, which need eval_samples and "
+        "eval_steps above 0",
+        c.early_stopping_patience > 0 and not (c.eval_samples and c.eval_steps),
+    )
+    for text in c.stop_strings:
+        yield "stop_strings holds an empty string", not text
+        yield f"stop string {text!r} is part of reasoning_prefix", text in c.reasoning_prefix
+
+
+def check_mix(mix: list[dict[str, Any]]) -> None:
+    """Refuse tables of dataset_mix with unknown keys or impossible values. Raises UserError."""
+    names = [part.get("dataset") for part in mix]
+    for part in mix:
+        for key, value in part.items():
+            kind = MIX_KEYS.get(key)
+            if kind is None:
+                raise UserError(f"dataset_mix: unknown key {key!r}; known: {', '.join(MIX_KEYS)}")
+            number = isinstance(value, int | kind) and not isinstance(value, bool)
+            right = isinstance(value, str) if kind is str else number and 0 < value < math.inf
+            if not right:
+                wanted = "text" if kind is str else "a number above 0"
+                raise UserError(f"dataset_mix: {key} = {value!r} must be {wanted}")
+        if not part.get("dataset"):
+            raise UserError(f"dataset_mix: a table without dataset: {part}")
+        if names.count(part["dataset"]) > 1:
+            raise UserError(f"dataset_mix: {part['dataset']!r} occurs twice")
+
+
+def objective_contradictions(c: Any) -> Iterator[tuple[str, bool]]:
+    """The same for the objective."""
+    high = c.clip_eps_high or c.clip_eps
+    at_sequence = c.importance_sampling_level == "sequence"
+    yield (
+        f"delta = {c.delta} bounds PPO's clipped ratio, which loss_type = {c.loss_type} has not",
+        bool(c.delta) and c.loss_type not in CLIPPED,
+    )
+    yield (
+        f"delta = {c.delta} must be above 1 + clip_eps_high = {1 + high}, or it would act on good "
+        "tokens instead of the clip",
+        0 < c.delta <= 1 + high,
+    )
+    yield (
+        f"importance_sampling_level = sequence has no meaning for loss_type = {c.loss_type}, which "
+        + ("averages token ratios itself" if c.loss_type == "gmpo" else "has a gradient per token"),
+        at_sequence and c.loss_type in ("gmpo", "cpgd", "reinforce"),
+    )
+    yield (
+        "top_entropy_quantile selects tokens, but the gradient of a ratio per sequence goes to all "
+        "of them: set importance_sampling_level = token, or another loss_type than gmpo",
+        c.top_entropy_quantile < 1 and (at_sequence or c.loss_type == "gmpo"),
+    )
+    yield (
+        "kl_estimator = k1 in the loss has a gradient of mean zero: set kl_bias_correction = true, "
+        "kl_placement = reward, or k2 or k3",
+        c.kl_estimator == "k1"
+        and c.kl_placement == "loss"
+        and not c.kl_bias_correction
+        and c.kl_coeff > 0,
+    )
+    yield (
+        "kl_bias_correction is about a gradient, which a penalty in the reward has not",
+        c.kl_bias_correction and c.kl_placement == "reward",
+    )
+    yield (
+        f"importance_floor = {c.importance_floor} is above importance_cap = {c.importance_cap}",
+        c.importance_floor > c.importance_cap,
+    )
+    yield (
+        "reward_running_norm_minus_mean needs reward_running_norm",
+        c.reward_running_norm_minus_mean and not c.reward_running_norm,
+    )
+    yield (
+        "reward_running_norm_minus_mean needs reward_clip: without it, the baseline of every "
+        "advantage_estimator takes the mean out again",
+        c.reward_running_norm_minus_mean and not c.reward_clip,
+    )
+    yield (
+        f"reward_running_norm: advantage_estimator = {c.advantage_estimator} divides by a standard "
+        "deviation itself; it needs dr_grpo or rloo, reward_clip, or kl_placement = reward",
+        c.reward_running_norm
+        and c.advantage_estimator not in ("dr_grpo", "rloo")
+        and not c.reward_clip
+        and not (c.kl_coeff and c.kl_placement == "reward"),
+    )
+    yield (
+        f"advantages_norm: advantage_estimator = {c.advantage_estimator} does that already",
+        c.advantages_norm and c.advantage_estimator in WHITENED,
+    )
+    shaping = [n for n in ("reward_clip", "reward_running_norm") if getattr(c, n)]
+    shaping += ["kl_placement = reward"] * (c.kl_coeff > 0 and c.kl_placement == "reward")
+    yield (
+        f"{', '.join(shaping)} acts on the total reward; advantage_estimator = gdpo takes each "
+        "reward function by itself",
+        bool(shaping) and c.advantage_estimator == "gdpo",
+    )
+    yield (
+        "advantage_estimator = gdpo needs at least two reward_funcs",
+        c.advantage_estimator == "gdpo" and len(c.reward_funcs) < 2,
+    )
+
+
+# (settings, when they have no effect, why) for what was set on purpose.
+DEAD: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "kl_estimator kl_placement kl_bias_correction kl_target kl_horizon ref_sync_updates "
+        "ref_sync_alpha",
+        lambda c: c.kl_coeff == 0,
+        "kl_coeff = 0",
+    ),
+    ("kl_horizon", lambda c: c.kl_target == 0, "kl_target = 0"),
+    ("ref_sync_alpha", lambda c: c.ref_sync_updates == 0, "ref_sync_updates = 0"),
+    (
+        "clip_eps",
+        lambda c: c.loss_type in ("cispo", "sapo", "reinforce"),
+        "a loss_type without a lower clip",
+    ),
+    (
+        "clip_eps_high",
+        lambda c: c.loss_type in ("sapo", "reinforce"),
+        "a loss_type without a clip",
+    ),
+    (
+        "clip_eps clip_eps_high delta",
+        lambda c: c.num_iterations == 1,
+        "num_iterations = 1, where the ratio to the old policy is 1",
+    ),
+    (
+        "advantage_eps",
+        lambda c: c.advantage_estimator not in ("group_norm", "batch", "gdpo"),
+        "an advantage_estimator without a group's standard deviation",
+    ),
+)
+
+
+def check(c: Any) -> None:
+    """Check every value and combination of an MLXGRPOConfig.
+
+    Raises:
+        UserError: the first complaint.
+    """
+    check_sizes(c)
+    for rule, (holds, names) in LIMITS.items():
+        for name in names.split():
+            if not holds(getattr(c, name)):
+                raise UserError(f"{name} = {shown(getattr(c, name))} must be {rule}")
+    for name, allowed in CHOICES.items():
+        if getattr(c, name) not in allowed:
+            choices = ", ".join(map(str, allowed))
+            raise UserError(f"{name} = {shown(getattr(c, name))}, allowed: {choices}")
+    check_mix(c.dataset_mix)
+    for complaint, wrong in contradictions(c):
+        if wrong:
+            raise UserError(complaint)
+
+
+def check_sizes(c: Any) -> None:
+    """Numbers that MLX can index with, and names that a file system takes."""
+    for name, value in vars(c).items():
+        if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
+            raise UserError(f"{name} = {shown(value)} must be below 2 ** 31")
+    for name in PATHS.split():
+        path = getattr(c, name).encode(errors="replace")
+        if len(path) > 3000 or any(len(part) > 240 for part in path.split(b"/")):
+            raise UserError(f"{name} = {shown(getattr(c, name))} is too long for a file name")
+
+
+def room_for_sampling(c: Any, prefix_tokens: int) -> int:
+    """Tokens that may follow the reasoning prefix. Raises UserError if there are none."""
+    room: int = c.max_completion_length - prefix_tokens
+    if room < 1:
+        raise UserError(
+            f"max_completion_length = {c.max_completion_length} leaves no room after "
+            f"reasoning_prefix ({prefix_tokens} tokens)"
+        )
+    return room
+
+
+def refuse_dead_settings(c: Any, train_type: str) -> None:
+    """Refuse what was set on purpose and could have no effect."""
+    if c.dataset_mix and c.eval_samples and "dataset" not in c.explicit:
+        raise UserError(
+            "dataset_mix is trained on; set dataset too, on which the run is evaluated (or "
+            "eval_samples = 0)"
+        )
+    if "curriculum_column" in c.explicit and c.curriculum == "none":
+        raise UserError("curriculum_column has no effect with curriculum = none: leave it out")
+    if train_type in ("lora", "dora") and "master_weights" in c.explicit:
+        raise UserError(
+            f"master_weights has no effect with train_type = {train_type}, whose adapters are "
+            "float32: leave it out"
+        )
+    dead = sorted(name for name in c.explicit if name.startswith("lora_"))
+    if train_type == "full" and dead:
+        raise UserError(f"{', '.join(dead)} has no effect with train_type = full: leave it out")
+    for names, without_effect, why in DEAD:
+        defaults = {f.name: f.default for f in dataclasses.fields(c)}
+        dead = [n for n in names.split() if n in c.explicit and getattr(c, n) != defaults[n]]
+        if dead and without_effect(c):
+            raise UserError(f"{', '.join(dead)} has no effect with {why}: leave it out")
+    if train_type == "full" and c.ref_sync_updates and c.quantize_for_rollouts:
+        raise UserError(
+            "ref_sync_updates: small steps would be rounded away in the 4-bit reference of full "
+            "fine-tuning; set quantize_for_rollouts = false"
+        )
+
+
+MIX_KEYS = {
+    "dataset": str,
+    "dataset_config": str,
+    "train_split": str,
+    "question_column": str,
+    "answer_column": str,
+    "weight": float,
+    "samples": int,
+}

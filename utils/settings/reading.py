@@ -1,0 +1,242 @@
+"""Read a settings dataclass from TOML and `--set key=value`, strictly.
+
+A key nobody knows, a value of the wrong type or a file that does not parse is an error that names
+the key, the value, what is allowed and the nearest valid key: a typo must never train.
+"""
+
+import ast
+import copy
+import dataclasses
+import difflib
+import inspect
+import os
+import textwrap
+import tomllib
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..base.errors import UserError
+from ..base.script import ROOT
+from ..base.text import is_unicode, redact, redacted, shown, without_secrets
+
+T = TypeVar("T")
+TABLE = "mlx_grpo"
+PRESETS = ROOT / "configs"
+KINDS: dict[type, str] = {
+    str: "text in quotes",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list such as [1, 2]",
+    dict: "a table such as {key = value}",
+}
+
+
+def read_toml(path: Path, presets: Path = PRESETS) -> dict[str, Any]:
+    """The settings in `path`: flat keys, or the table [mlx_grpo]. The nearest of `presets` is named
+    where it is missing.
+
+    Raises:
+        UserError: the file is missing, not TOML, or holds other top-level keys beside the table.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist ({_nearest(path, presets)})") from None
+    except IsADirectoryError:
+        raise UserError(
+            f"config file {path} is a folder ({_nearest(path / 'x', presets)})"
+        ) from None
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start + 1} is not UTF-8"
+        raise UserError(f"config file {path} cannot be read as TOML: {byte}") from None
+    except RecursionError:
+        raise UserError(f"config file {path} cannot be read as TOML: nested too deeply") from None
+    except (OSError, ValueError) as error:  # a number of over 4,300 digits is a bare ValueError
+        hint = "; text stands in quotes" if str(error).startswith("Invalid value") else ""
+        raise UserError(f"config file {path} cannot be read as TOML: {error}{hint}") from None
+    table = data.pop(TABLE, None)
+    if table is None:
+        return data
+    if not isinstance(table, dict):
+        raise UserError(f"config file {path}: {TABLE} = {shown(table)} must be a table, [{TABLE}]")
+    if data:
+        others = shown(", ".join(data))[1:-1]
+        raise UserError(f"config file {path} mixes [{TABLE}] with other top-level keys: {others}")
+    return table
+
+
+def _nearest(path: Path, presets: Path) -> str:
+    """What to name instead of a file that is not there: the nearest preset, or those beside it."""
+    beside = sorted(path.parent.glob("*.toml"))
+    known = [*beside, *sorted(presets.glob("*.toml"))]
+    near = difflib.get_close_matches(path.stem, [file.stem for file in known], n=1)
+    if near:
+        return f"did you mean {next(os.path.relpath(f) for f in known if f.stem == near[0])}?"
+    return f"beside it: {', '.join(map(str, beside)) or 'none'}"
+
+
+def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T:
+    """`cls` (a dataclass) from its defaults, then the file, then `key=value` overrides.
+
+    The result's attribute `explicit` is the set of keys that file or overrides named.
+
+    Raises:
+        UserError: unknown key, wrong type, unreadable file; whatever `cls` itself refuses.
+    """
+    types = typing.get_type_hints(cls)
+    types = {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    if path is not None:
+        for key, value in read_toml(path).items():
+            kind = types[_known(key, types, str(path))]
+            values[key] = check_type(key, value, kind)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {shown(override)}: write --set key=value")
+        key = _known(key.strip(), types, "--set")
+        values[key] = parse_text(key, text.strip(), types[key])
+    result = cls(**values)
+    result.explicit = frozenset(values)  # type: ignore[attr-defined]
+    return result
+
+
+def replaced(config: Any, **changes: Any) -> Any:
+    """`dataclasses.replace`, after which only what was set on purpose counts as that."""
+    result = dataclasses.replace(config, **changes)
+    result.explicit = config.explicit
+    return result
+
+
+def _known(key: str, types: dict[str, Any], where: str) -> str:
+    if key in types:
+        return key
+    near = difflib.get_close_matches(key, [*types, TABLE], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists the keys"
+    raise UserError(f"unknown key {shown(key)} in {where}{hint}")
+
+
+def parse_text(key: str, text: str, kind: Any) -> Any:
+    """The value of one `--set`: a TOML literal, or bare text where a string or list is wanted."""
+    value = _literal(text)
+    if kind is str:
+        return check_type(key, value if isinstance(value, str) else text, kind)
+    if isinstance(value, str) and kind in (int, float, bool):
+        value = _literal(value)  # the value carried its own quotes: num_generations="32"
+    if typing.get_origin(kind) is list and not isinstance(value, list):
+        parts = text.strip("[]").split(",") if value == text else [str(value)]
+        item = typing.get_args(kind)[0]
+        return [parse_text(key, part.strip(), item) for part in parts if part.strip()]
+    return check_type(key, value, kind)
+
+
+def _literal(text: str) -> Any:
+    """The value that `text` writes in TOML; `text` itself when that is not one TOML value."""
+    try:
+        values = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # not TOML, digits beyond Python's limit, too deep
+        return text
+    return values["value"] if len(values) == 1 else text  # a line break can smuggle in keys
+
+
+def check_type(key: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind` (an int is a float too, nothing else is converted).
+
+    Raises:
+        UserError: the value is of another type.
+    """
+    item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
+    if item is not None:
+        if not isinstance(value, list):
+            raise _wrong_type(key, value, kind)
+        return [check_type(key, part, item) for part in value]
+    if typing.get_origin(kind) is dict:
+        kind = dict
+    if not is_plain(value):
+        raise UserError(f"{key} = {shown(value)} holds something else than {PLAIN}")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise _wrong_type(key, value, kind)
+    return value
+
+
+WITH_URLS = ("remote_rm_url", "reward_kwargs")
+PLAIN = "text without NUL, numbers of up to 20 digits, true, false, lists and tables of these"
+
+
+def is_plain(value: Any) -> bool:
+    """Whether JSON, file names and MLX can all take it (TOML also has dates, 0xfff... and NUL)."""
+    if isinstance(value, dict):
+        return all(is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return all(is_plain(part) for part in value)
+    if isinstance(value, str):
+        return "\0" not in value and is_unicode(value)
+    if isinstance(value, int):
+        return value.bit_length() <= 65
+    return isinstance(value, float)
+
+
+def _wrong_type(key: str, value: Any, kind: Any) -> UserError:
+    return UserError(f"{key} = {shown(value)} must be {KINDS[typing.get_origin(kind) or kind]}")
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """The settings as they are shown and written: without secrets."""
+    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(type(config))}
+    urls = {name: without_secrets(values[name]) for name in WITH_URLS if name in values}
+    return redacted(values | urls)
+
+
+def shown_override(text: str) -> str:
+    """A `--set key=value` as it may be shown."""
+    key = text.partition("=")[0].strip()
+    if key in WITH_URLS and without_secrets(text) != text:
+        return f"{key}=***"  # where a list of addresses is cut is not to be guessed at
+    return redact(text)
+
+
+def fields(cls: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass: its own, then those that it inherits."""
+    own = inspect.get_annotations(cls)
+    return sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
+
+
+def parts(cls: type) -> Iterator[tuple[str, list[dataclasses.Field]]]:
+    """What a class says of its settings, and these; then the same of those that it inherits."""
+    for part in cls.__mro__[:-1]:
+        own = inspect.get_annotations(part)
+        if not own:  # a name for what another class defines
+            continue
+        yield (part.__doc__ or "").splitlines()[0], [f for f in fields(cls) if f.name in own]
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field name -> the string literal under it in the class body (one line of text each)."""
+    docs = {}
+    for part in reversed(cls.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, doc in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+                assert isinstance(field.target, ast.Name)
+                assert isinstance(doc.value, ast.Constant)
+                docs[field.target.id] = " ".join(str(doc.value.value).split())
+    return docs
+
+
+def help_text(cls: type) -> str:
+    """The settings, one a line with default and meaning, for `--help`."""
+    docs, lines = field_docs(cls), []
+    for title, own in parts(cls):
+        lines.append(f"\n{title}")
+        for field in own:
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            lines.append(f"  {field.name} = {default!r}\n      {docs.get(field.name, '')}")
+    return "\n".join(lines)

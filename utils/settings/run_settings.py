@@ -1,0 +1,209 @@
+"""Settings that change only on what, where, how fast or in how much memory a run goes.
+
+Those of the algorithm are in mlx-grpo.py, whose MLXGRPOConfig extends this class.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+
+@dataclass
+class RunSettings:
+    """Settings of the run: data, adapters, reward calls, evaluation, logs, checkpoints, memory."""
+
+    output_dir: str = "outputs/Qwen-1.5B-MLX-GRPO"
+    """Where logs, checkpoints and the final model go."""
+    run_name: str = "Qwen-1.5B-MLX-GRPO-gsm8k"
+    """Name of the run in logs and trackers."""
+    resume: str = ""
+    """auto continues output_dir's newest whole checkpoint (or starts); or a checkpoint's folder, or
+    its name there."""
+    overwrite: bool = False
+    """Replace a run that output_dir already holds."""
+    max_hours: float = 0.0
+    """Stop cleanly after so many hours; 0 never."""
+
+    dataset_config: str = "main"
+    """Configuration (subset) of a hub data set."""
+    train_split: str = "train"
+    """Split to train on."""
+    test_split: str = "test"
+    """Split to evaluate on; a single local file keeps its last tenth for this."""
+    question_column: str = "question"
+    """Column with the question."""
+    answer_column: str = "answer"
+    """Column with the answer; what follows `####` counts where that occurs."""
+    max_train_samples: int = 0
+    """Train on the first so many questions; 0 all."""
+    dataset_mix: list[dict[str, Any]] = field(default_factory=list)
+    """Train on several data sets (evaluation stays on `dataset`): tables with dataset, and if need
+    be weight (its share of the prompts), samples, dataset_config, train_split, question_column,
+    answer_column. Rows say where they are from in the column data_source."""
+    shuffle: bool = True
+    """Ask the questions in a new random order every epoch; false: in the order of the data."""
+    curriculum: str = "none"
+    """weights (ask a question in proportion to curriculum_column), easy_to_hard (by it, the
+    smallest first, in every epoch) or none."""
+    curriculum_column: str = "difficulty"
+    """Column with each question's sampling weight or difficulty."""
+    chat_template: str = ""
+    """Empty: the tokenizer's own. A Jinja file, or "plain" for models without a template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed on to the chat template, such as {enable_thinking = false}."""
+
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    lora_scale: float = 2.0
+    """Factor on the adapters' output (alpha / rank in other libraries)."""
+    lora_layers: int = -1
+    """Adapt the last so many layers; -1 all."""
+    lora_keys: list[str] = field(default_factory=list)
+    """Names inside a layer to adapt, such as self_attn.q_proj; empty: every linear layer."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    adapter_path: str = ""
+    """Adapters to start from (a checkpoint folder, or one that mlx_lm.lora wrote)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models you trust."""
+
+    reward_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Parameters of reward functions, by their names in reward_funcs, such as
+    {soft_overlong = {cache = 100}}; docs/rewards.md has those of the built-in ones."""
+    reward_workers: int = 0
+    """Processes for own reward functions: each call gets one prompt's completions, while others are
+    computed or sampled; 0: called here, with all completions of an update."""
+    reward_timeout: float = 180.0
+    """Seconds for a call in a worker, an async reward function, or one request to a server."""
+    remote_rm_url: list[str] = field(default_factory=list)
+    """Reward servers that the reward remote_rm asks (OpenRLHF's protocol). $NAME in a URL is an
+    environment variable."""
+    reward_model: str = ""
+    """Model that the reward of this name scores with (a folder or a hub name): a classifier's head,
+    or how probable a Yes is."""
+
+    eval_steps: int = 50
+    """Evaluate on the test split every so many batches; 0 only before and after training."""
+    eval_samples: int = 200
+    """Test questions per evaluation; 0 turns evaluation on the test split off."""
+    eval_every_updates: int = 25
+    """Evaluate on a subset of the training questions every so many updates; 0 never."""
+    eval_subset_size: int = 200
+    """Training questions in that subset; 0 none."""
+    eval_max_new_tokens: int = 128
+    """Most tokens per evaluated completion."""
+    eval_metric: str = "em"
+    """em (exact match, numbers compare as numbers), or a reward function whose mean is reported."""
+
+    logging_steps: int = 1
+    """One training record every so many batches."""
+    log_jsonl: bool = True
+    """Write training_log.jsonl."""
+    log_completions: int = 0
+    """Show so many sampled completions with their rewards at every training record."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers beside the log: csv, tensorboard, wandb (the last two are optional extras)."""
+    watchdog_window: int = 20
+    """Warn when learning has gone wrong over so many updates, at most once in as many; 0 never."""
+    closing_note: str = ""
+    """Text to show when the run ends."""
+
+    save_steps: int = 100
+    """Checkpoint every so many batches; 0 only at the end."""
+    save_total_limit: int = 3
+    """Keep the newest so many checkpoints; 0 all."""
+    max_ckpt_gb: float = 0.0
+    """Keep the newest checkpoints that fit into so many GB together, at least one; 0 any size."""
+    save_best: bool = False
+    """Keep the model of the best evaluation on the test split, if it beats the first, in best/."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations on the test split in a row without a new best; 0 never."""
+
+    dtype: str = "auto"
+    """auto (float32 on the CPU, the model's own on a GPU), float32, bfloat16 or float16."""
+    master_weights: bool = True
+    """Keep the bits that bfloat16 weights lack of float32 ones (2 bytes each); false: round the
+    weights at random instead (0 bytes)."""
+    moment_bits: int = 32
+    """AdamW's moments in 32 bits, or in 8 with a scale per 256."""
+    use_compile: bool = True
+    """Compile the gradient step (slow first step per shape; pays on GPUs, not on CPUs)."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, a third more time."""
+    rollout_batch_size: int = 0
+    """Completions sampled at once; 0: as many as memory allows."""
+    micro_batch_tokens: int = 0
+    """Tokens (with padding) per forward and backward pass; 0: as many as memory allows."""
+    wired_limit_gb: float = 0.0
+    """Metal: memory kept resident; 0 is MLX's recommendation."""
+    cache_limit_gb: float = 0.0
+    """Freed memory that MLX keeps for reuse; 0 is MLX's default."""
+    memory_limit_gb: float = 0.0
+    """Memory to plan for and stay within where that is possible; 0: the device's."""
+
+    explicit = frozenset[str]()  # what was set on purpose
+
+    def __new__(cls, **given: Any) -> Self:
+        config = super().__new__(cls)
+        config.__dict__["explicit"] = frozenset(given)
+        return config
+
+
+class Settings(RunSettings):
+    """All settings, as rooms see them: those of the run, and what they read of the algorithm's.
+
+    MLXGRPOConfig in mlx-grpo.py defines those, with defaults and meanings; a type checker holds
+    that the types agree.
+    """
+
+    if TYPE_CHECKING:
+        model_name: str
+        dataset: str
+        seed: int
+        train_type: str
+        system_prompt: str
+        reasoning_prefix: str
+        max_prompt_length: int
+        reward_funcs: list[str]
+        reward_weights: list[float]
+        num_generations: int
+        batch_size: int
+        gradient_accumulation_steps: int
+        num_epochs: int
+        max_updates: int
+        num_iterations: int
+        sync_every_updates: int
+        quantize_for_rollouts: bool
+        temperature: float
+        top_k: int
+        top_p: float
+        min_p: float
+        max_new_tokens: int
+        max_completion_length: int
+        stop_strings: list[str]
+        loss_type: str
+        importance_sampling_level: str
+        clip_eps: float
+        clip_eps_high: float
+        delta: float
+        entropy_coeff: float
+        top_entropy_quantile: float
+        advantage_estimator: str
+        advantage_eps: float
+        advantages_norm: bool
+        reward_running_norm: bool
+        reward_running_norm_minus_mean: bool
+        reward_clip: float
+        dynamic_sampling: int
+        kl_coeff: float
+        kl_estimator: str
+        kl_placement: str
+        kl_bias_correction: bool
+        kl_target: float
+        ref_sync_updates: int
+        importance_cap: float
+        importance_floor: float
+        learning_rate: float
+        lora_learning_rate: float
+        adam_beta1: float
+        adam_beta2: float
+        weight_decay: float
