@@ -1,0 +1,32 @@
+"""Checkpoints of other versions: an older one is gone on with, a newer one is refused."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+from conftest import ROOT
+
+FIXTURE = ROOT / "tests" / "fixtures" / "checkpoint_format_1"
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch):
+    """A run of the version before checkpoints had a format (git revision 3862b3f), after update 4
+    of 10: KL with a target, two updates a rollout, its own reward function."""
+    shutil.copytree(FIXTURE, tmp_path / "run_of_old")
+    monkeypatch.chdir(tmp_path / "run_of_old")
+    return tmp_path / "run_of_old"
+
+
+def test_a_checkpoint_without_a_format_leads_to_the_same_end(grpo, earlier):
+    assert grpo.main(["--config", "settings.toml", "--resume"]) == 0
+    expected = mx.load(str(earlier / "final.safetensors"))
+    got = mx.load(str(earlier / "run" / "final" / "model.safetensors"))
+    assert got.keys() == expected.keys()
+    assert max(mx.abs(got[n] - expected[n]).max().item() for n in got) < 1e-5
+    moved = mx.load(str(earlier / "run" / "checkpoint-2" / "model.safetensors"))
+    assert max(mx.abs(moved[n] - expected[n]).max().item() for n in got) > 1e-3
+    lines = (earlier / "run" / "training_log.jsonl").read_text().splitlines()
+    coefficients = [r["kl_coeff"] for r in map(json.loads, lines) if "kl_coeff" in r]
+    assert coefficients == pytest.approx([0.05, 0.0508, 0.0516128, 0.052438605, 0.053277622])
