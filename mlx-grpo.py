@@ -13,9 +13,9 @@ In symbols, with the functions that compute them, for rewards R and policies pi:
 
     A = (R - mean R) / (std R + advantage_eps), in each group       group_advantages
     r = pi / pi_old, old: before the updates on this rollout        policy_ratio
-    w = pi_old / pi_sampler, a 4-bit copy of pi or an earlier pi    importance_weights
+    w = pi_old / pi_s, s: what sampled, in 4 bits or some time ago  importance_weights
     J = min(r A, clip(r, 1 - clip_eps, 1 + clip_eps) A)             clipped_surrogate
-    loss = mean over tokens, then sequences, of -w J + kl_coeff KL  sequence_weights, grpo_loss
+    loss = mean over tokens, then sequences, of -w J + kl_coeff KL  token_weights, grpo_loss
 
 What was simplified away: the value model; the KL term unless `kl_coeff` > 0 (then k3 against a
 frozen reference); and, with `num_iterations` = 1, the old policy: r is 1, its gradient grad log pi.
@@ -34,11 +34,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,22 +52,39 @@ import numpy as np
 from mlx.utils import tree_map
 
 from utils.base.say import say
-from utils.data import chat_template, files, order
+from utils.data import files, order
+from utils.data.completions import Completion
+from utils.data.files import Row
+from utils.data.questions import encode_questions, load_questions
+from utils.data.questions import extract_hash_answer as extract_hash_answer
 from utils.device import cores, fast
-from utils.gradient import adamw, on_cores, scorer, shared_prompts
-from utils.memory import retry, this_machine
-from utils.memory.meter import timed
-from utils.model import loading
+from utils.gradient import adamw, on_cores, shared_prompts
+from utils.gradient.micro_batch import MicroBatch, compiled
+from utils.gradient.scorer import Scorer
+from utils.memory import this_machine
+from utils.memory.memory import Memory
+from utils.memory.meter import Meter, timed
 from utils.model.adapters import without_adapters
 from utils.model.copies import quantize_copy, quantizes
-from utils.model.loading import LoadedModel, load_model
+from utils.model.loading import LoadedModel, check_model, load_model
 from utils.model.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
-from utils.rewards import builtin, by_name, for_trainer
-from utils.rollouts import caches, compiled_step, draw, merged_layers, sampler
+from utils.rewards import builtin, by_name
+from utils.rewards.answers import extract_xml_answer, same_answer
+from utils.rewards.calls import Reward, TrainerState
+from utils.rewards.formats import (
+    int_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
+    xmlcount_reward_func,
+)
+from utils.rewards.rewards import Rewards
+from utils.rollouts import caches, compiled_step, draw, merged_layers
+from utils.rollouts.sampler import Sampler, Sampling, sampling_settings
 from utils.rollouts.stop_rule import Reader, StopRule
-from utils.run import command_line, ending, progress
+from utils.run import checkpoints, command_line, ending, evaluation, opening, progress
 from utils.run.log import TokenSums, rollout_metrics
-from utils.run.state import RunState, due, subset
+from utils.run.run import Run, due
+from utils.run.state import Record
 from utils.settings import checks, reading
 from utils.settings.run_settings import Settings
 
@@ -77,50 +92,19 @@ from utils.settings.run_settings import Settings
 # `--help` and a mistyped setting answer at once.
 
 ROOT = Path(__file__).resolve().parent
-SYSTEM_PROMPT = """
-Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>
-"""
 
 
 @dataclass
 class MLXGRPOConfig(Settings):
-    """Settings of the algorithm: model, prompts, rewards, sampling, loss, advantages, optimizer.
+    """Settings of the algorithm: sampling, loss, advantages, reference, optimizer.
 
-    Those that change only where, how fast or how it looks are in utils/settings/run_settings.py.
-    Precedence of both: these defaults < TOML file < `--set key=value`.
+    Those of a run (model, data, rewards, adapters, evaluation, checkpoints, memory) are in
+    utils/settings/run_settings.py. Precedence of both: defaults < TOML file < `--set key=value`.
     """
 
-    model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    """Model to train: a folder, or a Hugging Face hub name."""
-    dataset: str = "openai/gsm8k"
-    """Hub name, or a .jsonl/.json/.csv/.parquet file, or a folder of such files named by split."""
+    # How much is sampled and learnt, in which portions
     seed: int = 0
     """Decides data order, every sampled token, adapter initialisation and dropout."""
-    train_type: str = "auto"
-    """full, lora, dora; auto is full, or lora when the model is quantized."""
-
-    system_prompt: str = SYSTEM_PROMPT
-    """System message; empty for none."""
-    reasoning_prefix: str = "<reasoning>\n"
-    """Text every completion starts with; given, not sampled."""
-    max_prompt_length: int = 512
-    """Longer prompts (tokens) are left out and counted, never cut."""
-
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["correctness", "xmlcount", "soft_format", "int"]
-    )
-    """Built-in names (correctness, int, strict_format, soft_format, xmlcount, math, cosine, length,
-    soft_overlong, repetition, remote_rm, reward_model, judge), or module:function, or
-    file.py:function with TRL's interface. Reward files are code: they run with your rights."""
-    reward_weights: list[float] = field(default_factory=list)
-    """One factor per reward function; empty: all 1."""
-
     num_generations: int = 64
     """Completions sampled per prompt: the group."""
     batch_size: int = 1
@@ -138,6 +122,7 @@ class MLXGRPOConfig(Settings):
     quantize_for_rollouts: bool = True
     """Sample (and take the reference) from 4-bit copies, corrected by importance weights."""
 
+    # How a completion is sampled
     temperature: float = 0.7
     """Sampling temperature; log-probabilities are taken at it everywhere."""
     top_k: int = 0
@@ -153,6 +138,7 @@ class MLXGRPOConfig(Settings):
     stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])
     """Text that ends a completion; empty: only the end-of-sequence token does (and is trained)."""
 
+    # Loss
     loss_type: str = "grpo"
     """grpo (clipped ratio, mean over sequences of token means), bnpo and dapo (over all tokens),
     dr_grpo (token sums over sequences x longest possible completion), gspo, gmpo, cpgd, cispo,
@@ -173,6 +159,7 @@ class MLXGRPOConfig(Settings):
     mask_truncated_completions: bool = False
     """Leave completions that hit the length limit out of the loss."""
 
+    # From rewards to advantages
     advantage_estimator: str = "group_norm"
     """group_norm ((R - mean) / std of the group), dr_grpo (no std), batch (std of the batch), rloo,
     reinforce and reinforce_baseline (REINFORCE++: all tokens whitened, reward or reward - group
@@ -192,6 +179,7 @@ class MLXGRPOConfig(Settings):
     dynamic_sampling: int = 0
     """Replace groups whose rewards are all equal by new prompts, in at most so many rounds."""
 
+    # Distance to a reference, and to the policy that sampled
     kl_coeff: float = 0.0
     """Weight of the KL penalty against the reference; 0: no reference is kept."""
     kl_estimator: str = "k3"
@@ -217,6 +205,7 @@ class MLXGRPOConfig(Settings):
     importance_floor: float = 0.0
     """Smallest importance weight."""
 
+    # Optimizer
     learning_rate: float = 1e-6
     """Peak learning rate of full fine-tuning."""
     lora_learning_rate: float = 2e-5
@@ -235,81 +224,23 @@ class MLXGRPOConfig(Settings):
     """Gradients are scaled down to this global norm."""
 
     def __post_init__(self) -> None:
-        checks.resolve_objective(self)  # what the paper of the loss sets and the user does not
-        checks.check(self)
+        self.follow("loss_type")
+        checks.check(self, loss_type=LOSSES, advantage_estimator=ADVANTAGES, kl_estimator=KL)
+        super().__post_init__()
+
+    def follow(self, name: str) -> None:
+        """A loss brings the settings of its paper with it, where the user has not set them."""
+        if name in ("loss_type", "advantage_estimator"):
+            checks.follow_loss(self, LOSSES)
+
+    @property
+    def loss(self) -> Loss:
+        return LOSSES[self.loss_type]
 
 
-def extract_hash_answer(text: str) -> str | None:
-    """GSM8K's final answer: what follows the last `####`; None without one."""
-    return text.rpartition("####")[2].strip() if "####" in text else None
-
-
-def extract_xml_answer(text: str) -> str:
-    """The text of the last complete <answer>...</answer>; empty without one."""
-    for part in reversed(text.split("<answer>")[1:]):
-        answer, closing, _ = part.partition("</answer>")
-        if closing:
-            return answer.strip()
-    return ""
-
-
-NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d*)?|[-+]?\$?\.\d+", re.ASCII)
-
-
-def as_number(text: str) -> Decimal | None:
-    """The number that `text` writes ("-3", "$1,234.00"); None when it is not just a number."""
-    if not NUMBER.fullmatch(text.strip()):
-        return None
-    return Decimal(text.strip().replace("$", "").replace(",", ""))
-
-
-def same_answer(given: str, expected: str) -> bool:
-    """Equal as numbers where both are numbers ("1,234.00" and "$1234"), else as text."""
-    numbers = as_number(given), as_number(expected)
-    return numbers[0] == numbers[1] if None not in numbers else given.strip() == expected.strip()
-
-
-def load_questions(config: MLXGRPOConfig, split: str) -> list[dict[str, Any]]:
-    """Rows of "train" or "test": the file's columns with `question`, `answer` (extracted; the raw
-    text is kept as `solution`) and `prompt` (chat messages).
-
-    Raises:
-        UserError: missing file, split or column, malformed or empty data.
-        RunError: the hub is out of reach.
-    """
-    each = files.sources(config, split)  # the settings, by data set of `dataset_mix`
-    return [as_question(own, row) for own in each for row in files.read_dataset(own, split)]
-
-
-def as_question(config: MLXGRPOConfig, row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the data as the trainer takes it."""
-    question, solution = row[config.question_column], row[config.answer_column]
-    answer = extract_hash_answer(str(solution))
-    messages = [{"role": "user", "content": str(question)}]
-    if config.system_prompt:
-        messages.insert(0, {"role": "system", "content": config.system_prompt})
-    return {
-        "solution": solution,
-        **row,
-        "question": question,
-        "answer": str(solution).strip() if answer is None else answer,
-        "prompt": messages,
-    }
-
-
-def get_gsm8k_questions(split: str = "train") -> list[dict[str, Any]]:
+def get_gsm8k_questions(split: str = "train") -> list[Row]:
     """GSM8K from the hub, as rows that the trainer takes."""
     return load_questions(MLXGRPOConfig(), split)
-
-
-def encode_prompt(tokenizer: Any, config: MLXGRPOConfig, row: dict[str, Any]) -> list[int]:
-    """Token ids of chat template + reasoning prefix, each tokenized apart so that no merge crosses.
-
-    Raises:
-        UserError: the tokenizer has no chat template, or its template refuses the messages.
-    """
-    prefix = tokenizer.encode(config.reasoning_prefix, add_special_tokens=False)
-    return [*chat_template.chat_ids(tokenizer, config, row["prompt"]), *prefix]
 
 
 # Reward functions have TRL's interface: `completions` are conversations of one message each, every
@@ -322,57 +253,7 @@ def correctness_reward_func(completions: list, answer: list[str], **_: Any) -> l
     return [2.0 if same_answer(g, a) else 0.0 for g, a in zip(given, answer, strict=True)]
 
 
-def int_reward_func(completions: list, **_: Any) -> list[float]:
-    """0.5 for an answer that is an integer ("-3" and "1,234" are)."""
-    given = (extract_xml_answer(c[0]["content"]) for c in completions)
-    return [0.5 if re.fullmatch(r"-?(\d{1,3}(,\d{3})+|\d+)", g, re.ASCII) else 0.0 for g in given]
-
-
-TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-
-
-def well_formed(text: str, between: str, inside: str) -> bool:
-    """Exactly one of each tag, in order, nothing else outside but white space.
-
-    `between` separates </reasoning> from <answer>; `inside` must stand at both inner edges of each
-    pair of tags. Not one regular expression, whose time could grow faster than the length.
-    """
-    text = text.strip()
-    if [text.count(tag) for tag in TAGS] != [1] * 4:
-        return False
-    if not (text.startswith(TAGS[0]) and text.endswith(TAGS[3])):
-        return False
-    reasoning, _, rest = text[len(TAGS[0]) : -len(TAGS[3])].partition(TAGS[1])
-    gap, opening, answer = rest.partition(TAGS[2])
-    edges = all(t.startswith(inside) and t.endswith(inside) for t in (reasoning, answer))
-    return bool(opening) and edges and (gap == between if between else not gap.strip())
-
-
-def strict_format_reward_func(completions: list, **_: Any) -> list[float]:
-    """0.5 for the tags each on a line of their own."""
-    return [0.5 if well_formed(c[0]["content"], "\n", "\n") else 0.0 for c in completions]
-
-
-def soft_format_reward_func(completions: list, **_: Any) -> list[float]:
-    """0.5 for the tags in order, however they are spaced."""
-    return [0.5 if well_formed(c[0]["content"], "", "") else 0.0 for c in completions]
-
-
-def xmlcount_reward_func(completions: list, **_: Any) -> list[float]:
-    """0.25 per complete pair of tags, minus 0.001 per character after </answer>, at least 0."""
-    return [xmlcount(c[0]["content"]) for c in completions]
-
-
-def xmlcount(text: str) -> float:
-    pairs = ((TAGS[0], TAGS[1]), (TAGS[2], TAGS[3]))
-    score = 0.25 * sum(
-        text.count(a) == text.count(b) == 1 and text.index(a) < text.index(b) for a, b in pairs
-    )
-    trailing = text.rpartition(TAGS[3])[2].strip() if TAGS[3] in text else ""
-    return max(0.0, score - 0.001 * len(trailing))
-
-
-REWARDS: dict[str, Callable[..., list]] = {
+REWARDS: dict[str, Reward] = {
     "correctness": correctness_reward_func,
     "int": int_reward_func,
     "strict_format": strict_format_reward_func,
@@ -383,20 +264,23 @@ REWARDS: dict[str, Callable[..., list]] = {
 
 
 @dataclass
-class Scores:
-    """What advantages are made of, for P groups of G completions and F reward functions."""
+class Rollout:
+    """P prompts with G completions each, and what F reward functions say of them."""
 
-    responses: np.ndarray  # (P, G) completions
-    rewards: np.ndarray  # (P, G)
-    lengths: np.ndarray  # (P, G) tokens
+    prompts: np.ndarray  # (P,) indices of the training set
+    completions: np.ndarray  # (P, G) of Completion
     values: np.ndarray  # (P, G, F)
-    weights: np.ndarray  # (F,)
-    penalty: np.ndarray | float = 0.0  # (P, G) taken off the reward
-    eps: float = 1e-4  # added to a standard deviation
+    rewards: np.ndarray  # (P, G) their weighted sum; NaN where no function applied
 
-    def put(self, groups: np.ndarray, other: Scores) -> None:
+    @property
+    def lengths(self) -> np.ndarray:
+        """(P, G) sampled tokens."""
+        count = np.vectorize(lambda completion: completion.sampled, otypes=[int])
+        return count(self.completions)
+
+    def put(self, groups: np.ndarray, other: Rollout) -> None:
         """Replace some groups (indices) by those of another rollout."""
-        for name in ("responses", "rewards", "lengths", "values"):
+        for name in ("prompts", "completions", "values", "rewards"):
             getattr(self, name)[groups] = getattr(other, name)
 
 
@@ -432,31 +316,32 @@ def leave_one_out(centre: np.ndarray, count: np.ndarray) -> np.ndarray:
     return centre * count / np.maximum(count - 1, 1)
 
 
-def gdpo_advantages(s: Scores) -> np.ndarray:
+def gdpo_advantages(r: Rollout, a: MLXGRPOConfig) -> np.ndarray:
     """GDPO (arXiv:2601.05242): each reward normalised in its group, the sum over the batch."""
-    each = [group_advantages(x, s.eps) for x in np.moveaxis(s.values, -1, 0)]  # F of (P, G)
-    total = np.where(np.isnan(s.rewards), np.nan, np.tensordot(s.weights, each, axes=1))
-    return np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + s.eps))
+    each = [group_advantages(x, a.advantage_eps) for x in np.moveaxis(r.values, -1, 0)]  # F, (P, G)
+    weights = a.reward_weights or [1.0] * len(each)
+    total = np.where(np.isnan(r.rewards), np.nan, np.tensordot(weights, each, axes=1))
+    return np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + a.advantage_eps))
 
 
-def whiten(values: np.ndarray, s: Scores) -> np.ndarray:
+def whitened_over_tokens(values: np.ndarray, r: Rollout) -> np.ndarray:
     """(P, G) values with mean 0 and variance 1 over all tokens; 0 where all values are equal."""
-    valid = ~np.isnan(s.rewards)
-    share = np.where(valid, s.lengths, 0) / max(s.lengths[valid].sum(), 1)  # (P, G) of all tokens
+    valid = ~np.isnan(r.rewards)
+    share = np.where(valid, r.lengths, 0) / max(r.lengths[valid].sum(), 1)  # (P, G) of all tokens
     known = np.where(valid, values, np.nan)
     shifted = np.nan_to_num(known) - np.nansum(share * known)
     scaled = shifted / np.sqrt((share * shifted**2).sum() + 1e-8)
     return np.where(valid & has_signal(known.reshape(1, -1)), scaled, 0.0)
 
 
-ADVANTAGES: dict[str, Callable[[Scores], np.ndarray]] = {
-    "group_norm": lambda s: group_advantages(s.rewards, s.eps),
-    "dr_grpo": lambda s: centred(s.rewards)[0],  # arXiv:2503.20783
+ADVANTAGES: dict[str, Callable[[Rollout, MLXGRPOConfig], np.ndarray]] = {
+    "group_norm": lambda r, a: group_advantages(r.rewards, a.advantage_eps),
+    "dr_grpo": lambda r, a: centred(r.rewards)[0],  # arXiv:2503.20783
     # TRL's scale_rewards = "batch", arXiv:2508.08221
-    "batch": lambda s: centred(s.rewards)[0] / (np.nanstd(s.rewards, ddof=1) + s.eps),
-    "rloo": lambda s: leave_one_out(*centred(s.rewards)),
-    "reinforce": lambda s: whiten(s.rewards, s),  # REINFORCE++, arXiv:2501.03262
-    "reinforce_baseline": lambda s: whiten(centred(s.rewards)[0], s),
+    "batch": lambda r, a: centred(r.rewards)[0] / (np.nanstd(r.rewards, ddof=1) + a.advantage_eps),
+    "rloo": lambda r, a: leave_one_out(*centred(r.rewards)),
+    "reinforce": lambda r, a: whitened_over_tokens(r.rewards, r),  # REINFORCE++, arXiv:2501.03262
+    "reinforce_baseline": lambda r, a: whitened_over_tokens(centred(r.rewards)[0], r),
     "gdpo": gdpo_advantages,
 }
 
@@ -470,53 +355,34 @@ def running_moments(seen: list[float], rewards: np.ndarray) -> list[float]:
     return [count, seen[1] + shift * share, float(squares + shift**2 * seen[0] * share)]
 
 
-def estimate_advantages(s: Scores, moments: list[float], a: MLXGRPOConfig) -> np.ndarray:
+def estimate_advantages(
+    r: Rollout, moments: list[float], penalty: np.ndarray | float, a: MLXGRPOConfig
+) -> np.ndarray:
     """(P, G) advantages of the rewards, which are normalised, clipped and penalised before."""
-    rewards = s.rewards
+    rewards = r.rewards
     if a.reward_running_norm:
         count, mean, squares = moments
         std = math.sqrt(squares / max(count - 1, 1)) + 1e-8
         rewards = (rewards - mean * a.reward_running_norm_minus_mean) / std
     if a.reward_clip:
         rewards = np.clip(rewards, -a.reward_clip, a.reward_clip)
-    s = dataclasses.replace(s, rewards=rewards - s.penalty, eps=a.advantage_eps)
-    advantages = np.nan_to_num(ADVANTAGES[a.advantage_estimator](s))  # NaN is for what is left out
+    r = dataclasses.replace(r, rewards=rewards - penalty)
+    # What has no reward has no advantage.
+    advantages = np.nan_to_num(ADVANTAGES[a.advantage_estimator](r, a))
     if a.advantages_norm:
-        advantages = whiten(advantages, s)
+        advantages = whitened_over_tokens(advantages, r)
     if a.advantage_clip:
         advantages = np.clip(advantages, -a.advantage_clip, a.advantage_clip)
     return advantages
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample; temperature 0 is greedy."""
-
-    temperature: float
-    max_tokens: int
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop_strings: tuple[str, ...] = ()
+ROLLOUT, EVALUATION, DROPOUT = range(3)  # what random numbers are for
 
 
-@dataclass
-class Completion:
-    """One sampled completion: `ids` with the token that ended it, each with its log-probability."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = ""  # "stop" (end of sequence or a stop string) or "length"
-    text: str = ""  # reasoning prefix + text up to the end of the stop string
-
-
-def row_key(*stream: int) -> np.ndarray:
-    """(2,) uint32 random key, from (seed, 0, update, prompt, row) for a completion of a rollout.
-
-    Because a sample depends on nothing else, resuming a run, splitting a batch or dropping
-    finished rows changes no token. The second number keeps evaluation (1) and dropout (2) apart.
-    """
-    return np.random.SeedSequence(stream).generate_state(2, np.uint32)
+def random_key(seed: int, purpose: int, place: Sequence[int]) -> np.ndarray:
+    """(2,) uint32 key, by nothing else (place: update, prompt, number of a completion), so that
+    resuming a run, splitting a batch or dropping finished rows changes no token."""
+    return np.random.SeedSequence((seed, purpose, *place)).generate_state(2, np.uint32)
 
 
 def sample_tokens(logits: mx.array, keys: mx.array, how: Sampling) -> tuple[mx.array, mx.array]:
@@ -551,18 +417,17 @@ def sample_batch(
 ) -> Generator[tuple[mx.array, mx.array], None, list[Completion]]:
     """One completion for each of `rows` (B indices into `prompts`), by (B, 2) `keys`, in one batch.
 
-    MLX is lazy: a step here only says what is to be computed, and yields that, so that several
-    batches can take turns. The host looks for ends one block behind the device; what was sampled
-    past them is dropped.
+    The loop is a plain one; that it yields each step, before MLX has computed it, is for CPUs,
+    where the sampler lets several batches take turns on cores of their own. The host looks for
+    ends one block of steps behind the device; what was sampled past them is dropped.
     """
-    completions = [Completion() for _ in rows]
     cache = caches.prefill(model, prompts, rows, how.max_tokens)
     tokens = mx.array([prompts[row][-1] for row in rows])  # (B,) that the cache has not yet
     # The key of a position is the row's with the position added: (max_tokens, B, 2)
     positions = np.arange(how.max_tokens, dtype=np.uint32)[:, None, None] * np.array([0, 1], "u4")
     step_keys = mx.array(keys + positions)
     forward = compiled_step.forward(model, cache)  # (B, 1) tokens -> (B, 1, V) logits
-    reader = Reader(stop, completions, compiled_step.part_to_leave(forward))
+    reader = Reader(stop, len(rows), compiled_step.part_to_leave(forward))
     sample_step = caches.compiled(partial(sample_tokens, how=how))
     for start in range(0, how.max_tokens, reader.block):
         block = []
@@ -578,8 +443,7 @@ def sample_batch(
             index = mx.array(keep)
             tokens, step_keys = tokens[index], step_keys[:, index]
             caches.keep_rows(cache, keep)
-    reader.finish()
-    return completions
+    return reader.completions()
 
 
 def token_logprobs(
@@ -686,21 +550,38 @@ def policy_gradient(t: Terms, a: MLXGRPOConfig) -> tuple[mx.array, mx.array]:
     return t.advantages * t.logprobs, mx.zeros_like(t.ratio)
 
 
-LOSSES: dict[str, tuple[Objective, str]] = {  # and how it is averaged over the update
-    "grpo": (clipped_surrogate, "sequence"),  # arXiv:2402.03300
-    "bnpo": (clipped_surrogate, "token"),  # TRL's name
-    "dapo": (clipped_surrogate, "token"),  # arXiv:2503.14476
-    "dr_grpo": (clipped_surrogate, "constant"),  # arXiv:2503.20783
-    "gspo": (clipped_surrogate, "sequence"),  # arXiv:2507.18071, with a ratio per sequence
-    "gmpo": (geometric_mean, "sequence"),
-    "cpgd": (clipped_policy_gradient, "sequence"),
-    "cispo": (capped_weight, "token"),
-    "sapo": (soft_gate, "sequence"),
-    "reinforce": (policy_gradient, "token"),
+@dataclass(frozen=True)
+class Loss:
+    """An objective, how it is averaged over the update, and what its paper sets."""
+
+    objective: Objective
+    average: str  # sequence, token or constant, see token_weights
+    clip_eps: float | None = 0.2  # None: it has no lower clip
+    clip_eps_high: float | None = 0.0  # 0: as clip_eps; None: it has no upper clip
+    importance_sampling_level: str = "auto"  # auto: per token
+    advantage_eps: float = 1e-4
+    per_token: str = ""  # why a ratio per sequence has no meaning; empty where it has one
+    per_sequence: bool = False  # all tokens of a sequence share one gradient
+    dual_clip: bool = False  # `delta` acts
+
+
+OF_TOKENS, ITSELF = "has a gradient per token", "averages token ratios itself"
+clipped = partial(Loss, clipped_surrogate, dual_clip=True)
+LOSSES: dict[str, Loss] = {
+    "grpo": clipped("sequence"),  # arXiv:2402.03300
+    "bnpo": clipped("token"),  # TRL's name
+    "dapo": clipped("token", clip_eps_high=0.28),  # arXiv:2503.14476
+    "dr_grpo": clipped("constant"),  # arXiv:2503.20783
+    "gspo": clipped("sequence", 3e-4, 4e-4, "sequence"),  # arXiv:2507.18071
+    "gmpo": Loss(geometric_mean, "sequence", 0.4, 0.4, per_token=ITSELF, per_sequence=True),
+    "cpgd": Loss(clipped_policy_gradient, "sequence", advantage_eps=1e-6, per_token=OF_TOKENS),
+    "cispo": Loss(capped_weight, "token", None, 4.0),
+    "sapo": Loss(soft_gate, "sequence", None, None),
+    "reinforce": Loss(policy_gradient, "token", None, None, per_token=OF_TOKENS),
 }
 
 
-def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.ndarray:
+def token_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.ndarray:
     """(B,) weight of each token of a sequence, over the whole update of B sequences.
 
     sequence: mean over sequences of token means (DeepSeekMath eq. 3); token: mean over all tokens
@@ -713,17 +594,17 @@ def sequence_weights(lengths: np.ndarray, loss_type: str, longest: int) -> np.nd
         "token": np.full(sequences, 1.0 / max(lengths.sum(), 1)),
         "constant": np.full(sequences, 1.0 / (sequences * longest)),
     }
-    return weights[LOSSES[loss_type][1]]
+    return weights[LOSSES[loss_type].average]
 
 
 def importance_weights(
-    mismatch: mx.array, mask: mx.array, a: MLXGRPOConfig
+    log_weights: mx.array, mask: mx.array, a: MLXGRPOConfig
 ) -> tuple[mx.array, mx.array]:
     """exp(old - sampler) within floor and cap, (B, W) or (B, 1), and where it was beyond them."""
     level, bound = a.importance_mode.split("_")
     if level == "sequence":
-        mismatch = clamped((mismatch * mask).sum(axis=1, keepdims=True))
-    weights = mx.exp(mismatch)
+        log_weights = clamped((log_weights * mask).sum(axis=1, keepdims=True))
+    weights = mx.exp(log_weights)
     outside = (weights > a.importance_cap) | (weights < a.importance_floor)
     if bound == "mask":
         return mx.where(outside, 0.0, weights), outside
@@ -744,103 +625,116 @@ def adapted_kl_coeff(kl_coeff: float, kl: float, target: float, share: float) ->
 
 
 def grpo_loss(
-    logprobs: mx.array,
-    batch: dict[str, mx.array],
-    a: MLXGRPOConfig,
-    entropies: mx.array | None = None,
+    logprobs: mx.array, batch: MicroBatch, a: MLXGRPOConfig, entropies: mx.array | None = None
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The objective `loss_type`, the KL penalty and the entropy bonus.
 
     Args:
         logprobs: (B, W) of the current policy, as are the `entropies` that a bonus needs.
-        batch: (B, W) mask and sampler_logprobs, (B,) advantages and weights, and optionally
-            (B, W) old_logprobs (without it the current policy is its own anchor: the ratio is 1,
-            its gradient that of log pi), ref_logprobs, selected (tokens with a policy gradient),
-            and the scalars kl_coeff and entropy_weight.
+        batch: Without old_logprobs the current policy is its own anchor: the ratio is 1, its
+            gradient that of log pi.
 
     Returns:
-        The loss, a sum weighted by `weights`, and sums over tokens for the log.
+        The loss, a sum weighted by the batch's `weights`, and sums over tokens for the log.
     """
-    mask, advantages = batch["mask"], batch["advantages"][:, None]
-    old_logprobs = batch.get("old_logprobs", mx.stop_gradient(logprobs))
+    mask, advantages = batch.mask, batch.advantages[:, None]
+    anchor = batch.old_logprobs
+    old_logprobs = mx.stop_gradient(logprobs) if anchor is None else anchor
     log_ratio = clamped(logprobs - old_logprobs)
     ratio = policy_ratio(logprobs, log_ratio, mask, a)
     terms = Terms(logprobs, old_logprobs, log_ratio, ratio, advantages, mask)
-    objective, held_back = LOSSES[a.loss_type][0](terms, a)
-    # Rollouts may come from a 4-bit or stale sampler.
-    mismatch = clamped(old_logprobs - batch["sampler_logprobs"])
-    importance, outside = importance_weights(mismatch, mask, a)
-    per_token = -importance * objective * batch.get("selected", 1.0)  # (B, W)
+    objective, held_back = a.loss.objective(terms, a)
+    log_weights = clamped(old_logprobs - batch.sampler_logprobs)
+    importance, outside = importance_weights(log_weights, mask, a)
+    per_token = -importance * objective * batch.trained  # (B, W)
     sums = {
         "policy_reward": ratio * advantages,
         "clip_low": held_back * (advantages < 0),
         "clip_high": held_back * (advantages > 0),
         "importance_weight": importance,
         "importance_capped": outside,
-        "sampler_mismatch": mx.abs(mismatch),
+        "sampler_mismatch": mx.abs(log_weights),
     }
-    if "ref_logprobs" in batch:
-        kl = KL[a.kl_estimator](clamped(batch["ref_logprobs"] - logprobs))
+    if batch.ref_logprobs is not None:
+        kl = KL[a.kl_estimator](clamped(batch.ref_logprobs - logprobs))
         sums["kl"] = kl
         corrected = kl * ratio if a.kl_bias_correction else kl
-        per_token = per_token + batch.get("kl_coeff", a.kl_coeff) * corrected
-    loss = (per_token * mask * batch["weights"][:, None]).sum()
-    if entropies is not None:
-        trained = entropies * mask * batch.get("selected", 1.0)
-        loss = loss - (trained * batch["entropy_weight"]).sum()
+        kl_coeff = a.kl_coeff if batch.kl_coeff is None else batch.kl_coeff
+        per_token = per_token + kl_coeff * corrected
+    loss = (per_token * mask * batch.weights[:, None]).sum()
+    if entropies is not None and batch.entropy_weight is not None:
+        loss = loss - (entropies * batch.trained * batch.entropy_weight).sum()
         sums["policy_entropy"] = entropies
     return loss, {name: mx.stop_gradient((x * mask).sum()) for name, x in sums.items()}
 
 
-class MLXGRPOTrainer(RunState):
+class MLXGRPOTrainer:
     """Holds the policies and runs the loop sample -> score -> update.
 
-    `step` counts batches of prompts, `update_step` optimizer updates, `rollout` calls of
-    `train_step`. Methods stand in the order in which a run needs them; what it has beside them
-    (log, evaluations, checkpoints) is in utils/run/state.py.
+    `model` learns, `model_old` samples, `ref_model` is what it must not leave too far behind. What
+    it does with them it leaves to `sampler`, `rewards`, `scorer` (log-probs), `memory` (how much at
+    once) and `run` (folder, log, and the state that a checkpoint keeps). Methods stand in the order
+    in which a run needs them.
     """
-
-    args: MLXGRPOConfig
 
     def __init__(
         self,
         loaded: LoadedModel,
-        reward_funcs: dict[str, Callable[..., list]],
+        reward_funcs: dict[str, Reward],
         args: MLXGRPOConfig,
-        train_dataset: list[dict[str, Any]],
-        eval_dataset: list[dict[str, Any]],
+        train_dataset: list[Row],
+        eval_dataset: list[Row],
         command: str = "mlx-grpo.py",
     ) -> None:
-        super().__init__(args, command)
-        self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
+        self.args, self.loaded, self.reward_funcs = args, loaded, reward_funcs
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
         if args.gradient_checkpointing:
             shared_prompts.checkpoint_layers(self.model)
-        self.reward_funcs = reward_funcs
-        self.prefix_ids = self.tokenizer.encode(args.reasoning_prefix, add_special_tokens=False)
-        self.train_dataset = self.encode(train_dataset, "training")
-        self.eval_dataset = self.encode(eval_dataset, "evaluation") if eval_dataset else []
+        meter = Meter()
+        self.run = Run(args, command, meter)
+        encode = partial(encode_questions, self.tokenizer, loaded.vocabulary, args)
+        self.train_dataset = encode(train_dataset, "training")
+        self.eval_dataset = encode(eval_dataset, "evaluation") if eval_dataset else []
         self.data_sha256 = files.fingerprint(self.train_dataset)
         self.order = order.PromptOrder(args, self.train_dataset)
-        self.drawn = 0  # prompts that dynamic sampling took from the stream
-        self.sampling = self.sampling_with(args.temperature, args.max_new_tokens)
-        self.reward_moments = [0.0, 0.0, 0.0]
-        self.kl_coeff = args.kl_coeff  # which kl_target moves
-        self.plan = this_machine.plan_of(self)
+        prefix = len(self.tokenizer.encode(args.reasoning_prefix, add_special_tokens=False))
+        self.how = partial(sampling_settings, args, prefix)
+        self.sampling = self.how(args.temperature, args.max_new_tokens)
+        prompts = [question["prompt_ids"] for question in self.train_dataset]
+        plan = this_machine.plan_of(args, loaded, max(map(len, prompts)), self.sampling.max_tokens)
+        self.memory = Memory(plan, self.run.state, self.run.halved, meter)
+        stop = StopRule(self.tokenizer, tuple(args.stop_strings), args.reasoning_prefix)
+        self.sampler = Sampler(sample_batch, stop, self.memory, self.run.pulse)
+        self.rewards = Rewards(
+            lambda: self.reward_funcs, args, self.tokenizer, prefix, self.progress, self.run.pulse
+        )
+        self.scorer = Scorer(token_logprobs, args.use_compile, (self.model, prompts))
+        # AdamW over float32 masters: bfloat16 weights do not move at a learning rate of 1e-6.
+        self.optimizer = adamw.make(self.model, args)
+        self.loss_and_grad = self.make_loss_and_grad()
+        self.rollout: Rollout | None = None  # the last one, to be shown
         self.set_up_schedule()
-        self.set_up_optimizer()
         self.set_up_policies()
 
-    def encode(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-        """Add `prompt_ids` to each row; prompts over max_prompt_length are left out and counted."""
-        rows = [{**r, "prompt_ids": encode_prompt(self.tokenizer, self.args, r)} for r in rows]
-        return files.usable_prompts(self.args, rows, what, self.loaded.vocabulary)
+    @property
+    def step(self) -> int:
+        """Batches of prompts that were learnt from."""
+        return self.run.state.step
 
-    def sampling_with(self, temperature: float, max_tokens: int) -> Sampling:
-        """The settings' filters and stop strings; what is greedy needs no filters."""
-        a = self.args
-        room = checks.room_for_sampling(a, len(self.prefix_ids))
-        filters = (a.top_k, a.top_p, a.min_p) if temperature else (0, 1.0, 0.0)
-        return Sampling(temperature, min(max_tokens, room), *filters, tuple(a.stop_strings))
+    @property
+    def update_step(self) -> int:
+        """Optimizer updates that were done."""
+        return self.run.state.update_step
+
+    @property
+    def master_weights(self) -> Any:
+        """The trainable weights in float32, as the optimizer moves them."""
+        return self.optimizer.masters(self.model)
+
+    def make_loss_and_grad(self) -> Callable[[MicroBatch], Any]:
+        """batch -> (what compute_grpo_loss returns, gradient of its loss by what trains)."""
+        plain = nn.value_and_grad(self.model, self.compute_grpo_loss)
+        return compiled(plain, self.model) if self.args.use_compile else plain
 
     def set_up_schedule(self) -> None:
         """How many updates there are, of how many prompts, and their highest learning rate."""
@@ -851,46 +745,17 @@ class MLXGRPOTrainer(RunState):
         if a.max_updates:
             self.total_updates = min(self.total_updates, a.max_updates)
         full = self.loaded.train_type == "full"
-        self.peak_lr = a.learning_rate if full else a.lora_learning_rate
+        self.peak_learning_rate = a.learning_rate if full else a.lora_learning_rate
 
     def lr_schedule(self, update: int) -> float:
-        """Learning rate of update 1..U: linear warm-up to the peak, then by lr_scheduler_type."""
-        warmup = max(1, int(self.total_updates * self.args.warmup_ratio))
-        if update <= warmup:
-            return self.peak_lr * update / warmup
-        done = (update - warmup) / max(1, self.total_updates - warmup)
-        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1}
-        return self.peak_lr * shape[self.args.lr_scheduler_type]
+        """The learning rate of an update, from 1."""
+        how = self.args.warmup_ratio, self.args.lr_scheduler_type
+        return adamw.learning_rate(self.peak_learning_rate, self.total_updates, *how, update)
 
-    def prompts_of_update(self, rollout: int) -> tuple[list[int], int]:
-        """Rows of the training set for the nth rollout, and how many batches they make."""
-        size = self.prompts_per_update
-        if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
-            rows, _ = self.order.draw(size, self.drawn, set())
-        else:
-            epoch, position = divmod(rollout, self.rollouts_per_epoch)
-            rows = self.order(epoch)[position * size : (position + 1) * size].tolist()
-        return rows, math.ceil(len(rows) / self.args.batch_size)
-
-    def set_up_optimizer(self) -> None:
-        """AdamW over float32 masters: bfloat16 weights do not move at a learning rate of 1e-6."""
-        self.optimizer = adamw.make(self.model, self.args)
-        self.scorer = scorer.Scorer(token_logprobs, self.args.use_compile)
-        self.loss_and_grad = self.make_loss_and_grad()
-
-    @property
-    def master(self) -> Any:
-        """The trainable weights in float32, as the optimizer moves them."""
-        return self.optimizer.masters(self.model)
-
-    def make_loss_and_grad(self) -> Callable:
-        """batch -> (what compute_grpo_loss returns, gradient of its loss by what trains)."""
-        function = nn.value_and_grad(self.model, self.compute_grpo_loss)
-        if not self.args.use_compile:
-            return function
-        # Weights and random state go in and out, or they would be compiled in as constants.
-        state = [self.model.state, mx.random.state]
-        return mx.compile(function, inputs=state, outputs=state)
+    def progress(self) -> TrainerState:
+        """For reward functions, by transformers' names."""
+        epoch = self.run.state.rollout / self.rollouts_per_epoch
+        return TrainerState(self.update_step, self.total_updates, epoch, self.args.num_epochs)
 
     def set_up_policies(self) -> None:
         """`ref_model` begins as the policy is now; `model_old` is refreshed before a rollout."""
@@ -908,19 +773,18 @@ class MLXGRPOTrainer(RunState):
         self.quantizes = a.quantize_for_rollouts and quantizes(self.model)
         self.old_is_copy = self.quantizes or a.sync_every_updates > 1
         self.model_old: nn.Module | None = None if self.old_is_copy else self.model
-        self.last_sync = 0
 
-    def refresh_old_policy(self) -> None:
+    def refresh_old_policy(self) -> nn.Module:
         """Bring the sampling copy up to date; with adapters, only they are copied."""
-        stale = self.update_step - self.last_sync >= self.args.sync_every_updates
-        if not self.old_is_copy or (self.model_old is not None and not stale):
-            return
-        self.last_sync = self.update_step
-        if self.model_old is not None and self.loaded.train_type != "full":
-            self.model_old.update(self.model.trainable_parameters())
-            return
-        self.model_old = None  # frees the previous copy before the next is made
-        self.model_old = self.copy_policy()
+        stale = self.update_step - self.run.state.last_sync >= self.args.sync_every_updates
+        if self.model_old is None or (self.old_is_copy and stale):
+            self.run.state.last_sync = self.update_step
+            if self.model_old is not None and self.loaded.train_type != "full":
+                self.model_old.update(self.model.trainable_parameters())
+            else:
+                self.model_old = None  # frees the previous copy before the next is made
+                self.model_old = self.copy_policy()
+        return self.model_old
 
     def copy_policy(self) -> nn.Module:
         """A sampling copy of the policy as it is now; arrays that never change are shared."""
@@ -928,231 +792,212 @@ class MLXGRPOTrainer(RunState):
         mx.eval(policy.parameters())
         return policy
 
-    def sample(
-        self,
-        model: nn.Module,
-        rows: list[dict],
-        keys: list[np.ndarray],
-        how: Sampling,
-        after_batch: Callable[[list[Completion]], None] = lambda _: None,
-    ) -> list[Completion]:
-        """len(keys) / len(rows) completions of each row, in as few batches as memory allows."""
-        return sampler.sampled(self, sample_batch, model, rows, keys, how, after_batch)
+    # Sample and score.
+
+    def prompts_of_update(self, rollout: int) -> list[int]:
+        """Indices of the training set for the nth rollout."""
+        size = self.prompts_per_update
+        if self.args.dynamic_sampling:  # the position in the stream depends on what was replaced
+            return order.Stream(self.order, self.run.state.drawn).draw(size)
+        epoch, position = divmod(rollout, self.rollouts_per_epoch)
+        return self.order(epoch)[position * size : (position + 1) * size].tolist()
 
     def generate_responses(self, batch: list[int]) -> list[Completion]:
-        """`num_generations` completions for each row (index) of the training set, in order."""
-        self.refresh_old_policy()
-        size = self.args.num_generations
+        """`num_generations` completions for each prompt (index of the training set), in order."""
+        size, update = self.args.num_generations, self.update_step
         keys = [
-            row_key(self.args.seed, 0, self.update_step, row, again * size + n)
-            for row, again in order.occurrences(batch)  # a weighted prompt may come twice
+            random_key(self.args.seed, ROLLOUT, (update, prompt, again * size + n))
+            for prompt, again in order.occurrences(batch)  # a weighted prompt may come twice
             for n in range(size)
         ]
-        rows = [self.train_dataset[row] for row in batch]
-        after_batch = partial(for_trainer.ahead, self, rows)  # slow rewards begin meanwhile
-        return self.sample(merged_layers.for_rollouts(self), rows, keys, self.sampling, after_batch)
+        questions = [self.train_dataset[i] for i in batch]
+        prompts = [question["prompt_ids"] for question in questions]
+        room = self.memory.spare_for_rollouts
+        policy = merged_layers.merged(self.refresh_old_policy(), room, unpack=not self.quantizes)
+        so_far = partial(self.rewards.ahead, questions, size)  # slow rewards begin meanwhile
+        return self.sampler(policy, prompts, keys, self.sampling, so_far)
 
     def compute_rewards(
-        self, rows: list[dict[str, Any]], responses: list[Completion]
+        self, questions: list[Row], completions: list[Completion]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(B,) weighted totals and the (B,) values per function, for B row-completion pairs.
+        """(B,) weighted totals and the (B,) values per function, for B question-completion pairs.
 
-        None from a function (NaN here) adds nothing; a row that no function values is NaN.
+        None from a function (NaN here) adds nothing; where no function applies, the total is NaN.
         """
-        values = for_trainer.call(self, self.reward_funcs, rows, responses)
+        values = self.rewards(questions, completions)
         stacked = np.stack(list(values.values()))  # (F, B)
         weights = np.array(self.args.reward_weights or [1.0] * len(values))[:, None]
         totals = np.nansum(stacked * weights, axis=0)
         return np.where(np.isnan(stacked).all(axis=0), np.nan, totals), values
 
-    def roll_out(self, batch: np.ndarray, metrics: dict[str, float]) -> Scores:
-        """Completions and their scores for each row (index) of the training set."""
+    def roll_out(self, batch: list[int], metrics: dict[str, float]) -> Rollout:
+        """Completions of each prompt (index of the training set), and their rewards."""
         shape = len(batch), self.args.num_generations  # (P, G)
-        rows = [self.train_dataset[i] for i in batch for _ in range(shape[1])]
         with timed(metrics, "seconds_rollout"):
-            responses = self.generate_responses(batch.tolist())
+            completions = self.generate_responses(batch)
         with timed(metrics, "seconds_rewards"):
-            rewards, values = self.compute_rewards(rows, responses)
-        lengths = np.array([len(response.ids) for response in responses])
-        metrics["tokens_sampled"] += float(lengths.sum())
-        return Scores(
-            responses=np.array(responses, dtype=object).reshape(shape),
-            rewards=rewards.reshape(shape),
-            lengths=lengths.reshape(shape),
-            values=np.stack(list(values.values()), axis=-1).reshape(*shape, -1),
-            weights=np.array(self.args.reward_weights or [1.0] * len(values)),
+            rewards, values = self.compute_rewards(self.repeated(batch, shape[1]), completions)
+        rollout = Rollout(
+            np.array(batch),
+            np.array(completions, dtype=object).reshape(shape),
+            np.stack(list(values.values()), axis=-1).reshape(*shape, -1),
+            rewards.reshape(shape),
         )
+        metrics["tokens_sampled"] = metrics.get("tokens_sampled", 0.0) + rollout.lengths.sum()
+        return rollout
 
-    def collect(
-        self, batch: list[int], metrics: dict[str, float]
-    ) -> tuple[np.ndarray, Scores, int]:
-        """Roll out the prompts of an update: (P,) rows, their scores, the position in the stream.
+    def repeated(self, prompts: Sequence[int] | np.ndarray, group: int) -> list[Row]:
+        """The question of each completion, B in all."""
+        return [self.train_dataset[i] for i in prompts for _ in range(group)]
+
+    def collect(self, batch: list[int], metrics: dict[str, float]) -> Rollout:
+        """Roll out the prompts of an update.
 
         With dynamic sampling (DAPO), groups without variance give their places to the next prompts
         of the stream, until none is left or the rounds are used up.
         """
-        prompts, position = np.array(batch), self.drawn
-        scores = self.roll_out(prompts, metrics)
-        if not self.args.dynamic_sampling:
-            return prompts, scores, position
-        used = set(batch)
-        _, position = self.order.draw(len(batch), position, set())
-        metrics["resampled_prompts"] = 0.0
+        self.rewards.start()
+        self.stream = order.Stream(self.order, self.run.state.drawn)
+        rollout = self.roll_out(batch, metrics)
+        if self.args.dynamic_sampling:
+            self.stream.skip(batch)
         for _ in range(self.args.dynamic_sampling):
-            dull = np.flatnonzero(~has_signal(scores.rewards))
-            rows, position = self.order.draw(len(dull), position, used)
-            if not rows:
+            metrics.setdefault("resampled_prompts", 0.0)
+            dull = np.flatnonzero(~has_signal(rollout.rewards))
+            prompts = self.stream.draw(len(dull))
+            if not prompts:
                 break
-            places = dull[: len(rows)]
-            prompts[places] = rows
-            scores.put(places, self.roll_out(np.array(rows), metrics))
-            metrics["resampled_prompts"] += len(rows)
-            self.reward_calls.extras = {}  # they are of the rows of one round
-        return prompts, scores, position
+            rollout.put(dull[: len(prompts)], self.roll_out(prompts, metrics))
+            metrics["resampled_prompts"] += len(prompts)
+        return rollout
 
-    def train_step(self, batch: list[int]) -> list[dict[str, Any]]:
+    def train_step(self, batch: list[int]) -> list[Record]:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
-        a, first, metrics = self.args, self.update_step, {"tokens_sampled": 0.0}
-        self.log.meter.start("rollout")
-        prompts, scores, position = self.collect(batch, metrics)
-        rows = [self.train_dataset[i] for i in prompts for _ in range(a.num_generations)]
-        responses = scores.responses.reshape(-1).tolist()
-        self.log.meter.start("gradient")
+        a, state, metrics = self.args, self.run.state, dict[str, float]()
+        self.memory.meter.start("rollout")
+        rollout = self.collect(batch, metrics)
+        self.memory.meter.start("gradient")
         with timed(metrics, "seconds_gradient"):
-            moments = running_moments(self.reward_moments, scores.rewards)
-            if self.ref_model is not None and a.kl_placement == "reward":
-                kl = self.kl_of(rows, responses)
-                scores.penalty = self.kl_coeff * kl.reshape(scores.rewards.shape)
-                metrics["kl"] = kl.sum() / scores.lengths.sum()
-            advantages = estimate_advantages(scores, moments, a)  # (P, G)
-            metrics |= rollout_metrics(scores, advantages, self.reward_funcs)
-            metrics |= self.reward_calls.metrics  # what functions logged
-            truncated = np.array([r.finish_reason == "length" for r in responses])  # (B,)
-            masked = truncated & a.mask_truncated_completions
-            trained = np.where(masked, np.nan, advantages.reshape(-1))  # NaN: left out of the loss
-            records = self.learn(rows, responses, trained, metrics["tokens"])
+            moments = running_moments(state.reward_moments, rollout.rewards)
+            penalty = self.kl_penalty(rollout, metrics)
+            advantages = estimate_advantages(rollout, moments, penalty, a)  # (P, G)
+            records = self.learn(rollout, advantages)
+        metrics |= rollout_metrics(rollout, advantages, self.reward_funcs) | self.rewards.metrics()
         metrics["tokens_per_second"] = metrics.pop("tokens_sampled") / metrics["seconds_rollout"]
         records = [record | metrics for record in records]
-        # Nothing can stop this update any more: what the next one builds on changes now.
-        self.drawn, self.reward_moments = position, moments
-        self.move_reference(first, records, len(responses))
-        shown = zip(rows, responses, scores.rewards.reshape(-1), strict=True)
-        self.shown = list(shown)[: a.log_completions]
+        self.rollout = rollout
+        # Only here the run gets ahead: what is stopped before is done once more from a checkpoint.
+        self.move_reference(records, rollout.rewards.size)
+        state.reward_moments, state.drawn = moments, self.stream.position
+        state.step += math.ceil(len(batch) / a.batch_size)
+        state.rollout += 1
+        for record in records:
+            state.update_step = record["update"]
+            state.bad_updates = state.bad_updates + 1 if record["skipped"] else 0
+        self.run.mark()
         return records
 
-    def kl_of(self, rows: list[dict], responses: list[Completion]) -> np.ndarray:
-        """(B,) KL between policy and reference of each completion, summed over its tokens."""
+    # Update.
 
-        def summed(batches: list[dict[str, mx.array]]) -> np.ndarray:
-            total = np.zeros(len(rows))
-            for batch in batches:
-                self.pulse("scoring")  # the progress bar goes on, and Ctrl-C is heard
-                self.add_reference(batch)
-                x = clamped(batch["ref_logprobs"] - self.rescored(self.model, batch)[0])
-                sums: Any = (KL[self.args.kl_estimator](x) * batch["mask"]).sum(axis=1)
-                # Rows that only fill up a batch are row 0 with an empty mask.
-                np.add.at(total, np.array(batch["row"], int), np.array(sums))
-            return total
+    def learn(self, rollout: Rollout, advantages: np.ndarray) -> list[Record]:
+        """`num_iterations` updates on a rollout with its (P, G) advantages."""
+        first, tokens = self.update_step, float(rollout.lengths.sum())
 
-        cut = partial(self.micro_batches, rows, responses, np.ones(len(rows)))
-        return retry.scored(self, cut, summed)
+        def cut() -> list[MicroBatch]:
+            """The update in parts: in smaller ones where memory runs out, which changes nothing."""
+            self.model.eval()  # an attempt that failed left its dropout on
+            parts = partial(self.micro_batches, rollout, advantages)
+            return self.memory.score(parts, self.select_tokens)
 
-    def learn(
-        self, rows: list[dict], responses: list[Completion], advantages: np.ndarray, tokens: float
-    ) -> list[dict[str, Any]]:
-        """`num_iterations` updates on a rollout of B completions with their (B,) advantages.
-
-        `tokens`: how many the completions have, over which the log's means are.
-        """
-        first, records = self.update_step, []
-        # As functions: where memory runs out, the update is cut up smaller and done once more.
-        cut = partial(self.micro_batches, rows, responses, advantages)
-        cut_and_select = partial(retry.scored, self, cut, self.select_tokens)
-        micro_batches = cut_and_select()
+        batches, records = cut(), []
         for iteration in range(min(self.args.num_iterations, self.total_updates - first)):
-            work = partial(self.update, micro_batches, iteration, tokens)
-            records.append(retry.updated(self, work, micro_batches, cut_and_select))
+            update = partial(self.update, batches, first + 1 + iteration, iteration, tokens)
+            records.append(self.memory.update(update, batches, cut, lambda: self.run.moved))
         if first == 0:
-            this_machine.recalibrate(self, micro_batches)
+            self.memory.recalibrate(batches)
         return records
 
     def micro_batches(
-        self, rows: list[dict], responses: list[Completion], advantages: np.ndarray
-    ) -> list[dict[str, mx.array]]:
+        self, rollout: Rollout, advantages: np.ndarray, with_masked: bool = False
+    ) -> list[MicroBatch]:
         """The update in padded batches; the model reads at most `micro_batch_tokens` for each.
 
         Sequences with advantage 0 are left out where nothing else gives them a gradient, but their
-        tokens count in the normaliser: the weights are made before. With NaN they do not.
+        tokens count in the normaliser: the weights are made before. Masked ones do not.
         """
         a = self.args
-        lengths = np.array([len(response.ids) for response in responses])  # (B,)
-        lengths = np.where(np.isnan(advantages), 0, lengths)
-        weights = sequence_weights(lengths, a.loss_type, self.sampling.max_tokens)
+        completions: list[Completion] = rollout.completions.reshape(-1).tolist()  # B
+        questions = self.repeated(rollout.prompts, rollout.completions.shape[1])
+        prompts = [question["prompt_ids"] for question in questions]
+        truncated = np.array([c.finish_reason == "length" for c in completions])
+        masked = truncated & (a.mask_truncated_completions and not with_masked)
+        advantages = advantages.reshape(-1)
+        lengths = np.where(masked, 0, rollout.lengths.reshape(-1))
+        weights = token_weights(lengths, a.loss_type, self.sampling.max_tokens)
         kl_in_loss = self.ref_model is not None and a.kl_placement == "loss"
         always = kl_in_loss or a.entropy_coeff > 0 or a.top_entropy_quantile < 1
-        idle = np.isnan(advantages) | ((advantages == 0) & (not always))
-        per_row = {"advantages": advantages, "weights": weights, "row": np.arange(len(rows))}
-        used = np.flatnonzero(~idle).tolist()
-        return self.scorer.micro_batches(self.model, rows, responses, per_row, used, self.plan)
+        used = np.flatnonzero(~masked & (always | (advantages != 0))).tolist()
+        plan = self.memory.plan
+        return self.scorer.micro_batches(prompts, completions, advantages, weights, used, plan)
 
-    def select_tokens(self, batches: list[dict[str, mx.array]]) -> list[dict[str, mx.array]]:
+    def select_tokens(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         """Mark the update's tokens of highest entropy (arXiv:2506.01939), and weigh the bonus for
         entropy: a mean over all tokens that are trained."""
         a = self.args
         if a.top_entropy_quantile < 1 and batches:
             entropies = [self.rescored(self.model, batch, True)[1] for batch in batches]  # (B, W)
             pairs = list(zip(entropies, batches, strict=True))
-            every = np.concatenate([np.array(e)[np.array(b["mask"]) > 0] for e, b in pairs])
+            every = np.concatenate([np.array(e)[np.array(b.mask) > 0] for e, b in pairs])
             least = np.quantile(every, 1 - a.top_entropy_quantile)
             for entropy, batch in pairs:
-                batch["selected"] = (entropy >= least).astype(mx.float32)
-        trained = sum((b["mask"] * b.get("selected", 1.0)).sum().item() for b in batches)
-        for batch in batches if a.entropy_coeff else []:
-            batch["entropy_weight"] = mx.array(a.entropy_coeff / trained)
+                batch.selected = (entropy >= least).astype(mx.float32)
+        if a.entropy_coeff and batches:
+            count = sum(batch.trained.sum().item() for batch in batches)
+            for batch in batches:
+                batch.entropy_weight = mx.array(a.entropy_coeff / count)
         return batches
 
     def update(
-        self, micro_batches: list[dict[str, mx.array]], iteration: int, tokens: float
-    ) -> dict[str, Any]:
-        """One optimizer update from the summed gradients of all micro-batches."""
+        self, batches: list[MicroBatch], number: int, iteration: int, tokens: float
+    ) -> Record:
+        """Optimizer update `number`, from the summed gradients of all micro-batches.
+
+        `tokens`: how many the completions have, over which the log's means are.
+        """
         # One dropout mask for all iterations, or it would move the ratio.
-        mx.random.seed(int(row_key(self.args.seed, 2, self.rollout)[0]))
+        mx.random.seed(int(random_key(self.args.seed, DROPOUT, [self.run.state.rollout])[0]))
         loss, grads, sums = 0.0, None, TokenSums()
         self.model.train()  # dropout, and no kernels that have no gradient
         gradient = partial(self.gradient, iteration == 0)
-        # On a CPU, several micro-batches are computed together; elsewhere one after the other.
-        done = on_cores.spread(gradient, micro_batches, this_machine.at_once(self))
-        for batch, ((part, stats, logprobs), new) in done:
-            grads, new = adamw.accumulate(grads, new), None  # so that each goes as it is added
+        at_once = self.memory.micro_batches_at_once(self.args, self.update_step)
+        for batch, result in on_cores.spread(gradient, batches, at_once):
+            (part, stats, logprobs), new = result
+            grads = adamw.accumulate(grads, new)
+            result = new = None  # each gradient's memory goes as it is added
             mx.eval(grads, part, stats, logprobs)  # MLX is lazy: it computes when asked to
             if iteration == 0 and self.args.num_iterations > 1:
-                batch["old_logprobs"] = logprobs  # the anchor of the ratio from now on
+                batch.old_logprobs = logprobs  # the anchor of the ratio from now on
             loss += float(part)
-            sums.add(stats, batch["mask"])
+            sums.add(stats, batch.mask)
         self.model.eval()
         if grads is None:  # no completion had an advantage
             grads = tree_map(mx.zeros_like, self.model.trainable_parameters())
-        norm, skipped = self.apply_gradients(loss, grads)
-        lr = self.lr_schedule(self.update_step)
-        record = {"update": self.update_step, "lr": lr, "loss": loss, "grad_norm": norm}
-        return {**record, "skipped": skipped, "kl": None, **sums.means(tokens)}
+        norm, skipped = self.apply_gradients(loss, grads, number)
+        record = {"loss": loss, "grad_norm": norm, "skipped": skipped, "kl": None}
+        return {"update": number, "lr": self.lr_schedule(number), **record, **sums.means(tokens)}
 
-    def gradient(self, first: bool, batch: dict[str, mx.array]) -> Any:
+    def gradient(self, first: bool, batch: MicroBatch) -> Any:
         """Loss and gradient of a micro-batch; the `first` adds the reference's log-probs to it."""
         if first:  # later, weights have moved, and an update can't be dropped
-            self.pulse("gradient")
-            if self.args.kl_placement == "loss":
-                self.add_reference(batch)
+            self.run.pulse("gradient")
+            if self.ref_model is not None and self.args.kl_placement == "loss":
+                batch.ref_logprobs = self.rescored(self.ref_model, batch)[0]
         if self.args.kl_target:
-            batch["kl_coeff"] = mx.array(self.kl_coeff)
+            batch.kl_coeff = mx.array(self.run.state.kl_coeff)
         return self.loss_and_grad(batch)
 
-    def add_reference(self, batch: dict[str, mx.array]) -> None:
-        if self.ref_model is not None:
-            batch["ref_logprobs"] = self.rescored(self.ref_model, batch)[0]
-
     def rescored(
-        self, model: nn.Module, batch: dict[str, mx.array], with_entropy: bool = False
+        self, model: nn.Module, batch: MicroBatch, with_entropy: bool = False
     ) -> tuple[mx.array, mx.array | None]:
         """(B, W) log-probs (and entropies) of a micro-batch, without a gradient."""
         found = self.scorer(model, batch, self.args.temperature, with_entropy)
@@ -1160,80 +1005,105 @@ class MLXGRPOTrainer(RunState):
         return found
 
     def compute_grpo_loss(
-        self, batch: dict[str, mx.array]
+        self, batch: MicroBatch
     ) -> tuple[mx.array, dict[str, mx.array], mx.array]:
         """Loss, sums for the log, and the (B, W) log-probs of the policy being trained."""
         a = self.args
-        logprobs, entropies = self.scorer(
-            self.model, batch, a.temperature, with_entropy=a.entropy_coeff > 0
-        )
+        logprobs, entropies = self.scorer(self.model, batch, a.temperature, a.entropy_coeff > 0)
         loss, sums = grpo_loss(logprobs, batch, a, entropies)
         return loss, sums, mx.stop_gradient(logprobs)
 
-    def apply_gradients(self, loss: float, grads: Any) -> tuple[float, int]:
+    def apply_gradients(self, loss: float, grads: Any, number: int) -> tuple[float, int]:
         """Clip by the global norm and step. A non-finite update changes nothing."""
+        self.run.moved = True  # also by an update that is left out: the next has its anchors
         norm = adamw.global_norm(grads, self.args.use_compile)
-        self.update_step += 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.bad_updates += 1
-            say(f"update {self.update_step}: loss {loss}, gradient norm {norm}: left out")
+            say(f"update {number}: loss {loss}, gradient norm {norm}: left out")
             return norm, 1
-        self.bad_updates = 0
         clip = min(1.0, self.args.max_grad_norm / (norm + 1e-6))
-        self.optimizer.update(self.model, grads, self.lr_schedule(self.update_step), clip)
+        self.optimizer.update(self.model, grads, self.lr_schedule(number), clip)
         return norm, 0
 
-    def move_reference(self, first: int, records: list[dict[str, Any]], completions: int) -> None:
+    def kl_penalty(self, rollout: Rollout, metrics: dict[str, float]) -> np.ndarray | float:
+        """(P, G) what is taken off the rewards for the distance to the reference, if anything."""
+        ref_model = self.ref_model
+        if ref_model is None or self.args.kl_placement != "reward":
+            return 0.0
+        shape = rollout.rewards.shape
+
+        def summed(batches: list[MicroBatch]) -> np.ndarray:
+            """(B,) KL between policy and reference of each completion, over its tokens."""
+            total = np.zeros(rollout.rewards.size)
+            for batch in batches:
+                self.run.pulse("scoring")  # the progress bar goes on, and Ctrl-C is heard
+                ref_logprobs = self.rescored(ref_model, batch)[0]
+                x = clamped(ref_logprobs - self.rescored(self.model, batch)[0])
+                sums = (KL[self.args.kl_estimator](x) * batch.mask).sum(axis=1)
+                # Rows that only fill up a batch are completion 0 with an empty mask.
+                np.add.at(total, np.array(batch.completion, int), np.array(sums))
+            return total
+
+        kl = self.memory.score(partial(self.micro_batches, rollout, np.ones(shape), True), summed)
+        metrics["kl"] = kl.sum() / rollout.lengths.sum()
+        return self.run.state.kl_coeff * kl.reshape(shape)
+
+    def move_reference(self, records: list[Record], completions: int) -> None:
         """Adapt kl_coeff to the target, and bring the reference nearer where that is due."""
-        a, kl = self.args, records[-1]["kl"]
+        a, state, kl = self.args, self.run.state, records[-1]["kl"]
         if a.kl_target and kl is not None and math.isfinite(kl):
-            records[-1]["kl_coeff"] = self.kl_coeff
+            records[-1]["kl_coeff"] = state.kl_coeff
             share = completions / a.kl_horizon
-            self.kl_coeff = adapted_kl_coeff(self.kl_coeff, kl, a.kl_target, share)
-        if self.ref_model is not None and due(a.ref_sync_updates, first, self.update_step):
+            state.kl_coeff = adapted_kl_coeff(state.kl_coeff, kl, a.kl_target, share)
+        now = records[-1]["update"]
+        if self.ref_model is not None and due(a.ref_sync_updates, state.update_step, now):
             mixed = tree_map(
                 lambda p, r: (a.ref_sync_alpha * p + (1 - a.ref_sync_alpha) * r).astype(r.dtype),
-                self.master,
+                self.master_weights,
                 self.ref_model.parameters(),
             )
             self.ref_model.update(mixed)  # TR-DPO, arXiv:2404.09656
             mx.eval(mixed)
 
-    def answers(
-        self,
-        dataset: list[dict[str, Any]],
-        samples: int = 0,
-        temperature: float = 0.0,
-        model: nn.Module | None = None,
-    ) -> tuple[list[dict[str, Any]], list[Completion]]:
-        """A fixed subset of `samples` rows (0: all), and one completion of each."""
-        rows = subset(dataset, samples)
-        how = self.sampling_with(temperature, self.args.eval_max_new_tokens)
-        keys = [row_key(self.args.seed, 1, i) for i in range(len(rows))]
-        policy = merged_layers.unpacked(model or self.model, self.plan.spare_for_rollouts)
-        return rows, self.sample(policy, rows, keys, how)
+    # Evaluate, and the whole run.
 
-    def is_right(self, response: Completion, row: dict[str, Any]) -> bool:
-        """Exact match, the metric that evaluations report."""
-        return same_answer(extract_xml_answer(response.text), row["answer"])
+    def answers(
+        self, questions: list[Row], temperature: float = 0.0, model: nn.Module | None = None
+    ) -> list[Completion]:
+        """One completion of each question."""
+        how = self.how(temperature, self.args.eval_max_new_tokens)
+        keys = [random_key(self.args.seed, EVALUATION, [i]) for i in range(len(questions))]
+        policy = merged_layers.unpacked(model or self.model, self.memory.spare_for_rollouts)
+        return self.sampler(policy, [q["prompt_ids"] for q in questions], keys, how)
+
+    def evaluate(self, split: str = "test") -> float:
+        """Score the fixed subset of a split, log it, return the score (NaN: no questions)."""
+        return evaluation.evaluate(self, split)
+
+    def evaluate_em(self, dataset: list[Row], samples: int = 0, **how: Any) -> float:
+        """Mean exact match (or `eval_metric`) on `samples` (0: all) rows of `load_questions`."""
+        return evaluation.of_questions(self, dataset, samples, **how)["em"]
+
+    def save_checkpoint(self, path: Path) -> None:
+        """A complete model folder (or adapters in mlx-lm's format) with the trainer's state."""
+        checkpoints.save_now(Path(path), self)
 
     def train(self) -> int:
         """Evaluate, update until the schedule ends, evaluate, save. Returns the exit code."""
-        with ending.Guard(self) as run, progress.progress_bar(self) as self.bar:
-            if self.unreported:
-                self.after_update(*self.unreported)  # an evaluation was cut short
+        run, state = self.run, self.run.state
+        bar = progress.progress_bar(self.total_updates, self.update_step)
+        with ending.Guard(self) as guard, bar as run.bar:
+            if state.unreported:
+                run.after_update(self, *state.unreported)  # an evaluation was cut short
             elif self.update_step == 0:
                 self.evaluate("test")
-            while not run.is_over():
+            while not guard.is_over():
                 before = self.step, self.update_step
-                batch, batches = self.prompts_of_update(self.rollout)
-                records = self.train_step(batch)
-                self.step, self.rollout = self.step + batches, self.rollout + 1
-                self.elapsed = run.seconds()
-                self.mark((before, records))
-                self.after_update(before, records)
-            ending.finish(self, run.reason)
-        return run.exit_code
+                records = self.train_step(self.prompts_of_update(state.rollout))
+                state.elapsed = guard.seconds()
+                run.mark((before, records))
+                run.after_update(self, before, records)
+            ending.finish(self, guard.reason)
+        return guard.exit_code
 
 
 def read_config(path: str | None, overrides: Sequence[str]) -> MLXGRPOConfig:
@@ -1245,20 +1115,24 @@ def read_config(path: str | None, overrides: Sequence[str]) -> MLXGRPOConfig:
 
 def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
     """Everything that can fail for bad input, cheap things first; nothing is written."""
-    loading.check_model(config.model_name)
+    check_model(config.model_name)
     rewards = by_name.load_rewards(config, REWARDS)
     train_rows = load_questions(config, "train")
     train_rows = train_rows[: config.max_train_samples or len(train_rows)]
     test_rows = load_questions(config, "test") if config.eval_samples else []
     runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb, config.memory_limit_gb)
     cores.take_turns(config)
-    loaded = load_model(config)
-    return MLXGRPOTrainer(loaded, rewards, config, train_rows, test_rows, command)
+    return MLXGRPOTrainer(load_model(config), rewards, config, train_rows, test_rows, command)
 
 
 def start(config: MLXGRPOConfig, command: str) -> int:
-    """Train from the settings to `final/`. Returns the exit code."""
-    return command_line.start(config, command, build_trainer, BLAS)
+    """Train from the settings to `final/`, in the run's folder. Returns the exit code."""
+    with opening.locked(config, command) as place:
+        if place.finished:
+            return 0
+        trainer = build_trainer(config, command)
+        with opening.opened(trainer, place, BLAS):
+            return trainer.train()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,7 +48,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trainer = grpo.build_trainer(config, "")
     trainer.reward_funcs = {"reward": update_cost.reward}
     updates = [
-        timed(trainer.train_step, trainer.prompts_of_update(n)[0]) for n in range(arguments.updates)
+        timed(trainer.train_step, trainer.prompts_of_update(n)) for n in range(arguments.updates)
     ]
     path = folder / "out" / "checkpoint-1"
     writing = [timed(trainer.save_checkpoint, path) for _ in range(arguments.saves)]

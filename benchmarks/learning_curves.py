@@ -41,6 +41,7 @@ def train(seed: int, output_dir: Path) -> float:
 
 def grade(model: Path, seed: int, output_dir: Path) -> dict[str, dict[str, float]]:
     """Format, arithmetic and exact match on the test questions, greedy and at temperature 1."""
+    from utils.data.order import subset
     from utils.pretraining import tiny_math
 
     grpo = load_script()
@@ -48,7 +49,8 @@ def grade(model: Path, seed: int, output_dir: Path) -> dict[str, dict[str, float
     trainer = grpo.build_trainer(grpo.read_config(str(ROOT / CONFIG), overrides), "")
     figures = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        rows, responses = trainer.answers(trainer.eval_dataset, temperature=temperature)
+        rows = subset(trainer.eval_dataset, 0)
+        responses = trainer.answers(rows, temperature=temperature)
         for part, wanted in (("all", (True, False)), ("seen", (False,)), ("held out", (True,))):
             grades = [
                 tiny_math.grade(response.text.removeprefix(tiny_math.PREFIX), int(row["answer"]))

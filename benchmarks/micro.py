@@ -26,8 +26,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import results  # noqa: E402
 from benchmarks.update_cost import SHAPES, WithoutStop, write_model, write_questions  # noqa: E402
 from utils.base.script import load_script  # noqa: E402
+from utils.data.completions import Completion  # noqa: E402
 from utils.device import cores, runtime  # noqa: E402
 from utils.device.cuda import attention  # noqa: E402
+from utils.gradient.micro_batch import MicroBatch  # noqa: E402
 from utils.rollouts import caches, compiled_step, merged_layers  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/micro.jsonl"
@@ -76,7 +78,7 @@ class Bench:
             model,
             prompts,
             sorted(n % len(prompts) for n in range(rows)),
-            np.stack([self.grpo.row_key(0, n) for n in range(rows)]),
+            np.stack([self.grpo.random_key(0, n, ()) for n in range(rows)]),
             self.grpo.Sampling(temperature=1.0, max_tokens=tokens),
             self.grpo.StopRule(WithoutStop(self.trainer.tokenizer), ()),
         )
@@ -112,7 +114,7 @@ class Bench:
 
         queries, new = random(rows, a.num_attention_heads, 1, size), random(rows, groups, 1, size)
         layers = [[random(*shape) for _ in "kv"] for _ in range(a.num_hidden_layers)]
-        cache = caches.RowCache(caches.Rows([prompt] * rows, tokens))
+        cache = caches.RolloutCache(caches.Rows([prompt] * rows, tokens))
         cache.rows.be_at(mx.zeros((rows,), mx.int32) + end)
         mx.eval(queries, new, layers, cache.rows.position)
 
@@ -160,27 +162,24 @@ class Bench:
 
         return twenty_steps
 
-    def micro_batch(self) -> dict[str, Any]:
+    def micro_batch(self) -> MicroBatch:
         """The first micro-batch of an update with completions of full length."""
         import numpy as np
 
         trainer, count = self.trainer, self.trainer.args.num_generations
-        rows = [trainer.train_dataset[0]] * count
         length = trainer.sampling.max_tokens
-        responses = [
-            self.grpo.Completion(
-                ids=self.random.integers(3, self.vocabulary, length).tolist(),
-                logprobs=[-11.0] * length,
-                finish_reason="length",
-            )
-            for _ in rows
-        ]
-        return trainer.micro_batches(rows, responses, np.linspace(-1, 1, count))[0]
+        cells = np.empty((1, count), object)
+        for n in range(count):
+            ids = self.random.integers(3, self.vocabulary, length).tolist()
+            cells[0, n] = Completion(ids, [-11.0] * length, [1] * length, "length", "")
+        rewards = np.zeros((1, count))
+        rollout = self.grpo.Rollout(np.zeros(1, int), cells, rewards[..., None], rewards)
+        return trainer.micro_batches(rollout, np.linspace(-1, 1, count)[None])[0]
 
     def training_stages(self) -> Iterator[Stage]:
         trainer, mx = self.trainer, self.mx
         batch = self.micro_batch()
-        rows, tokens = len(batch["mask"]), int(batch["mask"].sum().item())
+        rows, tokens = len(batch.mask), int(batch.mask.sum().item())
         yield "log-probs", rows, tokens, lambda: mx.eval(trainer.rescored(self.model, batch)[0])
         result: list[Any] = []
 
@@ -193,7 +192,7 @@ class Bench:
         self.model.eval()
         if not result:
             gradient()
-        yield "optimizer", rows, 0, lambda: trainer.apply_gradients(0.0, result[1])
+        yield "optimizer", rows, 0, lambda: trainer.apply_gradients(0.0, result[1], 1)
 
     def stages(self) -> Iterator[Stage]:
         a, tokens = self.arguments, self.arguments.tokens

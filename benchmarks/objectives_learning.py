@@ -13,6 +13,7 @@ benchmarks/records/objectives_learning.jsonl.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import platform
@@ -116,25 +117,25 @@ def gradients() -> dict[str, dict[str, float]]:
     sampled, anchored, scored = [], [], []
 
     def keep_batches(*arguments: Any) -> Any:  # what they were made of, and what becomes of them
-        sampled[:], anchored[:] = arguments[:2], split(*arguments)
+        sampled[:], anchored[:] = arguments[:1], split(*arguments)
         return anchored
 
     def keep_scores(*arguments: Any) -> Any:
-        scored[:] = arguments[:2]
+        scored[:] = arguments[:3]
         return estimate(*arguments)
 
     split, trainer.micro_batches = trainer.micro_batches, keep_batches
     estimate = grpo.estimate_advantages
     with mock.patch.object(grpo, "estimate_advantages", keep_scores):
-        trainer.train_step(trainer.prompts_of_update(0)[0])
+        trainer.train_step(trainer.prompts_of_update(0))
     found = {}
     for name, settings in LOSSES.items():
         overrides = [*base, *(f"{key}={value}" for key, value in settings.items())]
         trainer.args = grpo.read_config(str(ROOT / CONFIG), overrides)
         loss_and_grad, total = trainer.make_loss_and_grad(), []
-        advantages = estimate(*scored, trainer.args).reshape(-1)
+        advantages = estimate(*scored, trainer.args)
         for batch, old in zip(split(*sampled, advantages), anchored, strict=True):
-            _, grads = loss_and_grad({**batch, "old_logprobs": old["old_logprobs"]})
+            _, grads = loss_and_grad(dataclasses.replace(batch, old_logprobs=old.old_logprobs))
             total.append(mx.concatenate([g.reshape(-1) for _, g in tree_flatten(grads)]))
             mx.eval(total)
         found[name] = sum(total) / mx.linalg.norm(sum(total))

@@ -289,32 +289,35 @@ def our_result(case: Case, given: dict[str, Any]) -> dict[str, Any]:
     import mlx.core as mx
 
     from utils.base.script import load_script
+    from utils.gradient.micro_batch import MicroBatch
 
     grpo = load_script()
     args = grpo.MLXGRPOConfig(**case.ours)
     lengths = np.array(given["lengths"])
     table = {name: np.array(given[name], np.float32) for name in NUMBERS}
     mask = (np.arange(LONGEST) < lengths[:, None]).astype(np.float32)
-    scores = our_scores(grpo, given)
+    rollout, penalty = our_rollout(grpo, given), 0.0
     if args.kl_placement == "reward" and args.kl_coeff:
         estimate = grpo.KL[args.kl_estimator](mx.array(table["ref"] - table["old"]))
         penalty = args.kl_coeff * (np.array(estimate) * mask).sum(axis=1)
-        scores = dataclasses.replace(scores, penalty=penalty.reshape(PROMPTS, GROUP))
-    advantages = grpo.estimate_advantages(scores, [0.0] * 3, args).reshape(-1)
+        penalty = penalty.reshape(PROMPTS, GROUP)
+    advantages = grpo.estimate_advantages(rollout, [0.0] * 3, penalty, args).reshape(-1)
     if args.mask_truncated_completions:
         kept = np.array(given["stopped"])
         lengths, mask = lengths * kept, mask * kept[:, None]
     on_policy = case.trainer == "rloo"
     loss_type = "dr_grpo" if on_policy else args.loss_type
-    batch = {
+    arrays = {
+        "tokens": np.zeros(mask.shape),
         "mask": mask,
-        "advantages": advantages,
-        "weights": grpo.sequence_weights(lengths, loss_type, LONGEST),
-        "old_logprobs": table["old"],
         "sampler_logprobs": table["sampler" if "use_vllm" in case.trl else "old"],
+        "advantages": advantages,
+        "weights": grpo.token_weights(lengths, loss_type, LONGEST),
+        "completion": np.arange(len(mask)),
+        "old_logprobs": table["old"],
         **({"ref_logprobs": table["ref"]} if args.kl_coeff and not on_policy else {}),
     }
-    batch = {name: mx.array(np.asarray(x, np.float32)) for name, x in batch.items()}
+    batch = MicroBatch(**{n: mx.array(np.asarray(x, np.float32)) for n, x in arrays.items()})
     entropies = mx.array(table["entropies"])
 
     class Trainer:
@@ -341,16 +344,19 @@ def our_result(case: Case, given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def our_scores(grpo: Any, given: dict[str, Any]) -> Any:
+def our_rollout(grpo: Any, given: dict[str, Any]) -> Any:
     """Totals as `compute_rewards` makes them: None adds nothing, a row of None is NaN."""
+    from utils.data.completions import Completion
+
     values = np.array(given["rewards"], np.float64)  # (B, F)
     totals = np.where(np.isnan(values).all(axis=1), np.nan, np.nansum(values, axis=1))
-    return grpo.Scores(
-        responses=np.full((PROMPTS, GROUP), None),
-        rewards=totals.reshape(PROMPTS, GROUP),
-        lengths=np.array(given["lengths"]).reshape(PROMPTS, GROUP),
+    ids = [[7] * n for n in given["lengths"]]
+    completions = [Completion(own, [-1.0] * len(own), [1] * len(own), "stop", "") for own in ids]
+    return grpo.Rollout(
+        prompts=np.arange(PROMPTS),
+        completions=np.array(completions, object).reshape(PROMPTS, GROUP),
         values=values.reshape(PROMPTS, GROUP, 2),
-        weights=np.ones(2),
+        rewards=totals.reshape(PROMPTS, GROUP),
     )
 
 

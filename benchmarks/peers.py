@@ -102,7 +102,6 @@ def load_mlx(cell: dict[str, Any]) -> tuple[Any, Any]:
 
 def run_ours(cell: dict[str, Any]) -> dict[str, Any]:
     """This project's train_step."""
-    from benchmarks.update_cost import WithoutStop
     from utils.base.script import load_script
     from utils.device.runtime import provenance
 
@@ -125,7 +124,7 @@ def run_ours(cell: dict[str, Any]) -> dict[str, Any]:
     trainer.reward_funcs = {
         "reward": lambda completion_ids, **_: [reward_of_ids(ids) for ids in completion_ids]
     }
-    trainer.tokenizer = WithoutStop(trainer.tokenizer)
+    trainer.sampler.stop.eos_ids = set()  # every completion has full length
     if not shares:
         trainer.scorer.sharing_problem = lambda *_: "switched off, to compare"
     clock = mlx_clock()
@@ -139,19 +138,19 @@ def run_ours(cell: dict[str, Any]) -> dict[str, Any]:
     trainer.generate_responses = generate
     trainer.compute_rewards = clock.timed("scoring", trainer.compute_rewards)
     trainer.apply_gradients = clock.timed("optimizer", trainer.apply_gradients)
-    held, pulse = [0], trainer.pulse
+    held, pulse = [0], trainer.run.pulse
 
     def watched_pulse(phase: str) -> None:  # between blocks of decode steps and micro-batches
         held.append(mx.get_active_memory() + mx.get_cache_memory())
         pulse(phase)
 
-    trainer.pulse = watched_pulse
+    trainer.run.pulse = watched_pulse
     for step in range(cell["updates"] + 1):
         if step == 1:
             mx.reset_peak_memory()
             held.clear()
         clock.begin()
-        record = trainer.train_step(trainer.prompts_of_update(step)[0])[-1]
+        record = trainer.train_step(trainer.prompts_of_update(step))[-1]
         clock.end()
         held.append(mx.get_active_memory() + mx.get_cache_memory())
         assert not record["skipped"]

@@ -86,26 +86,26 @@ def measure(folder: Path, shape: str, bits: int, train_type: str, settings: tupl
     preset = str(ROOT / "configs/default.toml")
     trainer = grpo.build_trainer(grpo.read_config(preset, overrides), "")
     trainer.reward_funcs = {"reward": update_cost.reward}
-    trainer.tokenizer = update_cost.WithoutStop(trainer.tokenizer)
+    trainer.sampler.stop.eos_ids = set()  # every completion has full length
     resident, seconds = mx.get_active_memory(), []
     peaks: dict[str, int] = {}
     for step in range(4):
         start = time.perf_counter()
-        trainer.train_step(trainer.prompts_of_update(step)[0])
+        trainer.train_step(trainer.prompts_of_update(step))
         seconds.append(round(time.perf_counter() - start, 2))
-        trainer.log.meter.start("other")
-        for phase, peak in trainer.log.meter.peaks.items():
+        trainer.memory.meter.start("other")
+        for phase, peak in trainer.memory.meter.peaks.items():
             peaks[phase] = max(peaks.get(phase, 0), peak)
     versions = runtime.provenance(ROOT)
     return {
         "date": time.strftime("%Y-%m-%d"),
         **{name: versions[name] for name in ("mlx", "mlx-lm", "device", "git_revision")},
         "case": {"shape": shape, "bits": bits, "train_type": train_type, "settings": settings},
-        "model": dataclasses.asdict(trainer.plan.shape),
-        "planned_for": dataclasses.asdict(trainer.plan.settings),
-        "plan": trainer.plan.by_phase,
+        "model": dataclasses.asdict(trainer.memory.plan.shape),
+        "planned_for": dataclasses.asdict(trainer.memory.plan.demand),
+        "plan": trainer.memory.plan.by_phase,
         "peaks": {name: peaks[name] for name in ("rollout", "gradient")},
-        "cached": trainer.log.meter.cached,
+        "cached": trainer.memory.meter.cached,
         "resident": resident,
         "seconds": seconds,
     }
@@ -114,7 +114,7 @@ def measure(folder: Path, shape: str, bits: int, train_type: str, settings: tupl
 def plan_of(record: dict[str, Any]) -> memory_plan.Plan:
     """The plan of a recorded case by the present code."""
     shape = model_shape.ModelShape(**record["model"])
-    known = {field.name for field in dataclasses.fields(memory_plan.Settings)}
+    known = {field.name for field in dataclasses.fields(memory_plan.Demand)}
     wanted = {name: x for name, x in record["planned_for"].items() if name in known}
     return suggestions.planned(shape, **wanted)
 

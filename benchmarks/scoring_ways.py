@@ -33,8 +33,9 @@ import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from benchmarks.update_cost import SHAPES  # noqa: E402
-from utils.gradient import agreement, head, packing, shared_prompts  # noqa: E402
+from utils.gradient import agreement, head, micro_batch, packing, shared_prompts  # noqa: E402
 from utils.gradient import scorer as scoring  # noqa: E402
+from utils.gradient.micro_batch import MicroBatch  # noqa: E402
 
 RECORDS = ROOT / "benchmarks/records/scoring_ways.jsonl"
 PROMPT, COMPLETION, EACH = 150, 256, 16
@@ -62,7 +63,7 @@ def make_model(shape: str, dtype: str, checkpointing: bool) -> nn.Module:
     return model
 
 
-def make_batch(vocabulary: int, groups: int, way: dict[str, Any]) -> dict[str, mx.array]:
+def make_batch(vocabulary: int, groups: int, way: dict[str, Any]) -> MicroBatch:
     random = np.random.default_rng(0)
     pairs = [
         [(prompt, random.integers(3, vocabulary, COMPLETION).tolist()) for _ in range(EACH)]
@@ -72,16 +73,14 @@ def make_batch(vocabulary: int, groups: int, way: dict[str, Any]) -> dict[str, m
     shapes = packing.Shapes(bucketed=True)
     length = way.get("length", 0)
     if length:
-        missing = length + 1 - batch["tokens"].shape[1]
-        batch = {name: mx.pad(x, ((0, 0), (0, missing))) for name, x in batch.items()}
-    mask = np.array(batch["mask"])
-    arrays: dict[str, np.ndarray] = {}
+        missing = (0, 0), (0, length + 1 - batch.tokens.shape[1])
+        batch.tokens, batch.mask = mx.pad(batch.tokens, missing), mx.pad(batch.mask, missing)
+    mask = np.array(batch.mask)
     if way.get("shared"):
-        arrays = packing.layout_groups(pairs, mask, shapes)
+        batch.layout = packing.layout_groups(pairs, [[1] * COMPLETION] * len(mask), mask, shapes)
     elif way.get("split"):
-        arrays = packing.layout_rows(mask, batch["tokens"].shape[1], shapes)
-    batch |= {name: mx.array(values) for name, values in arrays.items()}
-    batch["advantages"] = mx.array(random.normal(size=(groups * EACH, 1)).astype(np.float32))
+        batch.layout = packing.layout_rows(mask, batch.tokens.shape[1], shapes)
+    batch.advantages = mx.array(random.normal(size=(groups * EACH, 1)).astype(np.float32))
     return batch
 
 
@@ -92,12 +91,12 @@ def make_step(model: nn.Module, way: dict[str, Any], compiled: bool) -> Callable
     scorer.names = head.head_parameters(model)
     scorer.piece, scorer.keep = 2**27, not way.get("pieces")
 
-    def loss(batch: dict[str, mx.array]) -> mx.array:
+    def loss(batch: MicroBatch) -> mx.array:
         logprobs, _ = scorer(model, batch, 0.7)
-        return -(logprobs * batch["advantages"] * batch["mask"]).sum() / batch["mask"].sum()
+        return -(logprobs * batch.advantages * batch.mask).sum() / batch.mask.sum()
 
     step = nn.value_and_grad(model, loss)
-    return mx.compile(step, inputs=model.state, outputs=model.state) if compiled else step
+    return micro_batch.compiled(step, model) if compiled else step
 
 
 def measure(arguments: argparse.Namespace, name: str, groups: int, compiled: bool) -> dict:

@@ -48,7 +48,7 @@ def job_for_trl(seed: int, folder: Path) -> dict[str, Any]:
     """What our run of this seed would do: prompts of each update, learning rates, settings."""
     trainer = our_trainer(MODEL, seed, folder)
     a, rows = trainer.args, trainer.train_dataset
-    updates = [trainer.prompts_of_update(u)[0] for u in range(trainer.total_updates)]
+    updates = [trainer.prompts_of_update(u) for u in range(trainer.total_updates)]
     ids = [rows[i]["prompt_ids"] for update in updates for i in update]
     return {
         "seed": seed,
@@ -188,7 +188,7 @@ def measure_trl(seed: int, python: Path) -> dict[str, Any]:
     for update in range(0, job["config"]["max_steps"] + 1, EVERY):
         model = folder / f"checkpoint-{update}" if update else MODEL
         trainer = our_trainer(model, seed, folder / "evaluation")
-        greedy.append((update, trainer.score(trainer.eval_dataset)["em"]))
+        greedy.append((update, trainer.evaluate_em(trainer.eval_dataset)))
     sampled = [(n + 1, em) for n, em in enumerate(result["sampled"])]
     return result | {"greedy": greedy, "rollouts": sampled}
 

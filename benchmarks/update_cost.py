@@ -94,13 +94,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         preset = str(ROOT / "configs/default.toml")
         trainer = grpo.build_trainer(grpo.read_config(preset, overrides), "")
     trainer.reward_funcs = {"reward": reward}
-    trainer.tokenizer = WithoutStop(trainer.tokenizer)
+    trainer.sampler.stop.eos_ids = set()  # every completion has full length
     records = []
     for step in range(arguments.updates + 1):
         if step == 1:
             mx.reset_peak_memory()
         start = time.perf_counter()
-        record = trainer.train_step(trainer.prompts_of_update(step)[0])[-1]
+        record = trainer.train_step(trainer.prompts_of_update(step))[-1]
         records.append({**record, "seconds": time.perf_counter() - start})
     return summarize(arguments, trainer, records, mx.get_peak_memory())
 
@@ -135,7 +135,7 @@ def summarize(
         "bits": arguments.bits,
         "train_type": arguments.train_type,
         "settings": arguments.set,
-        "completions": trainer.args.num_generations * len(trainer.prompts_of_update(0)[0]),
+        "completions": trainer.args.num_generations * len(trainer.prompts_of_update(0)),
         "tokens": trainer.sampling.max_tokens,
         "updates": len(counted),
         "first_seconds": round(records[0]["seconds"], 2),
@@ -147,8 +147,8 @@ def summarize(
         "sampler_mismatch": median("sampler_mismatch"),
         "skipped": sum(r["skipped"] for r in records),
         "peak_gb": round(peak / 1e9, 2),
-        "plan_gb": round(trainer.plan.peak / 1e9, 2),
-        "plan": dataclasses.asdict(trainer.plan),
+        "plan_gb": round(trainer.memory.plan.peak / 1e9, 2),
+        "plan": dataclasses.asdict(trainer.memory.plan),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ runtime.preload_blas()  # as the script does, before any test file imports MLX
 os.environ["MLX_ENABLE_TF32"] = "0"  # its products of float32 have 10 bits
 
 import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
 
 # Equality to 1e-5 is a matter of float32 on the CPU; tests/device/ has what compares a GPU with it.
 mx.set_default_device(mx.cpu)
@@ -34,6 +36,14 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def grpo():
     return load_script()
+
+
+@pytest.fixture(autouse=True)
+def quantized_layers():
+    """Put back: what is switched on for CUDA, or for a test's, is so for the whole process."""
+    before = nn.QuantizedLinear.__call__, nn.QuantizedEmbedding.as_linear
+    yield
+    nn.QuantizedLinear.__call__, nn.QuantizedEmbedding.as_linear = before
 
 
 def make_tokenizer(folder):
@@ -154,3 +164,23 @@ def typed(grpo, model_dir, data_dir, tmp_path, monkeypatch, capsys):
         return code, out, err, changed
 
     return run
+
+
+@pytest.fixture
+def refused(typed):
+    """Type a command that must be refused with nothing written; returns the message."""
+
+    from helpers import the_message
+
+    def run(*words, **settings):
+        code, out, err, changed = typed(*words, **settings)
+        assert not changed
+        return the_message(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def own_model(model_dir, tmp_path):
+    """A copy of the random model to break."""
+    return shutil.copytree(model_dir, tmp_path / "model")

@@ -19,12 +19,17 @@ import numpy as np
 from conftest import ROOT
 from fuzz import Case, Surface, World
 
-from utils import evaluate_model, inference
+from utils import inference
 from utils.base.errors import UserError
 from utils.data import files as datafiles
+from utils.data.questions import encode_questions
+from utils.memory.memory import RolloutSize
 from utils.model import loading
 from utils.rewards import by_name
+from utils.rewards.answers import as_number
 from utils.rewards.calls import RewardCalls, TrainerState
+from utils.rollouts import sampler
+from utils.rollouts.stop_rule import StopRule
 from utils.run import checkpoints, folders, trackers
 from utils.settings import reading
 
@@ -298,12 +303,15 @@ def check_ids(
 ) -> None:
     """Encode as the trainer does; what it lets through is safe for MLX, which may read it."""
     loaded = loaded or world.loaded
-    evaluator = evaluate_model.make_evaluator(loaded, config, {}, 1)
+    tokenizer = loaded.tokenizer
+    prefix = tokenizer.encode(config.reasoning_prefix, add_special_tokens=False)
+    stop = StopRule(tokenizer, tuple(config.stop_strings), config.reasoning_prefix)
     row = row | {"prompt": [{"role": "user", "content": str(row["question"])[:50_000]}]}
-    for kept in evaluator.encode([row], "training"):
+    for kept in encode_questions(tokenizer, loaded.vocabulary, config, [row], "training"):
         if read:  # bounds_checked of fuzz.py stands before MLX
-            how = evaluator.sampling_with(0.0, 2)
-            evaluator.sample(loaded.model, [kept], [world.grpo.row_key(0)], how)
+            ask = sampler.Sampler(world.grpo.sample_batch, stop, RolloutSize(1))
+            how = sampler.sampling_settings(config, len(prefix), 0.0, 2)
+            ask(loaded.model, [kept["prompt_ids"]], [world.grpo.random_key(0, 0, ())], how)
         assert all(type(i) is int and 0 <= i < VOCABULARY for i in kept["prompt_ids"])
 
 
@@ -516,10 +524,9 @@ def make_run(world: World) -> Path:
     world.trainer = world.grpo.build_trainer(world.grpo.MLXGRPOConfig(**settings), "fuzz")
     for _ in range(2):
         world.trainer.train_step([0])
-    world.trainer.step, world.trainer.rollout = 2, 2
     path = world.folder / "run" / "checkpoint-2"
     world.trainer.save_checkpoint(path)
-    world.position = {name: getattr(world.trainer, name) for name in checkpoints.COUNTERS}
+    world.position = world.trainer.run.state.copied()
     return path
 
 
@@ -595,22 +602,27 @@ def checkpoint_case(world: World, rng: Random) -> Case:
 
 def check_resumed(world: World, folder: Path) -> None:
     """A checkpoint that is taken leaves a trainer that can go on, and none of its parts changed."""
-    trainer, kept = world.trainer, ("model", "tokenizer", "args", "log", "train_dataset")
-    vars(trainer).update(world.position)
-    before = {name: id(getattr(trainer, name)) for name in kept}
+    trainer, kept = world.trainer, ("model", "tokenizer", "args", "run", "train_dataset")
+    run, kept_of_run = trainer.run, ("log", "state")
+    vars(run.state).update(vars(world.position.copied()))
+
+    def parts() -> list[int]:
+        found = [getattr(trainer, n) for n in kept] + [getattr(run, n) for n in kept_of_run]
+        return [id(part) for part in found]
+
+    before = parts()
     checkpoints.load(folder, trainer)
-    assert before == {name: id(getattr(trainer, name)) for name in kept}
+    assert before == parts()
     for name in ("step", "update_step", "rollout"):
-        count = getattr(trainer, name)
+        count = getattr(run.state, name)
         assert type(count) is int, name
         assert 0 <= count < 2**31, name
-    assert math.isfinite(trainer.elapsed)
-    rows, _ = trainer.prompts_of_update(trainer.rollout)
+    assert math.isfinite(run.state.elapsed)
+    rows = trainer.prompts_of_update(run.state.rollout)
     assert all(0 <= row < len(trainer.train_dataset) for row in rows)
-    assert all(isinstance(r, dict) for r in [*trainer.log.history, *trainer.log.pending])
-    evaluator = trainer.sampling_with(0.0, 1)
-    prompt = [trainer.train_dataset[0]]
-    trainer.sample(trainer.model, prompt, [world.grpo.row_key(0)], evaluator)
+    assert all(isinstance(r, dict) for r in [*run.log.history, *run.state.pending])
+    prompt, key = trainer.train_dataset[0]["prompt_ids"], world.grpo.random_key(0, 0, ())
+    trainer.sampler(trainer.model, [prompt], [key], trainer.how(0.0, 1))
 
 
 def log_line(rng: Random, update: int) -> bytes:
@@ -702,7 +714,7 @@ def output_case(world: World, rng: Random) -> Case:
             assert found == found.strip()
             assert found in t
             world.grpo.extract_hash_answer(t)
-            number = world.grpo.as_number(t[:20_000])
+            number = as_number(t[:20_000])
             assert number is None or number.is_finite()
             assert world.grpo.same_answer(t, t)
         stop = world.grpo.StopRule(world.loaded.tokenizer, ["</answer>"])

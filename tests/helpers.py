@@ -15,12 +15,16 @@ from conftest import load_script  # first: it loads a BLAS before MLX is importe
 
 # isort: on
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import qwen2
 
+from utils.data.completions import Completion
 from utils.device import cores, fast
+from utils.gradient.micro_batch import MicroBatch
 from utils.model.tiktoken_wrapper import CHAT_TOKENS
+from utils.run import evaluation
 
 QUIET = {
     "use_compile": False,
@@ -30,12 +34,22 @@ QUIET = {
     "num_generations": 4,
     "gradient_accumulation_steps": 2,
     "max_new_tokens": 12,
+    "eval_max_new_tokens": 12,
     "temperature": 1.0,
     "quantize_for_rollouts": False,
     "save_steps": 0,
     "learning_rate": 1e-3,
     "max_grad_norm": 1.0,
 }
+
+
+def mostly_long(cases, *kept):
+    """Cases of a parametrization, of which a plain `pytest` runs only those `kept`."""
+    cases = [*cases]
+    assert all(case in cases for case in kept)
+    parts = [case if isinstance(case, tuple) else (case,) for case in cases]
+    marks = [() if case in kept else pytest.mark.long for case in cases]
+    return [pytest.param(*p, marks=mark) for p, mark in zip(parts, marks, strict=True)]
 
 
 def make_config(model_dir, data_dir, output_dir, **settings):
@@ -110,7 +124,7 @@ def stop_in_evaluation(update, split=None):
 
     def prepare(trainer):
         def evaluate(which="test", call=trainer.evaluate):
-            trainer.interrupted = trainer.update_step == update and split in (None, which)
+            trainer.run.interrupted = trainer.update_step == update and split in (None, which)
             return call(which)
 
         trainer.evaluate = evaluate
@@ -122,13 +136,13 @@ def stop_after(update):
     """Ctrl-C once this many updates are done, as a `prepare` of run_training."""
 
     def prepare(trainer):
-        after_update = trainer.after_update
+        after_update = trainer.run.after_update
 
         def and_stop(*args):
             after_update(*args)
-            trainer.interrupted = trainer.update_step >= update
+            trainer.run.interrupted = trainer.update_step >= update
 
-        trainer.after_update = and_stop
+        trainer.run.after_update = and_stop
 
     return prepare
 
@@ -165,20 +179,34 @@ def typed_in_a_shell(line, folder, **environment):
     )
 
 
+SLOW = {
+    *("mlx_lm", "mlx_vlm", "transformers", "tokenizers", "datasets", "pyarrow", "pandas", "torch"),
+    *("huggingface_hub", "httpx2", "math_verify", "sympy", "tensorboardX", "wandb", "matplotlib"),
+}  # what takes long to import: a program that answers at once has none of them
+
+
+def imports_of(*words, folder):
+    """A program run by Python: (what came of it, the packages that it imported)."""
+    command = [sys.executable, "-X", "importtime", *map(str, words)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done, {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
 def spy_on_gradients(trainer):
     """Collects (batch as it was used, statistics) of every gradient, and what clipping gets."""
     calls, gradients = [], []
     inner, apply = trainer.loss_and_grad, trainer.apply_gradients
 
     def loss_and_grad(batch):
-        seen = dict(batch)
+        seen = dataclasses.replace(batch)
         result = inner(batch)
         calls.append((seen, result[0][1], result[0][2]))
         return result
 
-    def apply_gradients(loss, grads):
+    def apply_gradients(loss, grads, number):
         gradients.append(flat(grads))
-        return apply(loss, grads)
+        return apply(loss, grads, number)
 
     trainer.loss_and_grad, trainer.apply_gradients = loss_and_grad, apply_gradients
     return calls, gradients
@@ -197,22 +225,62 @@ def timeless(output_dir):
 
 
 def rollout(trainer, rows=(0, 1, 2)):
-    """Sampled completions of ragged lengths with random advantages: (rows, responses, A)."""
-    trainer.refresh_old_policy()
-    responses = trainer.generate_responses(list(rows))
+    """Sampled completions of ragged lengths with random advantages: (rows, completions, A)."""
     generator = np.random.default_rng(3)
-    for response in responses:  # cut to ragged lengths, from 1 token up
-        length = int(generator.integers(1, len(response.ids) + 1))
-        response.ids, response.logprobs = response.ids[:length], response.logprobs[:length]
+    completions = [
+        cut_off(completion, int(generator.integers(1, len(completion.ids) + 1)))
+        for completion in trainer.generate_responses(list(rows))
+    ]
     group = trainer.args.num_generations
     repeated = [trainer.train_dataset[r] for r in rows for _ in range(group)]
-    return repeated, responses, generator.normal(size=len(responses))
+    return repeated, completions, generator.normal(size=len(completions))
+
+
+def cut_off(completion, length):
+    """Its first tokens."""
+    parts = {name: getattr(completion, name)[:length] for name in ("ids", "logprobs", "mask")}
+    return dataclasses.replace(completion, **parts)
+
+
+def completion(ids, logprobs=None, mask=None, text="", finish_reason="stop"):
+    """One that was sampled, unless the mask says otherwise."""
+    logprobs = [-1.0] * len(ids) if logprobs is None else logprobs
+    return Completion(ids, logprobs, mask or [1] * len(ids), finish_reason, text)
+
+
+def as_rollout(trainer, rows, completions, rewards=None):
+    """A rollout of one completion a row (of the training set)."""
+    numbers = {row["question"]: i for i, row in enumerate(trainer.train_dataset)}
+    cells = np.empty((len(completions), 1), object)
+    cells[:, 0] = completions
+    rewards = np.zeros(cells.shape) if rewards is None else rewards
+    prompts = np.array([numbers[row["question"]] for row in rows], int)
+    return load_script().Rollout(prompts, cells, rewards[..., None], rewards)
+
+
+def micro_batches(trainer, sample, tokens=None):
+    """Of (rows, completions, advantages), as the trainer cuts an update, by a budget of tokens."""
+    if tokens is not None:
+        plan = dataclasses.replace(trainer.memory.plan, micro_batch_tokens=tokens)
+        trainer.memory.plan = plan
+    rows, completions, advantages = sample
+    return trainer.micro_batches(
+        as_rollout(trainer, rows, completions), np.array(advantages)[:, None]
+    )
+
+
+def as_batch(**arrays):
+    """A micro-batch of which only these arrays matter."""
+    shape = arrays["mask"].shape
+    rest = {"tokens": mx.zeros((shape[0], shape[1] + 1), mx.int32)}
+    rest |= dict.fromkeys(("advantages", "weights", "completion"), mx.zeros(shape[0]))
+    return MicroBatch(**{"sampler_logprobs": mx.zeros(shape), **rest, **arrays})
 
 
 def gradient(trainer, batches):
     """Loss and summed gradient of some micro-batches."""
     loss_and_grad = trainer.make_loss_and_grad()
-    total, loss = tree_map(mx.zeros_like, trainer.master), 0.0
+    total, loss = tree_map(mx.zeros_like, trainer.master_weights), 0.0
     for batch in batches:
         (part, _, _), grads = loss_and_grad(batch)
         total = tree_map(mx.add, total, grads)
@@ -227,16 +295,11 @@ def relative_difference(one, other):
     return max(mx.abs(one[k] - other[k]).max().item() for k in one) / largest
 
 
-def micro_batches(trainer, sample, tokens):
-    trainer.plan = dataclasses.replace(trainer.plan, micro_batch_tokens=tokens)
-    return trainer.micro_batches(*sample)
-
-
 def snapshot(trainer):
     """Weights, masters and moments as bytes, to compare bit by bit."""
     parts = {
         "weights": trainer.model.parameters(),
-        "masters": trainer.master,
+        "masters": trainer.master_weights,
         "optimizer": trainer.optimizer.state,
     }
     return {n: np.array(x.astype(mx.float32)).tobytes() for n, x in flat(parts).items()}
@@ -286,12 +349,24 @@ def lose_the_right_to_write_everywhere():
 
 def improving(trainer):
     """Evaluations that get better with every update."""
-    result = {"em_subset": 3, "truncation_rate": 0.0}
-    trainer.score = lambda *_, **__: {"em": trainer.update_step / 10, **result}
+    score_by(trainer, lambda: trainer.update_step / 10)
+
+
+def score_by(trainer, score):
+    """Evaluations in which `score()` is the share of right answers."""
+
+    def evaluate(split="test", call=trainer.evaluate):
+        def scored(*_, **__):
+            return {"em": score(), "em_subset": 3, "truncation_rate": 0.0}
+
+        with mock.patch.object(evaluation, "score", scored):
+            return call(split)
+
+    trainer.evaluate = evaluate
 
 
 def keys_for(grpo, count):
-    return np.stack([grpo.row_key(7, n) for n in range(count)])
+    return np.stack([grpo.random_key(7, n, ()) for n in range(count)])
 
 
 def sample(grpo, loaded, prompts, rows=None, keys=None, stops=(), **how):
@@ -302,12 +377,6 @@ def sample(grpo, loaded, prompts, rows=None, keys=None, stops=(), **how):
     how = grpo.Sampling(**{"temperature": 1.0, "max_tokens": 30, **how})
     stop = grpo.StopRule(tokenizer, stops)
     return cores.in_turns([grpo.sample_batch(model, prompts, rows, keys, how, stop)])[0]
-
-
-def put_back_quantized_layers(monkeypatch):
-    """When the test ends: what is switched on for CUDA changes them for the whole process."""
-    monkeypatch.setattr(nn.QuantizedLinear, "__call__", nn.QuantizedLinear.__call__)
-    monkeypatch.setattr(nn.QuantizedEmbedding, "as_linear", nn.QuantizedEmbedding.as_linear)
 
 
 def random_prompts(*lengths):
@@ -322,3 +391,56 @@ PATTERN = r"\p{L}+|\p{N}{1,2}|\s+|[^\s\p{L}\p{N}]+"
 
 
 SPECIAL = {name: 259 + i for i, name in enumerate(CHAT_TOKENS)}
+
+
+QWEN_1_5B = {
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+
+
+TINY = {
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 96,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_model(config=TINY, dtype=mx.float32):
+    mx.random.seed(0)
+    model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+def the_message(code, out, err, expected_code=2):
+    """The one message on stderr, after the checks that hold for every refusal."""
+    assert code == expected_code, err
+    assert err.startswith("error: "), err
+    assert err.count("error: ") == 1
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= 6, err
+    return err
+
+
+def assert_names(message, *parts):
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
+def change_json(folder, name="config.json", **changes):
+    values = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps({k: v for k, v in values.items() if v is not None}))

@@ -1,6 +1,7 @@
 """Imports point down: a room of utils/ imports its own files and the rooms below it, nothing else.
 
-Types that a lower room needs from a higher one are Protocols in the lower room.
+Types that a lower room needs from a higher one are Protocols in the lower room. The tests of a room
+lie in the room of that name.
 """
 
 import ast
@@ -115,3 +116,26 @@ def test_no_room_hides_a_module():
     taken |= {"datasets", "tqdm", "torch", "gguf", "trl", "peft", "wandb", "trackio", "jinja2"}
     assert not FLOOR.keys() & taken
     assert {path.name for path in UTILS.iterdir() if (path / "__init__.py").exists()} == {*FLOOR}
+
+
+def names(source):
+    """Dotted names of all that a test file imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            yield from (node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+MODULES = [path for path in FILES if path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(UTILS)))
+def test_every_module_is_tested_in_the_room_of_that_name(path):
+    """By a file of its own, or by one that imports it."""
+    files = [*(ROOT / "tests" / path.relative_to(UTILS).parts[0]).rglob("test_*.py")]
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    assert any(
+        file.stem == f"test_{path.stem}" or module in names(file.read_text(encoding="utf-8"))
+        for file in files
+    )

@@ -6,8 +6,11 @@ The folder appears only when the converted model has been loaded again, has gene
 log-probs of a fixed text have been compared with those of the source.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -18,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -30,6 +33,11 @@ from utils.device import runtime  # noqa: E402
 from utils.model import shape as model_shape  # noqa: E402
 from utils.model.conversion_check import compare, describe, read_fixed_text, read_source  # noqa: E402
 from utils.model.hf_config import translate_config  # noqa: E402
+from utils.model.shape import ModelConfig  # noqa: E402
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DEFAULT_OUTPUT = "utils/mlx_model"
 COMMAND = "uv run python utils/convert_model.py"
@@ -146,11 +154,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_quantization(args: argparse.Namespace) -> None:
     """Refuse contradictory options, then fill in the defaults of the mode."""
-    names = ("--bits", "--group-size", "--q-mode", "--quant-predicate")
-    values = (args.bits, args.group_size, args.q_mode, args.quant_predicate)
-    given = [name for name, value in zip(names, values, strict=True) if value is not None]
     if args.quantize and args.dequantize:
         raise UserError("--quantize and --dequantize exclude each other")
+    given = given_for_quantization(args)
     if given and not args.quantize:
         raise UserError(f"{' and '.join(given)} need --quantize")
     mode = args.q_mode or "affine"
@@ -162,6 +168,16 @@ def check_quantization(args: argparse.Namespace) -> None:
     choose(args, "bits", mode, BITS[mode])
     choose(args, "group_size", mode, GROUP_SIZES[mode])
     args.q_mode = mode
+
+
+def given_for_quantization(args: argparse.Namespace) -> list[str]:
+    flags = {
+        "--bits": args.bits,
+        "--group-size": args.group_size,
+        "--q-mode": args.q_mode,
+        "--quant-predicate": args.quant_predicate,
+    }
+    return [flag for flag, value in flags.items() if value is not None]
 
 
 def choose(args: argparse.Namespace, name: str, mode: str, allowed: tuple[int, ...]) -> None:
@@ -264,7 +280,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def find_source(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+def find_source(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
     """The local folder of the source, downloaded if need be, and its configuration.
 
     config.json comes first: what it rules out is refused before gigabytes are downloaded.
@@ -306,7 +322,7 @@ def download(args: argparse.Namespace, patterns: list[str]) -> Path:
         raise RunError(f"no answer from the hub for {name}: {one_line(error)}") from error
 
 
-def read_config(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def read_config(folder: Path, args: argparse.Namespace) -> ModelConfig:
     from mlx_lm.utils import load_config
 
     try:
@@ -320,37 +336,39 @@ def read_config(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def has_vision(config: dict[str, Any]) -> bool:
+def has_vision(config: ModelConfig) -> bool:
     return any(config.get(key) for key in VISION_KEYS)
 
 
-def check_config(config: dict[str, Any], args: argparse.Namespace) -> None:
+def check_config(config: ModelConfig, args: argparse.Namespace) -> None:
     """Refuse what the configuration alone rules out."""
-    name = args.hf_path
-    quantization = config.get("quantization") or config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    check_how_quantized(config, args)
+    if has_vision(config):
+        check_vision(args)
+    elif "model_file" not in config:
+        check_model_type(config, args.hf_path)
+
+
+def check_how_quantized(config: ModelConfig, args: argparse.Namespace) -> None:
+    name, by_mlx = args.hf_path, config.get("quantization")
+    quantization = by_mlx or config.get("quantization_config")
     if args.dequantize and not quantization:
         raise UserError(f"{name} is not quantized: there is nothing to dequantize")
-    if args.quantize and config.get("quantization"):
+    if args.quantize and by_mlx:
         raise UserError(f"{name} is quantized already; convert its source, or --dequantize it")
-    if quantization and not config.get("quantization") and method not in QUANT_METHODS:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization and not by_mlx and method not in QUANT_METHODS:
         raise UserError(
             f"{name} is quantized by {method}, which mlx-lm does not read; it reads "
             f"{', '.join(QUANT_METHODS)}, and models that are not quantized"
         )
-    if has_vision(config):
-        check_vision(args)
-    elif "model_file" not in config:
-        check_model_type(config, name)
 
 
 def check_vision(args: argparse.Namespace) -> None:
-    from importlib.util import find_spec
-
     if args.dequantize or args.eos_token:
         flag = "--dequantize" if args.dequantize else "--eos-token"
         raise UserError(f"{flag} is for language models; {args.hf_path} has a vision tower")
-    if find_spec("mlx_vlm") is None:
+    if importlib.util.find_spec("mlx_vlm") is None:
         raise UserError(
             f"{args.hf_path} has a vision tower, which mlx-vlm converts. Install the extra "
             "`vision`:\n  uv run --extra vision python utils/convert_model.py ...\n"
@@ -358,7 +376,7 @@ def check_vision(args: argparse.Namespace) -> None:
         )
 
 
-def check_model_type(config: dict[str, Any], name: str) -> None:
+def check_model_type(config: ModelConfig, name: str) -> None:
     from importlib.metadata import version
 
     from mlx_lm.utils import _get_classes
@@ -401,7 +419,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def convert_text_model(
-    args: argparse.Namespace, source: Path, config: dict[str, Any], folder: Path
+    args: argparse.Namespace, source: Path, config: ModelConfig, folder: Path
 ) -> None:
     """Write the converted model to `folder`, by mlx-lm's own steps."""
     from mlx_lm.utils import dequantize_model, load, save
@@ -429,7 +447,7 @@ def convert_text_model(
         update_json(folder / "generation_config.json", eos_token_id=config["eos_token_id"])
 
 
-def cast(model: Any, config: dict[str, Any], dtype: str | None) -> None:
+def cast(model: nn.Module, config: ModelConfig, dtype: str | None) -> None:
     """Change the type of the floating-point weights, as mlx_lm.convert does, and note it."""
     import mlx.core as mx
     from mlx.utils import tree_map_with_path
@@ -448,7 +466,9 @@ def cast(model: Any, config: dict[str, Any], dtype: str | None) -> None:
     config.update({key: dtype for key in ("dtype", "torch_dtype") if key in config})
 
 
-def quantize(args: argparse.Namespace, model: Any, config: dict) -> tuple[Any, dict]:
+def quantize(
+    args: argparse.Namespace, model: nn.Module, config: ModelConfig
+) -> tuple[nn.Module, ModelConfig]:
     from mlx_lm.convert import mixed_quant_predicate_builder
     from mlx_lm.utils import quantize_model
 
@@ -469,18 +489,20 @@ def quantize(args: argparse.Namespace, model: Any, config: dict) -> tuple[Any, d
             f"multiple of the group size {args.group_size}"
         )
     if left:
-        say(f"{len(left)} layers stay as they are: width no multiple of {args.group_size}")
+        note(f"{len(left)} layers stay as they are: width no multiple of {args.group_size}")
     return model, config
 
 
-def layers_by_kind(model: Any) -> tuple[list[Any], list[Any]]:
+def layers_by_kind(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Layers that could be quantized, and those that are."""
     modules = [module for _, module in model.named_modules()]
     plain = [m for m in modules if hasattr(m, "to_quantized")]
     return plain, [m for m in modules if hasattr(m, "bits") and "scales" in m]
 
 
-def replace_eos(args: argparse.Namespace, source: Path, tokenizer: Any) -> tuple[Any, int]:
+def replace_eos(
+    args: argparse.Namespace, source: Path, tokenizer: TokenizerWrapper
+) -> tuple[TokenizerWrapper, int]:
     """The tokenizer with the wanted token at the end of texts, and this token's id."""
     from mlx_lm.utils import load_tokenizer
 
@@ -493,7 +515,7 @@ def replace_eos(args: argparse.Namespace, source: Path, tokenizer: Any) -> tuple
     return load_tokenizer(source, extra, eos_token_ids=[number]), number
 
 
-def update_json(path: Path, **values: Any) -> None:
+def update_json(path: Path, **values: object) -> None:
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8")) | values
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -523,11 +545,11 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
     """
     source, config = find_source(args)
     vision = has_vision(config)
-    say(f"reading {args.hf_path}")
+    note(f"reading {args.hf_path}")
     try:
         added = {} if vision else translate_config(config)
         before = read_source(source, args.trust_remote_code, vision, added)
-        say("converting")
+        note("converting")
         if vision:
             convert_vision_model(args, source, folder)
         else:
@@ -536,7 +558,7 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
         raise explain(error, args) from error
     if source != Path(args.hf_path).expanduser():
         write_model_card(args.hf_path, folder)
-    say("checking the result")
+    note("checking the result")
     try:
         after = read_fixed_text(folder, args.trust_remote_code, vision, {})
     except RunError as error:
@@ -593,7 +615,7 @@ def upload(folder: Path, repo: str) -> None:
         ) from error
 
 
-def say(text: str) -> None:
+def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
@@ -609,12 +631,12 @@ def convert_and_report(args: argparse.Namespace) -> None:
     # mlx-lm's progress goes where ours does: a pipe that nobody reads any more would end it.
     with partial_folder(args.output_dir) as folder, contextlib.redirect_stdout(sys.stderr):
         summary = run_conversion(args, folder)
-    from utils.base import say as say_module  # here: it needs packages, which `--help` does not
+    from utils.base.say import say  # here: it needs packages, which `--help` does not
 
-    say_module.say(f"{args.output_dir}: {summary}")
+    say(f"{args.output_dir}: {summary}")
     if args.upload_repo:
         upload(args.output_dir, args.upload_repo)
-        say_module.say(f"Uploaded to https://huggingface.co/{args.upload_repo}")
+        say(f"Uploaded to https://huggingface.co/{args.upload_repo}")
 
 
 def main() -> int:

@@ -6,6 +6,8 @@ Nothing in the checkpoint is trusted: weights are read with weights_only=True, t
 tokenizer by an unpickler that knows a single name, and the result holds no pickle.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import pickle
@@ -15,16 +17,21 @@ import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from utils.base.errors import RunError, UserError  # noqa: E402
+from utils.device.runtime import preload_blas  # noqa: E402
+from utils.model.shape import ModelConfig  # noqa: E402
 from utils.model.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: E402
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
     import numpy as np
 
 COMMAND = "uv run --extra nanochat python utils/convert_nanochat.py"
@@ -115,12 +122,7 @@ def find_step(folder: Path, wanted: int | None) -> tuple[Path, Path]:
     """The files of one step, the newest by default: (model_NNNNNN.pt, meta_NNNNNN.json)."""
     if not folder.is_dir():
         raise UserError(f"--checkpoint-dir {folder} is no folder")
-    names = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in folder.iterdir())
-    steps = sorted(int(name[1]) for name in names if name)
-    if not steps:
-        below = sorted({str(path.parent) for path in folder.glob("*/**/model_*.pt")})
-        hint = f"; there are some in {', '.join(below)}" if below else ""
-        raise UserError(f"{folder} has no model_NNNNNN.pt{hint}")
+    steps = steps_in(folder)
     step = steps[-1] if wanted is None else wanted
     if step not in steps:
         raise UserError(f"{folder} has no step {step}, only {', '.join(map(str, steps))}")
@@ -128,6 +130,17 @@ def find_step(folder: Path, wanted: int | None) -> tuple[Path, Path]:
     if not meta.is_file():
         raise UserError(f"{meta} is missing: the model's shape stands in it")
     return model, meta
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have weights, at least one, in order."""
+    names = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in folder.iterdir())
+    steps = sorted(int(name[1]) for name in names if name)
+    if not steps:
+        below = sorted({str(path.parent) for path in folder.glob("*/**/model_*.pt")})
+        hint = f"; there are some in {', '.join(below)}" if below else ""
+        raise UserError(f"{folder} has no model_NNNNNN.pt{hint}")
+    return steps
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -142,6 +155,27 @@ def find_tokenizer(folder: Path) -> Path:
 
 def read_config(meta: Path) -> dict[str, int]:
     """nanochat's model_config, all of it positive numbers. Raises UserError."""
+    values, differences = read_meta(meta)
+    if differences:
+        raise UserError(not_the_same(meta, differences))
+    sizes = {key: value for key, value in values.items() if type(value) is int and value >= 1}
+    if wrong := [f"{key} = {value!r}" for key, value in values.items() if key not in sizes]:
+        raise UserError(f"{meta}: {', '.join(wrong)} must be positive whole numbers")
+    check_heads(meta, sizes)
+    return sizes
+
+
+def check_heads(meta: Path, sizes: dict[str, int]) -> None:
+    width, heads, kv_heads = sizes["n_embd"], sizes["n_head"], sizes["n_kv_head"]
+    if width % heads or heads % kv_heads or width // heads % 2:
+        raise UserError(
+            f"{meta}: n_embd = {width}, n_head = {heads}, n_kv_head = {kv_heads} do not divide "
+            "into heads of an even width"
+        )
+
+
+def read_meta(meta: Path) -> tuple[dict[str, object], list[str]]:
+    """The settings that mlx-lm knows, and names of those that it does not."""
     try:
         config = json.loads(meta.read_text(encoding="utf-8"))["model_config"]
         newer = [f"{NEWER[key]} ({key})" for key in config if key in NEWER]
@@ -150,17 +184,7 @@ def read_config(meta: Path) -> dict[str, int]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is no such file: {error}"
         raise UserError(f"{meta} {reason}; nanochat writes model_config there") from None
-    if newer or unknown:
-        raise UserError(not_the_same(meta, newer + unknown))
-    if wrong := [f"{k} = {v!r}" for k, v in values.items() if type(v) is not int or v < 1]:
-        raise UserError(f"{meta}: {', '.join(wrong)} must be positive whole numbers")
-    width, heads, kv_heads = values["n_embd"], values["n_head"], values["n_kv_head"]
-    if width % heads or heads % kv_heads or width // heads % 2:
-        raise UserError(
-            f"{meta}: n_embd = {width}, n_head = {heads}, n_kv_head = {kv_heads} do not divide "
-            "into heads of an even width"
-        )
-    return values
+    return values, newer + unknown
 
 
 def not_the_same(where: Path, differences: list[str]) -> str:
@@ -170,7 +194,7 @@ def not_the_same(where: Path, differences: list[str]) -> str:
     )
 
 
-def import_torch() -> Any:
+def import_torch() -> ModuleType:
     try:
         import torch
     except ImportError as error:
@@ -184,16 +208,16 @@ def import_torch() -> Any:
     return torch
 
 
-def refused_imports(torch: Any, path: Path) -> str:
+def refused_imports(torch: ModuleType, path: Path) -> str:
     """What a .pt file wanted to import, as torch lists it without doing it; "" if it cannot."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError):
         return ""
-    return f"wants to import {', '.join(map(shown, names))}" if names else ""
+    return f"wants to import {', '.join(map(printable, names))}" if names else ""
 
 
-def load_state(torch: Any, path: Path) -> dict[str, Any]:
+def load_state(torch: ModuleType, path: Path) -> dict[object, object]:
     """The state dict of a .pt file, without running what the file may contain."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is not what torch.save writes: damaged, or only half downloaded?")
@@ -201,32 +225,36 @@ def load_state(torch: Any, path: Path) -> dict[str, Any]:
         # mmap: the checkpoint of a large model never lies in memory twice
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        what = refused_imports(torch, path) or f"is no file of weights: {shown(error)}"
+        what = refused_imports(torch, path) or f"is no file of weights: {printable(error)}"
         raise UserError(f"{path} {what}. Weights need no code, and nothing was run") from None
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {shown(error)}") from None
+        raise UserError(f"{path} is damaged: {printable(error)}") from None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} holds {type(state).__name__}, not parameters by name")
     return state
 
 
-def read_weights(path: Path) -> "dict[str, np.ndarray]":
+def read_weights(path: Path) -> dict[str, np.ndarray]:
     """Name -> float32 array of every parameter of a .pt file. Raises UserError."""
     torch = import_torch()
     weights = {}
     for name, value in load_state(torch, path).items():
-        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
-        if not (isinstance(name, str) and dense and value.is_floating_point()):
-            raise UserError(f"{path}: {shown(name)} is no parameter of floating-point numbers")
+        if not (
+            isinstance(name, str)
+            and isinstance(value, torch.Tensor)
+            and value.layout == torch.strided
+            and value.is_floating_point()
+        ):
+            raise UserError(f"{path}: {printable(name)} is no parameter of floating-point numbers")
         # torch.compile prepends this to every name
         weights[name.removeprefix("_orig_mod.")] = value.detach().float().numpy()
     return weights
 
 
-def shown(value: object) -> str:
+def printable(value: object) -> str:
     """Text from an untrusted file, on one line and without control characters."""
-    first = str(value).strip().split("\n")[0]
-    return first[:120].encode("unicode_escape").decode()
+    line = str(value).strip().split("\n")[0]
+    return line[:120].encode("unicode_escape").decode()
 
 
 class PickledEncoding:
@@ -245,9 +273,9 @@ class RefusedImport(Exception):
 class EncodingUnpickler(pickle.Unpickler):
     """Knows one name. Every import of a pickle, hence every call it can make, comes here."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> type[PickledEncoding]:
         if (module, name) != ("tiktoken.core", "Encoding"):
-            raise RefusedImport(shown(f"{module}.{name}"))
+            raise RefusedImport(printable(f"{module}.{name}"))
         return PickledEncoding
 
 
@@ -264,12 +292,12 @@ def read_encoding(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
             "else. Nothing was imported or run: do not trust this file"
         ) from None
     except (pickle.UnpicklingError, EOFError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no pickled tokenizer: {shown(error)}") from None
+        raise UserError(f"{path} is no pickled tokenizer: {printable(error)}") from None
     except (LookupError, AttributeError, ImportError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path} is a damaged pickle: {shown(error)}") from None
+        raise UserError(f"{path} is a damaged pickle: {printable(error)}") from None
     state = encoding.state if type(encoding) is PickledEncoding else encoding
     if isinstance(state, str):
-        raise UserError(f"{path} only names tiktoken's encoding {shown(state)}, not nanochat's")
+        raise UserError(f"{path} only names tiktoken's encoding {printable(state)}, not nanochat's")
     return check_state(path, state)
 
 
@@ -293,7 +321,7 @@ def make_tokenizer(path: Path, vocab_size: int) -> TiktokenTokenizerWrapper:
     except ImportError as error:
         raise UserError(str(error)) from None
     except ValueError as error:  # tiktoken's, of a pattern that is no regular expression, too
-        raise UserError(f"{path}: {shown(error)}") from None
+        raise UserError(f"{path}: {printable(error)}") from None
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"{path} has {tokenizer.vocab_size:,} tokens, the model {vocab_size:,}: "
@@ -302,7 +330,7 @@ def make_tokenizer(path: Path, vocab_size: int) -> TiktokenTokenizerWrapper:
     return tokenizer
 
 
-def mlx_config(config: dict[str, int], tokenizer: TiktokenTokenizerWrapper) -> dict[str, Any]:
+def mlx_config(config: dict[str, int], tokenizer: TiktokenTokenizerWrapper) -> ModelConfig:
     """config.json of mlx-lm's nanochat architecture."""
     return {
         "model_type": "nanochat",
@@ -320,7 +348,7 @@ def mlx_config(config: dict[str, int], tokenizer: TiktokenTokenizerWrapper) -> d
     }
 
 
-def crop_padding(weights: "dict[str, np.ndarray]", vocab_size: int) -> int:
+def crop_padding(weights: dict[str, np.ndarray], vocab_size: int) -> int:
     """Cut the rows past the vocabulary, whose logits nanochat cuts too. Returns their number."""
     padded = -(-vocab_size // 64) * 64
     for name in TABLES:
@@ -329,13 +357,10 @@ def crop_padding(weights: "dict[str, np.ndarray]", vocab_size: int) -> int:
     return padded - vocab_size
 
 
-def check_names(path: Path, weights: "dict[str, np.ndarray]", expected: dict[str, Any]) -> None:
+def check_names(path: Path, weights: dict[str, np.ndarray], expected: dict[str, mx.array]) -> None:
     """Every parameter in its shape, none missing, none left over. Raises UserError."""
     left_over = sorted(weights.keys() - expected.keys())
-    parts = {name: set(name.split(".")) for name in left_over}
-    newer = {key: what for key, what in NEWER.items() if any(key in p for p in parts.values())}
-    if newer:
-        raise UserError(not_the_same(path, [f"{what} ({key})" for key, what in newer.items()]))
+    refuse_newer(path, left_over)
     missing = sorted(expected.keys() - weights.keys())
     shapes = [
         f"{name} {weights[name].shape} instead of {tuple(expected[name].shape)}"
@@ -347,12 +372,19 @@ def check_names(path: Path, weights: "dict[str, np.ndarray]", expected: dict[str
         raise UserError(f"{path} does not fit its meta file. Parameters {'; '.join(found)}")
 
 
+def refuse_newer(path: Path, names: list[str]) -> None:
+    """Raise UserError where parameters are known to be those of newer models."""
+    parts = {part for name in names for part in name.split(".")}
+    if newer := [f"{what} ({key})" for key, what in NEWER.items() if key in parts]:
+        raise UserError(not_the_same(path, newer))
+
+
 def some(names: list[str]) -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(shown(name) for name in names[:4]) + more
+    return ", ".join(printable(name) for name in names[:4]) + more
 
 
-def build_model(path: Path, config: dict[str, Any], dtype: str) -> tuple[Any, int]:
+def build_model(path: Path, config: ModelConfig, dtype: str) -> tuple[nn.Module, int]:
     """mlx-lm's model with the weights of `path`, and how many padding rows were cut."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -376,9 +408,8 @@ def try_model(folder: Path, tokenizer: TiktokenTokenizerWrapper) -> str:
     from mlx_lm.generate import generate_step
     from mlx_lm.utils import load_model
 
-    model: Any = load_model(folder)[0]
-    chat: Any = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
-    prompt = mx.array(chat)
+    model: nn.Module = load_model(folder)[0]
+    prompt = mx.array(tokenizer.conversation_ids([{"role": "user", "content": "Hello"}], True))
     if not mx.isfinite(model(prompt[None])).all().item():
         raise RunError("the converted model computes NaN or inf; are the weights damaged?")
     ids: list[int] = []
@@ -423,8 +454,6 @@ def main(argv: list[str] | None = None) -> int:
     args.checkpoint_dir = args.checkpoint_dir.expanduser()
     try:
         check_output(args.output_dir, args.force)
-        from utils.device.runtime import preload_blas
-
         preload_blas()
         summary = convert(args)
     except (UserError, RunError) as error:

@@ -5,8 +5,9 @@
 Prompt, sampler, rewards and the reading of answers are the trainer's own.
 """
 
+from __future__ import annotations
+
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0] is utils/ itself
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -25,6 +26,8 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 from .base.errors import UserError
 from .base.script import load_script
 from .base.text import counted
+from .data.files import Row
+from .data.questions import encode_questions
 from .inference import (
     POSITIVE,
     SEED,
@@ -37,7 +40,13 @@ from .inference import (
     run,
     trainer_settings,
 )
-from .run.log import RunLog
+from .rewards.answers import extract_xml_answer, same_answer
+
+if TYPE_CHECKING:  # `--help` answers without them
+    from .data.tokenizer import Tokenizer
+    from .rewards.calls import Reward
+    from .settings.reading import Value
+    from .settings.run_settings import Settings
 
 COMMAND = "uv run python utils/evaluate_model.py"
 EXAMPLES = f"""examples:
@@ -126,6 +135,25 @@ def sign_test(better: int, worse: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
+class Record(TypedDict):
+    """What is told of a completion, as JSON."""
+
+    index: int
+    sample: int
+    question: object
+    answer: str
+    completion: str
+    extracted_answer: str
+    correct: bool
+    finish_reason: str
+    tokens: int
+    rewards: dict[str, float | None]
+
+
+class SavedRecord(Record):
+    model: str
+
+
 @dataclass
 class Scores:
     """What one model achieved: right samples by question (index into the data), and sums."""
@@ -142,12 +170,12 @@ class Scores:
         return sum(pass_at_k(n, right, k) for right in self.right.values()) / len(self.right)
 
 
-def resolve(args: argparse.Namespace) -> tuple[Any, str]:
+def resolve(args: argparse.Namespace) -> tuple[Settings, str]:
     """The trainer's configuration with the arguments on top, and where it is from."""
     from .settings.reading import replaced  # here: `--help` answers at once
 
     config, source = trainer_settings(args.config, args.set, args.models)
-    changes: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    changes: dict[str, Value] = {"trust_remote_code": args.trust_remote_code}
     if args.data:
         # With eval_samples = 0 the reader keeps nothing of a single file for training.
         changes |= {"dataset": args.data, "eval_samples": 0, "dataset_mix": []}
@@ -165,9 +193,9 @@ def resolve(args: argparse.Namespace) -> tuple[Any, str]:
     return replaced(config, **changes), source
 
 
-def read_questions(args: argparse.Namespace, config: Any) -> list[dict[str, Any]]:
+def read_questions(args: argparse.Namespace, config: Settings) -> list[Row]:
     """The split, or the same fixed subset of it that the trainer evaluates on."""
-    from .run.state import subset
+    from .data.order import subset
 
     rows = load_script().load_questions(config, args.split)
     if args.samples and args.samples > len(rows):
@@ -176,82 +204,94 @@ def read_questions(args: argparse.Namespace, config: Any) -> list[dict[str, Any]
     return subset(rows, args.samples) if args.samples else rows
 
 
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """What sampling asks of a trainer's plan."""
+class Asker:
+    """A model, asked and judged as the trainer does it."""
 
-    rollout_batch_size: int
-    spare_for_rollouts: float = 0.0
-    halved: tuple[str, ...] = ()
+    def __init__(
+        self, args: argparse.Namespace, config: Settings, rewards: dict[str, Reward], name: str
+    ) -> None:
+        from .rewards.rewards import Rewards
+        from .rollouts import sampler
+        from .rollouts.stop_rule import StopRule
 
-    def rows_at_once(self, _: int) -> int:
-        return self.rollout_batch_size
+        self.name, self.config = name, config
+        self.loaded = loaded = open_model(name, trust=args.trust_remote_code)
+        prefix = loaded.tokenizer.encode(config.reasoning_prefix, add_special_tokens=False)
+        temperature, most = temperature_of(args, config), config.eval_max_new_tokens
+        self.how = sampler.sampling_settings(config, len(prefix), temperature, most)
+        stop = StopRule(loaded.tokenizer, tuple(config.stop_strings), config.reasoning_prefix)
+        self.sampler = sampler.sampler_of_command(
+            load_script().sample_batch, stop, config, loaded, args.batch_size
+        )
+        self.rewards = Rewards(lambda: rewards, config, loaded.tokenizer, len(prefix))
 
+    @property
+    def encoding(self) -> tuple[Tokenizer, int, Settings]:
+        """How questions become prompts."""
+        return self.loaded.tokenizer, self.loaded.vocabulary, self.config
 
-def make_evaluator(loaded: Any, config: Any, rewards: dict[str, Any], batch_size: int) -> Any:
-    """A trainer without what trains (optimizer, master weights, copies of the policy).
+    def note_long(self, rows: list[Row]) -> None:
+        """Say so where a question and its answer are more than the model was made for."""
+        from .model import loading
 
-    Its own methods encode the questions, sample and call the reward functions.
-    """
-    from .rewards.calls import RewardCalls
-    from .run import progress
+        longest = max(len(row["prompt_ids"]) for row in rows) + self.how.max_tokens
+        if beyond := loading.beyond_context(self.loaded, self.name, longest, read=longest - 1):
+            note(f"note: {beyond}: the longest question and its answer")
 
-    cls = load_script().MLXGRPOTrainer
-    evaluator = object.__new__(cls)
-    evaluator.args, evaluator.loaded, evaluator.reward_funcs = config, loaded, rewards
-    evaluator.model, evaluator.tokenizer = loaded.model, loaded.tokenizer
-    evaluator.prefix_ids = loaded.tokenizer.encode(
-        config.reasoning_prefix, add_special_tokens=False
-    )
-    evaluator.reward_calls = RewardCalls(config.reward_timeout)
-    evaluator.update_step = evaluator.total_updates = evaluator.rollout = evaluator.step = 0
-    evaluator.log = RunLog(dataclasses.replace(config, log_jsonl=False))
-    evaluator.rollouts_per_epoch = 1
-    evaluator.plan = Batches(batch_size)
-    evaluator.interrupted, evaluator.bar = False, progress.no_bar()
-    return evaluator
+    def ask(self, n: int, numbers: list[int], rows: list[Row]) -> Iterator[Record]:
+        """n completions of each row with what they earned."""
+        grpo, seed = load_script(), self.config.seed
+        keys = [grpo.random_key(seed, grpo.EVALUATION, (i, j)) for i in numbers for j in range(n)]
+        prompts = [row["prompt_ids"] for row in rows]
+        completions = self.sampler(self.loaded.model, prompts, keys, self.how)
+        repeated = [row for row in rows for _ in range(n)]
+        values = self.rewards(repeated, completions)
+        for i, (row, completion) in enumerate(zip(repeated, completions, strict=True)):
+            extracted = extract_xml_answer(completion.text)
+            earned = {name: float(column[i]) for name, column in values.items()}
+            yield {
+                "index": numbers[i // n],
+                "sample": i % n,
+                "question": row["question"],
+                "answer": row["answer"],
+                "completion": completion.text,
+                "extracted_answer": extracted,
+                "correct": same_answer(extracted, row["answer"]),
+                "finish_reason": completion.finish_reason,
+                "tokens": completion.sampled,
+                # JSON knows no NaN, which stands for "not applicable"
+                "rewards": {name: None if math.isnan(v) else v for name, v in earned.items()},
+            }
 
 
 def evaluate(
     args: argparse.Namespace,
-    config: Any,
-    rewards: dict[str, Any],
-    questions: list[dict[str, Any]],
+    config: Settings,
+    rewards: dict[str, Reward],
+    questions: list[Row],
     name: str,
-    save: Callable[[dict[str, Any]], Any],
+    save: Callable[[SavedRecord], None],
 ) -> Scores:
     """Ask one model all questions, in batches; each completion is handed to `save`."""
-    import mlx.core as mx
     from tqdm import tqdm
 
-    from .memory import plan as memory_plan
-    from .memory import this_machine
-    from .model import loading
-    from .rollouts import merged_layers
     from .settings.reading import replaced
 
     scores, start = Scores(name), time.perf_counter()
-    loaded = open_model(name, trust=args.trust_remote_code)
-    config = replaced(config, model_name=name)
-    # What is unpacked or joined goes: both are there only before anything is sampled.
-    room = memory_plan.HEADROOM * this_machine.budget_bytes(config) - mx.get_active_memory()
-    loaded.model = merged_layers.joined(merged_layers.unpacked(loaded.model, room), room)
-    evaluator = make_evaluator(loaded, config, rewards, args.batch_size)
-    how = evaluator.sampling_with(temperature_of(args, config), config.eval_max_new_tokens)
+    asker = Asker(args, replaced(config, model_name=name), rewards, name)
+    rows = encode_questions(*asker.encoding, questions, "evaluation")  # leaves too long ones out
     number_of = {id(row["prompt"]): i for i, row in enumerate(questions)}
-    rows = evaluator.encode(questions, "evaluation")  # leaves too long ones out, copies the rest
     numbers = [number_of[id(row["prompt"])] for row in rows]
-    longest = max(len(row["prompt_ids"]) for row in rows) + how.max_tokens
-    if beyond := loading.beyond_context(loaded, name, longest, read=longest - 1):
-        note(f"note: {beyond}: the longest question and its answer")
+    asker.note_long(rows)
     size = max(1, args.batch_size // args.n)
-    evaluator.bar = bar = tqdm(
+    bar = tqdm(
         total=len(rows) * args.n, desc=short(name), unit="sample", disable=None, dynamic_ncols=True
     )
     with bar:
+        asker.sampler.pulse = asker.rewards.pulse = bar.set_description_str
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
-            for record in ask(evaluator, how, args.n, numbers[part], rows[part]):
+            for record in asker.ask(args.n, numbers[part], rows[part]):
                 count(scores, record)
                 save({"model": name, **record})
                 bar.update()
@@ -260,41 +300,14 @@ def evaluate(
     return scores
 
 
-def temperature_of(args: argparse.Namespace, config: Any) -> float:
+def temperature_of(args: argparse.Namespace, config: Settings) -> float:
     """Greedy for a single sample, as the trainer evaluates; else as it samples."""
     if args.temperature is not None:
         return args.temperature
     return 0.0 if args.n == 1 else config.temperature
 
 
-def ask(
-    evaluator: Any, how: Any, n: int, numbers: list[int], rows: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """n completions of each row with what they earned."""
-    grpo = load_script()
-    keys = [grpo.row_key(evaluator.args.seed, 1, i, j) for i in numbers for j in range(n)]
-    responses = evaluator.sample(evaluator.model, rows, keys, how)
-    repeated = [row for row in rows for _ in range(n)]
-    _, values = evaluator.compute_rewards(repeated, responses)
-    for i, (row, response) in enumerate(zip(repeated, responses, strict=True)):
-        extracted = grpo.extract_xml_answer(response.text)
-        earned = {name: float(column[i]) for name, column in values.items()}
-        yield {
-            "index": numbers[i // n],
-            "sample": i % n,
-            "question": row["question"],
-            "answer": row["answer"],
-            "completion": response.text,
-            "extracted_answer": extracted,
-            "correct": grpo.same_answer(extracted, row["answer"]),
-            "finish_reason": response.finish_reason,
-            "tokens": len(response.ids),
-            # JSON knows no NaN, which stands for "not applicable"
-            "rewards": {name: None if math.isnan(v) else v for name, v in earned.items()},
-        }
-
-
-def count(scores: Scores, record: dict[str, Any]) -> None:
+def count(scores: Scores, record: Record) -> None:
     question = record["index"]
     scores.right[question] = scores.right.get(question, 0) + record["correct"]
     for name, value in record["rewards"].items():
@@ -325,22 +338,44 @@ def table(scores: list[Scores], n: int, wanted: list[int]) -> str:
     if len({*names}) < len(names):
         names = [s.name for s in scores]
     rows = [["", *names]]
-    if 1 not in wanted or n == 1:
-        rows.append(["exact match", *(percent(s.pass_at(n, 1), len(s.right)) for s in scores)])
-    for k in wanted if n > 1 else []:
-        label = f"pass@{k}" + (" = exact match" if k == 1 else "")
-        rows.append([label, *(percent(s.pass_at(n, k), len(s.right)) for s in scores)])
-    rows += [
-        [f"reward {name}", *(mean_reward(s.rewards[name]) for s in scores)]
-        for name in scores[0].rewards
-    ]
-    rows += [
-        ["cut off at the limit", *(f"{s.truncated / s.completions:.1%}" for s in scores)],
-        ["tokens a completion", *(f"{s.tokens / s.completions:.1f}" for s in scores)],
-        ["questions", *(f"{len(s.right):,}" for s in scores)],
-        ["seconds with loading", *(f"{s.seconds:.1f}" for s in scores)],
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for label, text in (rates(n, wanted) | rewards_of(scores[0]) | COSTS).items():
+        rows.append([label, *map(text, scores)])
+    return aligned(rows)
+
+
+def rates(n: int, wanted: list[int]) -> dict[str, Callable[[Scores], str]]:
+    """Lines of the table on how often a model is right: pass@1 is exact match."""
+
+    def rate(k: int) -> Callable[[Scores], str]:
+        return lambda s: percent(s.pass_at(n, k), len(s.right))
+
+    if n == 1:
+        return {"exact match": rate(1)}
+    first = {} if 1 in wanted else {"exact match": rate(1)}
+    equal = {1: " = exact match"}
+    return first | {f"pass@{k}{equal.get(k, '')}": rate(k) for k in wanted}
+
+
+def rewards_of(scores: Scores) -> dict[str, Callable[[Scores], str]]:
+    """Lines of the table on the rewards, which are the same for all models."""
+
+    def mean(name: str) -> Callable[[Scores], str]:
+        return lambda s: mean_reward(s.rewards[name])
+
+    return {f"reward {name}": mean(name) for name in scores.rewards}
+
+
+COSTS: dict[str, Callable[[Scores], str]] = {
+    "cut off at the limit": lambda s: f"{s.truncated / s.completions:.1%}",
+    "tokens a completion": lambda s: f"{s.tokens / s.completions:.1f}",
+    "questions": lambda s: f"{len(s.right):,}",
+    "seconds with loading": lambda s: f"{s.seconds:.1f}",
+}
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Cells of all rows padded to the width of their column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -358,7 +393,7 @@ def comparison(base: Scores, other: Scores) -> str:
     )
 
 
-def report(args: argparse.Namespace, config: Any) -> int:
+def report(args: argparse.Namespace, config: Settings) -> int:
     """Evaluate every model and print what came out."""
     from .base.say import say
     from .device import runtime
@@ -388,7 +423,7 @@ def report(args: argparse.Namespace, config: Any) -> int:
 
 
 @contextmanager
-def completions_file(path: Path | None) -> Iterator[Callable[[dict[str, Any]], Any]]:
+def completions_file(path: Path | None) -> Iterator[Callable[[SavedRecord], None]]:
     """A function that appends a record; what was asked before Ctrl-C or an error is kept."""
     if path is None:
         yield lambda _: None
@@ -396,7 +431,7 @@ def completions_file(path: Path | None) -> Iterator[Callable[[dict[str, Any]], A
     written = 0
     with path.open("x", encoding="utf-8", buffering=1) as file:  # a line at a time
 
-        def save(record: dict[str, Any]) -> None:
+        def save(record: SavedRecord) -> None:
             nonlocal written
             file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
             written += 1

@@ -8,8 +8,12 @@ full or adapters (those name their base in adapter_config.json). Text goes to st
 everything else to standard error.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -18,7 +22,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0] is utils/ itself
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -27,7 +31,21 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 from .base.errors import RunError, UserError
 from .base.script import load_script
 from .base.text import counted, is_unicode, redact, shown
+from .data.files import Row
+from .data.questions import encode_prompt
+from .data.tokenizer import Messages
+from .model.shape import JsonObject
+from .rewards.answers import extract_xml_answer
 
+if TYPE_CHECKING:  # `--help` answers without them
+    import mlx.core as mx
+
+    from .data.completions import Completion
+    from .model.loading import LoadedModel
+    from .rollouts.caches import Cache
+    from .settings.run_settings import Settings
+
+N = TypeVar("N", int, float)
 COMMAND = "uv run python utils/inference.py"
 EXAMPLES = f"""examples:
   {COMMAND} --model Qwen/Qwen2.5-1.5B-Instruct "Why is it blue?"
@@ -57,17 +75,15 @@ OF_A_RUN = (
 ELSEWHERE = ("remote_rm", "judge", "reward_model")
 
 
-def number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
+def number(kind: Callable[[str], N], holds: Callable[[N], bool], rule: str) -> Callable[[str], N]:
     """An argparse type: a number for which `holds`."""
 
-    def parse(text: str) -> Any:
-        try:
+    def parse(text: str) -> N:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}")
-        return value
+            if holds(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} must be {rule}")
 
     return parse
 
@@ -119,24 +135,43 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what contradicts itself before anything is loaded. Raises UserError."""
-    if sum([args.prompt is not None, args.chat, args.batch is not None]) > 1:
-        raise UserError("a prompt, --chat and --batch exclude each other")
-    if args.batch is None and (args.output or args.batch_size):
-        raise UserError("--output and --batch-size need --batch")
-    if args.batch and args.stream:
-        raise UserError("--stream shows one reply as it comes: leave it out with --batch")
-    if (args.config or args.set) and not args.grpo_prompt:
-        raise UserError("--config and --set need --grpo-prompt")
-    if any(text.partition("=")[0].strip() == "question_column" for text in args.set):
-        raise UserError(
-            "--batch reads the columns prompt and question: question_column has no effect"
-        )
-    if args.grpo_prompt and (args.system is not None or args.chat_template):
-        raise UserError("--grpo-prompt has its own: --set system_prompt=..., --set chat_template=")
-    if args.stop and "" in args.stop:
-        raise UserError("--stop '' is empty: it would end every reply at once")
+    for text, wrong in contradictions(args):
+        if wrong:
+            raise UserError(text)
     if args.output:
         check_output(args.output)
+
+
+def contradictions(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
+    """Complaints, each with whether it is justified; the first such one is raised."""
+    yield from about_modes(args)
+    yield from about_grpo_prompt(args)
+    yield "--stop '' is empty: it would end every reply at once", "" in (args.stop or [])
+
+
+def about_modes(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
+    batch = args.batch is not None
+    modes = [args.prompt is not None, args.chat, batch]
+    yield "a prompt, --chat and --batch exclude each other", sum(modes) > 1
+    of_batch = bool(args.output or args.batch_size)
+    yield "--output and --batch-size need --batch", of_batch and not batch
+    at_once = batch and args.stream
+    yield "--stream shows one reply as it comes: leave it out with --batch", at_once
+
+
+def about_grpo_prompt(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
+    settings = bool(args.config or args.set)
+    yield "--config and --set need --grpo-prompt", settings and not args.grpo_prompt
+    keys = [text.partition("=")[0].strip() for text in args.set]
+    yield (
+        "--batch reads the columns prompt and question: question_column has no effect",
+        "question_column" in keys,
+    )
+    others = args.system is not None or bool(args.chat_template)
+    yield (
+        "--grpo-prompt has its own: --set system_prompt=..., --set chat_template=",
+        args.grpo_prompt and others,
+    )
 
 
 def check_output(path: Path) -> None:
@@ -151,7 +186,7 @@ def note(text: str) -> None:
     print(redact(text), file=sys.stderr)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> JsonObject:
     """A JSON object from a model's folder; empty when there is no such file. Raises UserError."""
     if not path.is_file():
         return {}
@@ -171,23 +206,39 @@ def locate(name: str, adapter: str = "") -> tuple[str, str]:
         UserError: a folder that is no model, or adapters whose base is not known.
     """
     folder = Path(name).expanduser()
-    if not folder.is_dir() or (folder / "config.json").is_file():
-        return name if not folder.is_dir() else str(folder), os.path.expanduser(adapter)
+    if not folder.is_dir():
+        return name, os.path.expanduser(adapter)
+    if (folder / "config.json").is_file():
+        return str(folder), os.path.expanduser(adapter)
+    if not (folder / "adapter_config.json").is_file():
+        hint = hint_at_models(folder)
+        raise UserError(f"{name} is a folder without config.json or adapter_config.json{hint}")
+    if adapter:
+        raise UserError(f"{name} holds adapters itself: --model BASE --adapter {adapter}")
+    return base_of_adapters(folder, name), str(folder)
+
+
+def base_of_adapters(folder: Path, name: str) -> str:
+    """The model that adapters are for, as their folder, which was given as `name`, says.
+
+    Raises:
+        UserError: it names none, or one that is not there.
+    """
     settings_file = folder / "adapter_config.json"
-    if settings_file.is_file():
-        if adapter:
-            raise UserError(f"{name} holds adapters itself: --model BASE --adapter {adapter}")
-        base = read_object(settings_file).get("model")
-        if not isinstance(base, str) or not base:
-            raise UserError(f"{settings_file} names no base: --model BASE --adapter {name}")
-        if base.count("/") != 1 and not Path(base).expanduser().is_dir():
-            raise UserError(f"{settings_file} names the base {base}, which is not there: "
-                            f"--model BASE --adapter {name}")  # fmt: skip
-        return os.path.expanduser(base), str(folder)
+    base = read_object(settings_file).get("model")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{settings_file} names no base: --model BASE --adapter {name}")
+    if base.count("/") != 1 and not Path(base).expanduser().is_dir():
+        raise UserError(f"{settings_file} names the base {base}, which is not there: "
+                        f"--model BASE --adapter {name}")  # fmt: skip
+    return os.path.expanduser(base)
+
+
+def hint_at_models(folder: Path) -> str:
+    """Which of the folders in this one may have been meant."""
     inside = sorted(path.parent for path in folder.glob("*/*config.json"))
     models = list(dict.fromkeys(map(str, inside)))
-    hint = f"; did you mean {' or '.join(models[-3:])}?" if models else ""
-    raise UserError(f"{name} is a folder without config.json or adapter_config.json{hint}")
+    return f"; did you mean {' or '.join(models[-3:])}?" if models else ""
 
 
 def in_our_words(error: UserError) -> str:
@@ -211,8 +262,8 @@ def check_model(name: str, adapter: str = "") -> tuple[str, str]:
     return base, adapter
 
 
-def open_model(name: str, adapter: str = "", *, trust: bool = False) -> Any:
-    """The script's LoadedModel for anything that a person may call a model, ready to answer.
+def open_model(name: str, adapter: str = "", *, trust: bool = False) -> LoadedModel:
+    """The model for anything that a person may call a model, ready to answer.
 
     Raises:
         UserError: no such model, a damaged one, or adapters that don't fit.
@@ -230,7 +281,7 @@ def open_model(name: str, adapter: str = "", *, trust: bool = False) -> Any:
     return loaded
 
 
-def settings_of_run(model: str) -> tuple[dict[str, Any], Path | None]:
+def settings_of_run(model: str) -> tuple[JsonObject, Path | None]:
     """How the run that made `model` asked it (keys OF_A_RUN), and the file that says so."""
     from .settings import reading
 
@@ -250,27 +301,32 @@ def settings_of_run(model: str) -> tuple[dict[str, Any], Path | None]:
     return without_code(values), source if values else None
 
 
-def without_code(values: dict[str, Any]) -> dict[str, Any]:
+def without_code(values: JsonObject) -> JsonObject:
     """Leave out rewards in files and by others: a folder that was downloaded must not run code,
     and must not send what it is asked elsewhere."""
     names = values.get("reward_funcs", [])
-    kept = [name for name in names if ":" not in name and name not in ELSEWHERE]
-    own = [name for name in names if name not in kept]
-    if not own:
+    foreign = [name for name in names if ":" in name or name in ELSEWHERE]
+    if not foreign:
         return values
-    note(f"left out: {', '.join(own)} is code or asks others; --set reward_funcs=[...] runs it")
-    given = values.get("reward_kwargs", {})
-    values["reward_kwargs"] = {name: given[name] for name in kept if name in given}
-    weights = values.pop("reward_weights", None) or [1.0] * len(names)
+    note(f"left out: {', '.join(foreign)} is code or asks others; --set reward_funcs=[...] runs it")
+    return values | only_rewards(values, [name for name in names if name not in foreign])
+
+
+def only_rewards(values: JsonObject, kept: list[str]) -> JsonObject:
+    """The settings of these rewards; those of `correctness` where there are none."""
+    names, given = values["reward_funcs"], values.get("reward_kwargs", {})
+    weights = values.get("reward_weights") or [1.0] * len(names)
     pairs = zip(names, weights, strict=True)
-    values["reward_weights"] = [weight for name, weight in pairs if name in kept]
-    values["reward_funcs"] = kept or ["correctness"]
-    if not kept:
-        values["reward_weights"] = [1.0]
-    return values
+    return {
+        "reward_funcs": kept or ["correctness"],
+        "reward_weights": [weight for name, weight in pairs if name in kept] or [1.0],
+        "reward_kwargs": {name: given[name] for name in kept if name in given},
+    }
 
 
-def trainer_settings(file: str | None, overrides: list[str], models: list[str]) -> tuple[Any, str]:
+def trainer_settings(
+    file: str | None, overrides: list[str], models: list[str]
+) -> tuple[Settings, str]:
     """The trainer's configuration to ask `models` by, and where it is from.
 
     `file` (with `overrides` on top), else the first run among those that made the models, else the
@@ -285,24 +341,34 @@ def trainer_settings(file: str | None, overrides: list[str], models: list[str]) 
     if file:
         return grpo.read_config(file, overrides), file
     given = reading.resolve(grpo.MLXGRPOConfig, None, overrides)
-    runs = [run for run in map(settings_of_run, models) if run[0]]
-    values, source = runs[0] if runs else ({}, None)
-    for name in OF_A_RUN[:PROMPT_SETTINGS]:
-        if any(run[0].get(name) != values.get(name) for run in runs):
-            note(f"the runs that made these models differ in {name}; taken from {source}")
+    values, source = settings_of_first_run(models)
     config = grpo.MLXGRPOConfig(**values | {name: getattr(given, name) for name in given.explicit})
-    if config.chat_template not in ("", "plain") and not Path(config.chat_template).is_file():
-        raise UserError(f"chat_template = {config.chat_template!r} is neither a file nor plain")
+    check_template("chat_template =", config.chat_template)
     if source is None:
         return config, "the trainer's defaults"
     return config, min(str(source), os.path.relpath(source), key=len)
 
 
-def chat_settings(args: argparse.Namespace, loaded: Any) -> Any:
+def settings_of_first_run(models: list[str]) -> tuple[JsonObject, Path | None]:
+    """`settings_of_run` of the first model that has some; says where those of others differ."""
+    runs = [run for run in map(settings_of_run, models) if run[0]]
+    values, source = runs[0] if runs else ({}, None)
+    for name in OF_A_RUN[:PROMPT_SETTINGS]:
+        if any(run[0].get(name) != values.get(name) for run in runs):
+            note(f"the runs that made these models differ in {name}; taken from {source}")
+    return values, source
+
+
+def check_template(option: str, template: str) -> None:
+    """Raises UserError, naming the option, for a chat template that is not there."""
+    if template not in ("", "plain") and not Path(template).is_file():
+        raise UserError(f"{option} {template!r} is neither a file nor plain")
+
+
+def chat_settings(args: argparse.Namespace, loaded: LoadedModel) -> Settings:
     """A configuration for ordinary questions: no prefix, the model's own stop strings."""
     template = args.chat_template or ""
-    if template not in ("", "plain") and not Path(template).is_file():
-        raise UserError(f"--chat-template {template!r} is neither a file nor plain")
+    check_template("--chat-template", template)
     return load_script().MLXGRPOConfig(
         system_prompt=args.system or "",
         reasoning_prefix="",
@@ -311,7 +377,7 @@ def chat_settings(args: argparse.Namespace, loaded: Any) -> Any:
     )
 
 
-def stop_strings_of(args: argparse.Namespace, loaded: Any) -> list[str]:
+def stop_strings_of(args: argparse.Namespace, loaded: LoadedModel) -> list[str]:
     """From --stop, else the model's generation_config.json, else the run of its adapters."""
     if args.stop:
         return args.stop
@@ -328,6 +394,14 @@ def stop_strings_of(args: argparse.Namespace, loaded: Any) -> list[str]:
     return found
 
 
+class MlxLmSampling(TypedDict):
+    """How mlx-lm samples, as its functions take it."""
+
+    max_tokens: int
+    sampler: Callable[[mx.array], mx.array]
+    logits_processors: list[Callable[[mx.array, mx.array], mx.array]]
+
+
 class Generator:
     """A model with the way it is asked and sampled."""
 
@@ -335,9 +409,10 @@ class Generator:
         import mlx.core as mx
 
         from .device import runtime
+        from .rollouts.stop_rule import StopRule
 
-        self.args, self.grpo = args, load_script()
-        config = None
+        self.args = args
+        config: Settings | None = None
         if args.grpo_prompt:  # before the model: a mistyped setting should not wait for it
             models = [args.adapter, args.model] if args.adapter else [args.model]
             config, source = trainer_settings(args.config, args.set, models)
@@ -345,22 +420,23 @@ class Generator:
         if kernels := runtime.keep_compiled_kernels():
             note(kernels)
         loaded = open_model(args.model, args.adapter, trust=args.trust_remote_code)
-        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.tokenizer = loaded.tokenizer
         self.config = config or chat_settings(args, loaded)
         self.config.model_name = args.model
         if args.grpo_prompt and args.stop:
             self.config.stop_strings = args.stop
         self.loaded = loaded
-        self.stop = self.grpo.StopRule(self.tokenizer, self.config.stop_strings)
+        prefix = self.config.reasoning_prefix
+        self.stop = StopRule(self.tokenizer, self.config.stop_strings, prefix)
         mx.random.seed(args.seed)
 
-    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode(self, messages: Messages) -> list[int]:
         """Token ids by the trainer's own function. Raises UserError for a template that refuses."""
         from .data import files
         from .model import loading
 
         try:
-            ids = self.grpo.encode_prompt(self.tokenizer, self.config, {"prompt": messages})
+            ids = encode_prompt(self.tokenizer, self.config, {"prompt": messages})
         except ValueError as error:  # nanochat's tokenizer, for turns that it can't render
             raise UserError(str(error)) from None
         unlimited = dataclasses.replace(self.config, max_prompt_length=2**31 - 1)
@@ -370,13 +446,13 @@ class Generator:
             note(f"note: {beyond}: the prompt")
         return ids
 
-    def conversation(self, question: str) -> list[dict[str, str]]:
+    def conversation(self, question: str) -> Messages:
         """The messages of a first question."""
         system = {"role": "system", "content": self.config.system_prompt}
         user = {"role": "user", "content": question}
         return [system, user] if self.config.system_prompt else [user]
 
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self) -> MlxLmSampling:
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
         penalty = self.args.repetition_penalty
@@ -388,7 +464,9 @@ class Generator:
             ),
         }
 
-    def stream(self, ids: list[int], tokens: list[int], cache: Any = None) -> Iterator[str]:
+    def stream(
+        self, ids: list[int], tokens: list[int], cache: Cache | None = None
+    ) -> Iterator[str]:
         """Pieces of the reply as they come; `tokens` collects its ids.
 
         The text so far is decoded anew for each token: with a byte-level vocabulary one character
@@ -397,9 +475,9 @@ class Generator:
         import mlx.core as mx
         from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
-        shown = 0
-        with wired_limit(self.model, [generation_stream]):
-            steps = generate_step(mx.array(ids), self.model, prompt_cache=cache, **self.sampling())
+        model, shown = self.loaded.model, 0
+        with wired_limit(model, [generation_stream]):
+            steps = generate_step(mx.array(ids), model, prompt_cache=cache, **self.sampling())
             for token, _ in steps:
                 tokens.append(int(token))
                 ended = self.stop.length(tokens, len(tokens) - 1) is not None
@@ -411,58 +489,60 @@ class Generator:
                 if ended:
                     return
 
-    def batch(self, prompts: list[list[int]]) -> Iterator[tuple[int, list[int], str]]:
-        """(index, token ids, finish reason) of each prompt, in the order in which they end."""
-        from mlx_lm.generate import BatchGenerator
-        from mlx_lm.models.cache import make_prompt_cache
+    def batch(
+        self,
+        prompts: list[list[int]],
+        so_far: Callable[[list[Completion]], None] = lambda _: None,
+        pulse: Callable[[str], None] = lambda _: None,
+    ) -> list[Completion]:
+        """A completion of each prompt, sampled as in training; `so_far` gets what is done.
 
-        if not all(hasattr(layer, "merge") for layer in make_prompt_cache(self.model)):
-            note("this model's cache can't be batched: one prompt at a time")
-            yield from self.one_by_one(prompts)
-            return
-        size = self.args.batch_size or 32
-        generator = BatchGenerator(
-            self.model,
-            completion_batch_size=size,
-            prefill_batch_size=min(size, 8),
-            **self.sampling(),
-        )
-        of_uid = {uid: index for index, uid in enumerate(generator.insert(prompts))}
-        replies: dict[int, list[int]] = {uid: [] for uid in of_uid}
-        try:
-            while replies:
-                for response in generator.next_generated():
-                    tokens = replies[response.uid]
-                    tokens.append(response.token)
-                    end = self.stop.length(tokens, len(tokens) - 1)
-                    if end is None and response.finish_reason is None:
-                        continue
-                    if response.finish_reason is None:  # a stop string or EOS, which only we check
-                        generator.remove([response.uid])
-                    del replies[response.uid]
-                    yield of_uid[response.uid], tokens, "length" if end is None else "stop"
-        finally:
-            generator.close()
+        Each prompt has a random key of its own, so no sample depends on the batch size.
+        """
+        from .device import runtime
+        from .rollouts.sampler import Sampling, sampler_of_command
 
-    def one_by_one(self, prompts: list[list[int]]) -> Iterator[tuple[int, list[int], str]]:
-        for index, ids in enumerate(prompts):
+        args, config, grpo = self.args, self.config, load_script()
+        if args.repetition_penalty != 1:
+            note("--repetition-penalty: one prompt at a time, as batches keep no history of tokens")
+            return self.one_by_one(prompts, so_far)
+        runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb)
+        size = args.batch_size or 32
+        ask = sampler_of_command(grpo.sample_batch, self.stop, config, self.loaded, size)
+        ask.pulse = pulse
+        keys = [grpo.random_key(args.seed, grpo.EVALUATION, [i]) for i in range(len(prompts))]
+        how = Sampling(args.temperature, args.max_tokens, top_p=args.top_p)
+        return ask(self.loaded.model, prompts, keys, how, so_far)
+
+    def one_by_one(
+        self, prompts: list[list[int]], so_far: Callable[[list[Completion]], None]
+    ) -> list[Completion]:
+        """What `batch` gives, by mlx-lm."""
+        from .data.completions import Completion
+
+        done: list[Completion] = []
+        for ids in prompts:
             tokens: list[int] = []
             for _ in self.stream(ids, tokens):
                 pass
-            ended = self.stop.length(tokens, 0) is not None
-            yield index, tokens, "stop" if ended else "length"
+            text = self.stop.prefix + self.stop.text(tokens)
+            reason = "length" if self.stop.length(tokens, 0) is None else "stop"
+            done.append(Completion(tokens, [], [1] * len(tokens), reason, text))
+            so_far(done)
+        return done
 
     def extracted(self, text: str) -> str:
         """The line that --grpo-prompt adds to a reply."""
-        answer = self.grpo.extract_xml_answer(text)
+        answer = extract_xml_answer(text)
         return f"answer: {answer}" if answer else "answer: none (no <answer>...</answer> in it)"
 
 
-def write(text: str) -> None:
+def write(text: str, file: typing.TextIO | None = None) -> None:
     """To standard output at once, with what the terminal can't show replaced."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+    file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
+    file.write(text.encode(encoding, "replace").decode(encoding))
+    file.flush()
 
 
 def read_line(prompt: str) -> str:
@@ -507,6 +587,28 @@ def answer_one(args: argparse.Namespace) -> int:
     return 0
 
 
+QUIT = ("/quit", "/exit", "quit", "exit")
+
+
+def load_line_editing() -> None:
+    """Arrow keys and a history of lines, where Python has them."""
+    try:
+        importlib.import_module("readline")
+    except ImportError:
+        note("no readline: lines can't be edited with arrow keys")
+
+
+def next_line() -> str:
+    """What was typed in a conversation; the end of the input is the command to quit."""
+    try:
+        return read_line("> ").strip()
+    except EOFError:
+        note("")
+        return QUIT[0]
+    except UnicodeDecodeError:
+        return "\udc80"  # refused as any text that is not Unicode
+
+
 class Chat:
     """A conversation in the terminal. The key-value cache is kept as far as the prompt agrees."""
 
@@ -520,31 +622,21 @@ class Chat:
         self.clear()
 
     def clear(self) -> None:
-        self.messages: list[dict[str, str]] = []
-        self.cache: Any = None
+        self.messages: Messages = []
+        self.cache: Cache = []
         self.cached: list[int] = []
 
     def run(self) -> int:
         if sys.stdin.isatty():
-            try:
-                importlib.import_module("readline")  # arrow keys and history of lines
-            except ImportError:
-                note("no readline: lines can't be edited with arrow keys")
+            load_line_editing()
         note("/help lists the commands, /quit ends")
         while True:
-            try:
-                line = read_line("> ").strip()
-            except EOFError:
-                note("")
+            line = next_line()
+            if line in QUIT:
                 return 0
-            except UnicodeDecodeError:
-                line = "\udc80"
             if not is_unicode(line):
                 note("error: that is not UTF-8 text")
-                continue
-            if line in ("/quit", "/exit", "quit", "exit"):
-                return 0
-            if line.startswith("/") or line == "clear":
+            elif line.startswith("/") or line == "clear":
                 self.command(line)
             elif line:
                 self.reply(line)
@@ -608,11 +700,11 @@ class Chat:
         if same:
             trim_prompt_cache(self.cache, len(self.cached) - same)
             return ids[same:]
-        self.cache = make_prompt_cache(self.generator.model)
+        self.cache = make_prompt_cache(self.generator.loaded.model)
         return ids
 
 
-def read_prompts(path: Path, grpo_prompt: bool) -> list[dict[str, Any]]:
+def read_prompts(path: Path, grpo_prompt: bool) -> list[Row]:
     """Rows with `prompt` or `messages`: of a data file, or one prompt a line of any other.
 
     Raises:
@@ -639,66 +731,84 @@ def read_prompts(path: Path, grpo_prompt: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def check_row(where: str, row: dict[str, Any], grpo_prompt: bool) -> None:
+def check_row(where: str, row: Row, grpo_prompt: bool) -> None:
     kinds = [name for name in ("messages", "prompt", "question") if row.get(name) is not None]
     if not kinds:
         raise UserError(f"{where}: needs prompt, question or messages; it has {', '.join(row)}")
     value = row[kinds[0]]
-    if kinds[0] != "messages":
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: {kinds[0]} = {value!r} is not a text")
-        return
+    if kinds[0] == "messages":
+        check_messages(where, value, grpo_prompt)
+    elif not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {kinds[0]} = {value!r} is not a text")
+
+
+def check_messages(where: str, value: object, grpo_prompt: bool) -> None:
     if grpo_prompt:
         raise UserError(f"{where}: messages can't be asked with --grpo-prompt; give a question")
-    texts = isinstance(value, list) and value and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
-    )  # fmt: skip
-    if not texts:
+    if not isinstance(value, list) or not value or not all(map(is_message, value)):
         raise UserError(f"{where}: messages must be a list of {{role, content}}, both texts")
 
 
+def is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), str) for key in ("role", "content")
+    )
+
+
 def answer_batch(args: argparse.Namespace) -> int:
-    """All prompts of a file; each result is written as soon as those before it are."""
+    """All prompts of a file; results are written in order, as soon as their batch is done."""
     rows = read_prompts(args.batch, args.grpo_prompt)
-    generator = Generator(args)
-    prompts = [
-        generator.encode(
-            row.get("messages") or generator.conversation(row.get("prompt") or row["question"])
-        )
-        for row in rows
-    ]
-    if args.output is None:
-        write_results(generator, rows, prompts, write)
-        return 0
-    with args.output.open("x", encoding="utf-8") as file:
-        write_results(generator, rows, prompts, file.write)
+    terminal = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # what is said of memory and speed is no result
+        generator = Generator(args)
+        prompts = [
+            generator.encode(
+                row.get("messages") or generator.conversation(row.get("prompt") or row["question"])
+            )
+            for row in rows
+        ]
+        if args.output is None:
+            write_results(generator, rows, prompts, functools.partial(write, file=terminal))
+            return 0
+        with args.output.open("x", encoding="utf-8", buffering=1) as file:  # a line at a time
+            write_results(generator, rows, prompts, file.write)
     return 0
 
 
 def write_results(
     generator: Generator,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     prompts: list[list[int]],
-    write_text: Callable[[str], Any],
+    write_text: Callable[[str], object],
 ) -> None:
     from tqdm import tqdm
 
-    waiting: dict[int, str] = {}
     written = 0
     with tqdm(total=len(rows), unit="prompt", disable=None, dynamic_ncols=True) as bar:
-        for index, tokens, reason in generator.batch(prompts):
-            text = generator.config.reasoning_prefix + generator.stop.text(tokens)
-            result = {"completion": text, "finish_reason": reason, "tokens": len(tokens)}
-            if generator.args.grpo_prompt:
-                result["extracted_answer"] = generator.grpo.extract_xml_answer(text)
-            waiting[index] = json.dumps(rows[index] | result, ensure_ascii=False, default=str)
-            while written in waiting:
-                write_text(waiting.pop(written) + "\n")
+
+        def so_far(done: list[Completion]) -> None:
+            """Write what is new; after memory ran out, the first ones are done once more."""
+            nonlocal written
+            for row, completion in zip(rows[written : len(done)], done[written:], strict=True):
+                write_text(as_line(row, completion, generator.args.grpo_prompt))
                 written += 1
-            bar.update()
+                bar.update()
+
+        generator.batch(prompts, so_far, bar.set_description_str)
     if generator.args.output:
         note(f"{counted(written, 'result')} in {generator.args.output}")
+
+
+def as_line(row: Row, completion: Completion, with_answer: bool) -> str:
+    """A row with what was replied to it, as JSON."""
+    result = {
+        "completion": completion.text,
+        "finish_reason": completion.finish_reason,
+        "tokens": completion.sampled,
+    }
+    if with_answer:
+        result["extracted_answer"] = extract_xml_answer(completion.text)
+    return json.dumps(row | result, ensure_ascii=False, default=str) + "\n"
 
 
 def run(command: Callable[[], int]) -> int:

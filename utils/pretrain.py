@@ -51,14 +51,21 @@ from utils.base.text import counted  # noqa: E402
 from utils.device import runtime  # noqa: E402
 from utils.gradient.shared_prompts import checkpoint_layers  # noqa: E402
 from utils.model import writing  # noqa: E402
+from utils.model.shape import ModelConfig  # noqa: E402
 from utils.pretraining import data as pretrain_data  # noqa: E402
 from utils.pretraining import litgpt  # noqa: E402
 from utils.pretraining import model as pretrain_model  # noqa: E402
 from utils.pretraining.data import Rows  # noqa: E402
+from utils.pretraining.litgpt import Table  # noqa: E402
+from utils.pretraining.ranges import check_numbers  # noqa: E402
 from utils.run import checkpoints, folders  # noqa: E402
 from utils.run.trackers import Tracker, check_available, make_tracker  # noqa: E402
 from utils.settings import reading  # noqa: E402
 
+Tree = dict[str, Any]
+"""Arrays in nested dicts and lists, as MLX keeps weights, gradients and moments."""
+Figures = dict[str, float | None]
+"""Of a run: name -> number; None where nothing was measured."""
 DEFAULT_CONFIG = ROOT / "configs/pretrain/moe_200m.toml"
 # precision -> type of the weights that learn, type of the forward and backward pass
 PRECISIONS = {
@@ -175,7 +182,7 @@ class PretrainConfig:
     """AdamW's decay of both moments; the default is torch's."""
     eps: float = 1e-8
     """AdamW's epsilon; the default is torch's."""
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: Table = dataclasses.field(default_factory=dict)
     """The table [model]: LitGPT's model options, or config.json of an mlx-lm model type."""
 
     def __post_init__(self) -> None:
@@ -202,15 +209,9 @@ class PretrainConfig:
             )
 
     def _check_numbers(self) -> None:
-        free = {"seed", "weight_decay", "min_lr", "num_workers", "tokenizer_vocab_size"}
-        free |= {"save_interval", "save_total_limit", "eval_interval", "lr_warmup_steps"}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                zero = field.name in free
-                if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-                    low = "0 or more" if zero else "more than 0"
-                    raise UserError(f"{field.name} = {value!r}: must be {low}")
+        may_be_zero = {"seed", "weight_decay", "min_lr", "num_workers", "tokenizer_vocab_size"}
+        may_be_zero |= {"save_interval", "save_total_limit", "eval_interval", "lr_warmup_steps"}
+        check_numbers(vars(self), may_be_zero)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas = {self.betas!r}: must be two numbers from 0 up to below 1")
         if 0 < self.tokenizer_vocab_size < 257:
@@ -235,7 +236,7 @@ class Materials:
     """What a run trains, and on what."""
 
     model: nn.Module
-    model_config: dict[str, Any]
+    model_config: ModelConfig
     tokenizer: PreTrainedTokenizerFast
     train: Rows
     val: Rows | None
@@ -253,19 +254,19 @@ def prepare_tokenizer(config: PretrainConfig, smoke_test: bool) -> PreTrainedTok
             f"tokenizer_dir = {config.tokenizer_dir!r}: no such folder; set tokenizer_vocab_size "
             "to train a tokenizer on the training text"
         )
-    if config.data_class == "JSON":
-        pairs = pretrain_data.read_pairs(config.train_data_path, "train_data_path")
-        texts = [part for pair in pairs for part in pair]
-    else:
-        files = pretrain_data.text_files(
-            config.train_data_path, config.text_suffixes, "train_data_path"
-        )
-        texts = list(pretrain_data.read_texts(files))
-    tokenizer = pretrain_data.train_tokenizer(texts, config.tokenizer_vocab_size)
+    tokenizer = pretrain_data.train_tokenizer(training_texts(config), config.tokenizer_vocab_size)
     if not smoke_test:
         tokenizer.save_pretrained(folder)
         say(f"trained a tokenizer of {len(tokenizer)} tokens: {folder}")
     return tokenizer
+
+
+def training_texts(config: PretrainConfig) -> list[str]:
+    path, option = config.train_data_path, "train_data_path"
+    if config.data_class == "JSON":
+        return [part for pair in pretrain_data.read_pairs(path, option) for part in pair]
+    files = pretrain_data.text_files(path, config.text_suffixes, option)
+    return list(pretrain_data.read_texts(files))
 
 
 def prepare_rows(
@@ -315,23 +316,29 @@ def prepare(config: PretrainConfig, smoke_test: bool) -> Materials:
     else:
         model_config = {"vocab_size": -(-len(tokenizer) // 64) * 64, **table}
         model = pretrain_model.new_model(model_config, config.seed)
-    block = model_config.get("max_position_embeddings", config.max_seq_length)
-    if config.max_seq_length > block:
-        raise UserError(
-            f"max_seq_length = {config.max_seq_length}: more than the model's block_size = {block}"
-        )
-    if config.precision != "32-true" and mx.default_device().type == mx.DeviceType.cpu:
-        if pretrain_model.has_experts(model):
-            raise UserError(
-                f"precision = {config.precision!r}: MLX has experts on the CPU in float32 only; "
-                "--precision 32-true"
-            )
-        say("note: bf16 is slow on a CPU; --precision 32-true is many times faster there")
+    check_model(config, model, model_config)
     vocab_size = model_config.get("vocab_size", len(tokenizer))
     rows = [prepare_rows(config, tokenizer, "train_data_path", vocab_size)]
     if config.validates:
         rows.append(prepare_rows(config, tokenizer, "val_data_path", vocab_size))
     return Materials(model, model_config, tokenizer, rows[0], rows[1] if rows[1:] else None)
+
+
+def check_model(config: PretrainConfig, model: nn.Module, model_config: ModelConfig) -> None:
+    """Raises: UserError: rows that are too long for it, or a type that it can't compute in here."""
+    block = model_config.get("max_position_embeddings", config.max_seq_length)
+    if config.max_seq_length > block:
+        raise UserError(
+            f"max_seq_length = {config.max_seq_length}: more than the model's block_size = {block}"
+        )
+    if config.precision == "32-true" or mx.default_device().type != mx.DeviceType.cpu:
+        return
+    if pretrain_model.has_experts(model):
+        raise UserError(
+            f"precision = {config.precision!r}: MLX has experts on the CPU in float32 only; "
+            "--precision 32-true"
+        )
+    say("note: bf16 is slow on a CPU; --precision 32-true is many times faster there")
 
 
 # Training
@@ -383,15 +390,20 @@ class Trainer:
         self._apply = wrap(self._update)
 
     @staticmethod
-    def cast(tree: Any, dtype: mx.Dtype) -> Any:
-        floating = mx.floating
-        return tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, floating) else x, tree)
+    def cast(tree: Tree, dtype: mx.Dtype) -> Tree:
+        def convert(x: mx.array) -> mx.array:
+            return x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x
 
-    def _loss(self, params: Any, tokens: mx.array, mask: mx.array, count: mx.array) -> mx.array:
+        converted: Tree = tree_map(convert, tree)
+        return converted
+
+    def _loss(self, params: Tree, tokens: mx.array, mask: mx.array, count: mx.array) -> mx.array:
         self.model.update(self.cast(params, self.compute))
         return total_loss(self.model, tokens, mask) / count
 
-    def _update(self, params: Any, state: Any, grads: Any, rate: mx.array) -> tuple[Any, ...]:
+    def _update(
+        self, params: Tree, state: Tree, grads: Tree, rate: mx.array
+    ) -> tuple[Tree, Tree, mx.array]:
         """AdamW in float32, whatever the weights are kept in."""
         grads, norm = optim.clip_grad_norm(self.cast(grads, mx.float32), self.config.max_norm)
         self.optimizer.state = state
@@ -403,20 +415,20 @@ class Trainer:
     def batch(self, rows: Rows, index: np.ndarray) -> tuple[mx.array, mx.array]:
         return mx.array(rows.tokens[index]), mx.array(rows.mask[index].astype(np.float32))
 
-    def gradients(self, index: np.ndarray) -> tuple[mx.array, Any]:
+    def gradients(self, index: np.ndarray) -> tuple[mx.array, Tree]:
         """Mean loss and its gradient over the rows `index`, one micro-batch at a time.
 
         Each micro-batch is divided by the targets of the whole batch, so that the sum is the
         gradient of the mean over all of them, however they are spread.
         """
         count = mx.array(max(int(self.rows.mask[index].sum()), 1), dtype=mx.float32)
-        loss, grads = mx.array(0.0), None
+        loss, grads = mx.array(0.0), Tree()
         size = self.config.micro_batch_size
         for start in range(0, len(index), size):
             tokens, mask = self.batch(self.rows, index[start : start + size])
             part, new = self._grad(self.params, tokens, mask, count)
             new = self.cast(new, mx.float32)
-            grads = new if grads is None else tree_map(mx.add, grads, new)
+            grads = tree_map(mx.add, grads, new) if grads else new
             loss = loss + part
             mx.eval(loss, grads)
         return loss, grads
@@ -438,7 +450,7 @@ class Trainer:
         del grads
         mx.eval(self.params, self.optimizer.state, norm)
         self.step += 1
-        figures = {"loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
+        figures = {"loss": float(loss), "lr": rate, "grad_norm": float(norm)}
         if not all(map(math.isfinite, figures.values())):
             raise RunError(
                 f"update {self.step}: loss {figures['loss']}, gradient norm "
@@ -506,7 +518,19 @@ def load_checkpoint(folder: Path, trainer: Trainer, data: str) -> None:
             weights |= mx.load(str(file))  # type: ignore[arg-type]
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"resume: checkpoint {folder} cannot be read: {error}") from None
-    now = dataclasses.asdict(trainer.config)
+    refuse_changes(folder, counters, trainer.config, data)
+    trainer.step = counters["step"]
+    names = writing.flat(trainer.params)
+    trainer.params = tree_unflatten([(name, weights[name]) for name in names])
+    state = [(k.partition(".")[2], v) for k, v in arrays.items() if k.startswith("optimizer.")]
+    trainer.optimizer.state = tree_unflatten(state)
+    high, low = np.array(arrays["random"]).tolist()
+    mx.random.seed(high << 32 | low)
+
+
+def refuse_changes(folder: Path, counters: Table, config: PretrainConfig, data: str) -> None:
+    """Raise UserError where settings or data would change the rest of the checkpoint's run."""
+    now = dataclasses.asdict(config)
     changed = [
         f"{key} (was {old!r}, is {now.get(key)!r})"
         for key, old in counters["config"].items()
@@ -518,13 +542,6 @@ def load_checkpoint(folder: Path, trainer: Trainer, data: str) -> None:
             f"resume: {folder} was made with other settings: {what}; set them back, choose "
             "another --out-dir, or --overwrite"
         )
-    trainer.step = counters["step"]
-    names = writing.flat(trainer.params)
-    trainer.params = tree_unflatten([(name, weights[name]) for name in names])
-    state = [(k.partition(".")[2], v) for k, v in arrays.items() if k.startswith("optimizer.")]
-    trainer.optimizer.state = tree_unflatten(state)
-    high, low = (int(word) for word in arrays["random"].tolist())
-    mx.random.seed(high << 32 | low)
 
 
 # The run
@@ -567,7 +584,7 @@ def find_checkpoint(config: PretrainConfig) -> Path | None:
     return None
 
 
-def describe(trainer: Trainer, materials: Materials) -> dict[str, Any]:
+def describe(trainer: Trainer, materials: Materials) -> Figures:
     """Prints what is about to happen; returns the figures for the record."""
     total, active = pretrain_model.parameter_counts(trainer.model, materials.model_config)
     rows, config = materials.train, trainer.config
@@ -582,7 +599,7 @@ def describe(trainer: Trainer, materials: Materials) -> dict[str, Any]:
         f"{counted(trainer.steps, 'update')} of {counted(config.global_batch_size, 'row')}, "
         f"{passes:.2f} passes"
     )
-    figures: dict[str, Any] = {"parameters": total, "active_parameters": active}
+    figures: Figures = {"parameters": total, "active_parameters": active}
     figures |= {"train_rows": len(rows), "row_tokens": rows.length, "updates": trainer.steps}
     if materials.val is not None:
         entropy = materials.val.unigram_entropy()
@@ -599,38 +616,52 @@ def log_validation(trainer: Trainer, materials: Materials, tracker: Tracker) -> 
     return loss
 
 
-def fit(trainer: Trainer, materials: Materials, tracker: Tracker, data: str) -> dict[str, Any]:
+def fit(trainer: Trainer, materials: Materials, tracker: Tracker, data: str) -> Figures:
     """Train to the end with logs, validations and checkpoints; the figures of the run.
 
     data: fingerprint of the rows for the checkpoints; "" saves none.
     """
-    config, rows = trainer.config, materials.train
     bar = tqdm(
         total=trainer.steps, initial=trainer.step, unit="update", mininterval=1.0, disable=None
     )
-    batch_tokens, speeds, figures = config.global_batch_size * rows.length, [], {}
+    config, rows = trainer.config, materials.train
+    batch_tokens, speeds = config.global_batch_size * rows.length, []
+    figures: dict[str, float] = {}
     while trainer.step < trainer.steps:
         start = time.perf_counter()
         figures = trainer.train_step()
         speeds.append(batch_tokens / (time.perf_counter() - start))
-        step = trainer.step
         bar.set_postfix(loss=f"{figures['loss']:.3f}", tok_s=f"{speeds[-1]:,.0f}", refresh=False)
         bar.update()
-        peak = round(mx.get_peak_memory() / 1e9, 3)
-        if step % config.log_interval == 0 or step == trainer.steps:
-            speed = {"tokens_per_second": round(speeds[-1], 1), "peak_memory_gb": peak}
-            tracker.log({"update": step, "tokens": step * batch_tokens, **figures, **speed})
-        if config.eval_interval and step % config.eval_interval == 0 and step < trainer.steps:
+        log_update(trainer, tracker, figures, speeds[-1])
+        if is_due(trainer.step, config.eval_interval) and trainer.step < trainer.steps:
             log_validation(trainer, materials, tracker)
-        if data and config.save_interval and step % config.save_interval == 0:
+        if data and is_due(trainer.step, config.save_interval):
             say(f"saved {save_checkpoint(trainer, materials, data)}")
     bar.close()
-    result: dict[str, Any] = {"train_loss": figures.get("loss")}
+    result: Figures = {"train_loss": figures.get("loss")}
     if materials.val is not None:
         result["val_loss"] = log_validation(trainer, materials, tracker)
     median = float(np.median(speeds)) if speeds else 0.0
     peak = round(mx.get_peak_memory() / 1e9, 2)
     return result | {"tokens_per_second": round(median, 1), "peak_memory_gb": peak}
+
+
+def is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def log_update(
+    trainer: Trainer, tracker: Tracker, figures: dict[str, float], tokens_per_second: float
+) -> None:
+    """A row of the log every log_interval updates, and for the last one."""
+    step, config = trainer.step, trainer.config
+    if not is_due(step, config.log_interval) and step < trainer.steps:
+        return
+    tokens = step * config.global_batch_size * trainer.rows.length
+    peak = round(mx.get_peak_memory() / 1e9, 3)
+    speed = {"tokens_per_second": round(tokens_per_second, 1), "peak_memory_gb": peak}
+    tracker.log({"update": step, "tokens": tokens, **figures, **speed})
 
 
 def run(config: PretrainConfig, smoke_test: bool) -> None:
@@ -647,7 +678,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
     started = time.perf_counter()
     materials = prepare(config, smoke_test)
     trainer = Trainer(config, materials)
-    record = describe(trainer, materials)
+    record: dict[str, object] = {**describe(trainer, materials)}
     data = "" if smoke_test else materials.train.fingerprint()
     if checkpoint is not None:
         load_checkpoint(checkpoint, trainer, data)
@@ -676,7 +707,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
 
 def smoke_config(config: PretrainConfig) -> PretrainConfig:
     """One tiny step; text that never changes stands in for data that are not there."""
-    changes: dict[str, Any] = dict(SMOKE_TEST)
+    changes: Table = dict(SMOKE_TEST)
     changes["out_dir"] = str(Path(config.out_dir) / "smoke_test")
     changes |= {"eval_interval": 0, "final_validation": False, "overwrite": True}
     if not Path(config.train_data_path).exists():
@@ -690,7 +721,7 @@ def smoke_config(config: PretrainConfig) -> PretrainConfig:
 # The command line
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> Table:
     return litgpt.flatten(reading.read_toml(path))
 
 
@@ -704,16 +735,16 @@ def is_recipe(path: Path) -> bool:
 
 def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
     """`--kebab-case` for every field; a bare flag of a boolean means true."""
-    docs = reading.field_docs(cls)
+    docs, add = reading.field_docs(cls), parser.add_argument_group("settings").add_argument
     for field in dataclasses.fields(cls):
         names = ["--" + field.name.replace("_", "-")]
         if field.name == "eval_interval":
             names.append("--interval")  # its name in LitGPT's table [eval]
-        optional: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type is bool else {}
+        nargs, const = ("?", "true") if field.type is bool else (None, None)
         text = docs[field.name].replace("%", "%%")
         if field.default is not dataclasses.MISSING:
             text += f" (default: {field.default!r})"
-        parser.add_argument(*names, dest=field.name, help=text, metavar="VALUE", **optional)
+        add(*names, dest=field.name, help=text, metavar="VALUE", nargs=nargs, const=const)
 
 
 def make_parser(cls: type) -> argparse.ArgumentParser:
@@ -741,7 +772,7 @@ def make_parser(cls: type) -> argparse.ArgumentParser:
         help="override one setting; repeatable, e.g. --set compile=false",
     )
     parser.add_argument("--data-only", action="store_true", help="tiny_math only: train nothing")
-    add_settings(parser.add_argument_group("settings"), cls)  # type: ignore[arg-type]
+    add_settings(parser, cls)
     return parser
 
 
@@ -754,8 +785,8 @@ def parse(argv: list[str], cls: type) -> tuple[argparse.Namespace, list[str]]:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists the options"
         raise UserError(f"unknown argument {unknown[0]}{hint}")
-    named = [(f.name, getattr(arguments, f.name)) for f in dataclasses.fields(cls)]
-    return arguments, arguments.overrides + [f"{k}={v}" for k, v in named if v is not None]
+    settings = [(f.name, getattr(arguments, f.name)) for f in dataclasses.fields(cls)]
+    return arguments, arguments.overrides + [f"{k}={v}" for k, v in settings if v is not None]
 
 
 def resolve(path: Path, overrides: list[str]) -> PretrainConfig:
@@ -764,8 +795,8 @@ def resolve(path: Path, overrides: list[str]) -> PretrainConfig:
     Raises:
         UserError: whatever is wrong with them.
     """
-    values = {}
-    types = {field.name: field.type for field in dataclasses.fields(PretrainConfig)}
+    values: Table = {}
+    types = reading.types_of(PretrainConfig)
     for key, value in read_file(path).items():
         if key not in types:
             near = difflib.get_close_matches(key, [*types, *litgpt.TABLES], n=1)

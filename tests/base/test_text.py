@@ -2,18 +2,12 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
 from helpers import QUIET, write_toml
 
 from utils.base import text
-from utils.run import ending
-from utils.run.log import RunLog
 
 TOKEN, KEY = "hf_Zq8RtVw3XyPl0KmNb7GdSa2", "cafe0123-not-for-you"
 ADDRESS, PARAMETER = "hunter2hunter2", "p4rameter"
@@ -34,7 +28,7 @@ def leaks(completions, **_):
 
 
 @pytest.fixture
-def run(tmp_path, model_dir):
+def run(grpo, tmp_path, model_dir, monkeypatch, capfd):
     """Type the command with secrets wherever a person may put them: (result, all that it wrote)."""
     (tmp_path / "mine.py").write_text(REWARD.replace("{url}", URL))
     rows = [{"question": f"Is {TOKEN} the token {n}?", "answer": str(n)} for n in range(8)]
@@ -48,17 +42,16 @@ def run(tmp_path, model_dir):
         "chat_template_kwargs": {"api_key": KEY, "endpoint": URL},
     }
 
+    monkeypatch.chdir(tmp_path)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
     def typed(*words, **changes):
         config = write_toml(tmp_path, settings | changes)
-        script, environment = ROOT / "mlx-grpo.py", {**os.environ, **ENVIRONMENT}
-        done = subprocess.run(
-            [sys.executable, str(script), "--config", config, *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        capfd.readouterr()
+        code = grpo.main(["--config", config, *words])
+        out, err = capfd.readouterr()
+        done = SimpleNamespace(returncode=code, stdout=out, stderr=err)
         files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
         return done, {str(path): path.read_bytes() for path in files}
 
@@ -106,13 +99,6 @@ def test_an_error_that_tells_a_secret_is_shown_without_it(run, words):
     assert_none_leaked(done, files)
 
 
-def test_a_traceback_that_is_kept_holds_no_secrets(tmp_path):
-    error = ending.unexpected(ValueError(f"no answer from {URL}"), tmp_path)
-    assert "ValueError: no answer from https://***@" in (tmp_path / "traceback.txt").read_text()
-    assert not any(secret in (tmp_path / "traceback.txt").read_text() for secret in SECRETS)
-    assert "traceback in" in str(error)
-
-
 def test_a_setting_that_is_refused_or_planned_is_shown_without_secrets(run):
     done, files = run("--dry-run")
     assert done.returncode == 0, done.stderr
@@ -121,16 +107,6 @@ def test_a_setting_that_is_refused_or_planned_is_shown_without_secrets(run):
     done, files = run(dataset=f"{URL}&file=a.jsonl")
     assert done.returncode == 2
     assert_none_leaked(done, files)
-
-
-def test_a_record_of_the_log_and_its_trackers_hold_no_secrets(tmp_path):
-    seen = []
-    log = RunLog(SimpleNamespace(output_dir=tmp_path, log_jsonl=True))
-    log.tracker = SimpleNamespace(log=seen.append)
-    log.write({"update": 1, "note": URL})
-    shown = {"update": 1, "note": "https://***@host.example/reward?name=x&api_key=***"}
-    assert seen == [shown]
-    assert json.loads((tmp_path / "training_log.jsonl").read_text()) == shown
 
 
 SHOWN = [

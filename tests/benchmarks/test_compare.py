@@ -29,7 +29,10 @@ CELL = {
 }
 
 
-@pytest.mark.parametrize(("tool", "setting"), [("ours", "best cpu"), ("mlx-lm", "best")])
+@pytest.mark.parametrize(
+    ("tool", "setting"),
+    [("ours", "best cpu"), pytest.param("mlx-lm", "best", marks=pytest.mark.long)],
+)
 def test_a_cell_samples_every_token_it_is_asked_for(monkeypatch, tmp_path, tool, setting):
     monkeypatch.setattr(compare, "CACHE", tmp_path)
     cell = argparse.Namespace(**{**CELL, "tool": tool, "setting": setting})
@@ -190,10 +193,10 @@ def test_trl_gets_the_prompts_and_rates_of_our_run(tmp_path):
     trainer = trl_curves.our_trainer(trl_curves.MODEL, 3, tmp_path)
     updates = job["config"]["max_steps"]
     assert updates == trainer.total_updates
-    first = [trainer.train_dataset[i] for i in trainer.prompts_of_update(0)[0]]
+    first = [trainer.train_dataset[i] for i in trainer.prompts_of_update(0)]
     assert job["ids"][:8] == [row["prompt_ids"] for row in first]
     assert job["answers"][:8] == [row["answer"] for row in first]
     assert len(job["ids"]) == 8 * updates
-    assert job["lr"][29] == trainer.peak_lr == max(job["lr"])
+    assert job["lr"][29] == trainer.peak_learning_rate == max(job["lr"])
     encoded = [trainer.tokenizer.encode(text, add_special_tokens=False) for text in job["texts"]]
     assert encoded == job["ids"]

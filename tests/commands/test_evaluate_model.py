@@ -17,6 +17,7 @@ from conftest import ROOT
 from helpers import make_trainer
 
 from utils import evaluate_model
+from utils.data import order
 from utils.evaluate_model import Scores, comparison, pass_at_k, sign_test, wilson
 from utils.settings import checks
 
@@ -113,17 +114,18 @@ def test_exact_match_is_the_trainers(grpo, evaluate, tmp_path):
     trainer = make_trainer(
         TINY, TINY, tmp_path / "out", reward=None, eval_samples=60, eval_max_new_tokens=32
     )
-    expected = trainer.score(trainer.eval_dataset, 60)
+    expected = trainer.evaluate_em(trainer.eval_dataset, 60)
     output = tmp_path / "completions.jsonl"
     words = (TINY, "--config", TOML, "--samples", 60, "--batch-size", 7)
     code, out, err = evaluate(*words, "--output", output)
     records = records_of(output)
     assert code == 0
-    assert sum(r["correct"] for r in records) / 60 == pytest.approx(expected["em"])
-    rows, responses = trainer.answers(trainer.eval_dataset, 60)
+    assert sum(r["correct"] for r in records) / 60 == pytest.approx(expected)
+    rows = order.subset(trainer.eval_dataset, 60)
+    completions = trainer.answers(rows)
     assert [r["question"] for r in records] == [row["question"] for row in rows]
-    assert [r["completion"] for r in records] == [response.text for response in responses]
-    assert f"exact match           {expected['em']:.1%} [" in out
+    assert [r["completion"] for r in records] == [c.text for c in completions]
+    assert f"exact match           {expected:.1%} [" in out
     assert "60 questions, greedy, at most 32 tokens" in out
     assert f"60 completions in {output}" in err
 
@@ -253,15 +255,15 @@ def test_a_reward_that_does_not_apply(evaluate, tmp_path):
 def test_layers_are_joined_where_there_is_room_and_take_none_that_stays(
     evaluate, monkeypatch, limit, joined
 ):
-    found, make = [], evaluate_model.make_evaluator
+    found, make = [], evaluate_model.Asker.__init__
 
-    def spied(loaded, *rest):
+    def spied(asker, *rest):
+        make(asker, *rest)
         gc.collect()
-        layers = [layer.self_attn.q_proj for layer in loaded.model.layers]
+        layers = [layer.self_attn.q_proj for layer in asker.loaded.model.layers]
         found.append(({type(layer) for layer in layers}, mx.get_active_memory()))
-        return make(loaded, *rest)
 
-    monkeypatch.setattr(evaluate_model, "make_evaluator", spied)
+    monkeypatch.setattr(evaluate_model.Asker, "__init__", spied)
     gc.collect()
     before = mx.get_active_memory()
     words = ("--config", TOML, "--samples", 2, "--set", f"memory_limit_gb={limit}")

@@ -69,7 +69,7 @@ def order_of(model_dir, tmp_path, dataset, epochs=2, **settings):
     for epoch in range(epochs):
         first = epoch * trainer.rollouts_per_epoch
         updates = range(first, first + trainer.rollouts_per_epoch)
-        seen.append([rows[i]["question"] for u in updates for i in trainer.prompts_of_update(u)[0]])
+        seen.append([rows[i]["question"] for u in updates for i in trainer.prompts_of_update(u)])
     return seen
 
 

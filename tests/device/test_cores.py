@@ -1,73 +1,46 @@
-"""Micro-batches on several cores at once: the same update, and only where that is safe."""
+"""What several cores do at once, in turns or not, and only where that is safe."""
 
 import dataclasses
+import itertools
 import os
+import types
 
 import mlx.core as mx
 import pytest
-from helpers import flat, make_config, make_trainer
+from helpers import make_config, make_trainer
 
 from utils.device import cores as streams
-from utils.gradient import on_cores
-from utils.memory import this_machine
-
-SETTINGS = {"micro_batch_tokens": 70, "train_type": "lora", "lora_dropout": 0.3}
 
 
-def updated(model_dir, data_dir, folder, monkeypatch, cores, **settings):
-    """Weights, log-records and devices' streams after three rollouts of two updates each."""
-    monkeypatch.setattr(streams, "cores", lambda: cores)
-    used, stream = [], mx.stream
-    monkeypatch.setattr(mx, "stream", lambda s: (used.append(str(s)), stream(s))[1])
-    settings = {**SETTINGS, "num_iterations": 2, "max_updates": 6, **settings}
-    trainer = make_trainer(model_dir, data_dir, folder, **settings)
-    records = [r for batch in ([0, 1], [2, 3], [4, 5]) for r in trainer.train_step(batch)]
-    monkeypatch.setattr(mx, "stream", stream)
-    return flat(trainer.model.trainable_parameters()), records, used
-
-
-@pytest.mark.parametrize("kl_coeff", [0.0, 0.1])
-def test_cores_change_no_weight(model_dir, data_dir, tmp_path, monkeypatch, kl_coeff):
-    """With dropout, anchors and a reference."""
-    arguments = (model_dir, data_dir, tmp_path / "o", monkeypatch)
-    alone, records, unused = updated(*arguments, 1, kl_coeff=kl_coeff)
-    several, again, used = updated(*arguments, 3, kl_coeff=kl_coeff)
-    assert not unused
-    assert len(set(used)) == 3
-    for name, weight in alone.items():
-        assert mx.array_equal(weight, several[name]), name
-    for one, other in zip(records, again, strict=True):
-        assert one["loss"] == other["loss"]
-        assert one["grad_norm"] == other["grad_norm"]
+def at_once(trainer):
+    return trainer.memory.micro_batches_at_once(trainer.args, trainer.update_step)
 
 
 def test_one_after_the_other_where_several_would_not_do(model_dir, data_dir, tmp_path, monkeypatch):
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o")
     monkeypatch.setattr(streams, "cores", lambda: 2)
-    assert this_machine.at_once(trainer) == 1, "its memory is measured on the first rollout"
-    trainer.update_step, trainer.args.num_iterations = 1, 2
-    assert this_machine.at_once(trainer) == 1, "of which this is the second update"
-    trainer.update_step = 2
-    assert this_machine.at_once(trainer) == 4
-    plan = dataclasses.replace(trainer.plan, summed_gradients=trainer.plan.gradients)
+    assert at_once(trainer) == 1, "its memory is measured on the first rollout"
+    trainer.run.state.update_step, trainer.args.num_iterations = 1, 2
+    assert at_once(trainer) == 1, "of which this is the second update"
+    trainer.run.state.update_step = 2
+    assert at_once(trainer) == 4
+    plan = dataclasses.replace(trainer.memory.plan, summed_gradients=trainer.memory.plan.gradients)
     for tight, count in ((0.9, 1), (2.1, 1), (4.1, 2), (5.9, 2)):
         budget = plan.resident + plan.summed_gradients
         budget = 2 * budget + tight * (plan.gradient_peak - budget + plan.gradients)
-        trainer.plan = dataclasses.replace(plan, budget_bytes=int(budget))
-        assert this_machine.at_once(trainer) == count
-    trainer.plan = plan
+        trainer.memory.plan = dataclasses.replace(plan, budget_bytes=int(budget))
+        assert at_once(trainer) == count
+    trainer.memory.plan = plan
     monkeypatch.setattr(streams, "cores", lambda: 1)
-    assert this_machine.at_once(trainer) == 1
+    assert at_once(trainer) == 1
     monkeypatch.setattr(streams, "cores", lambda: 2)
     for name in ("use_compile", "gradient_checkpointing"):
         setattr(trainer.args, name, True)
-        assert this_machine.at_once(trainer) == 1
+        assert at_once(trainer) == 1
         setattr(trainer.args, name, False)
     assert [streams.batches_at_once(rows) for rows in (1, 199, 200, 1000)] == [1, 1, 2, 2]
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    assert (this_machine.at_once(trainer), streams.batches_at_once(200)) == (1, 1), (
-        "a GPU is one core"
-    )
+    assert (at_once(trainer), streams.batches_at_once(200)) == (1, 1), "a GPU is one core"
 
 
 def test_mlx_is_asked_to_take_turns_unless_it_was_told_otherwise(model_dir, tmp_path, monkeypatch):
@@ -93,13 +66,6 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch, allowed, there, 
     assert streams.cores() == used
 
 
-def test_a_long_micro_batch_has_a_core_of_its_own(monkeypatch):
-    monkeypatch.setattr(streams, "cores", lambda: 2)
-    batches = [{"tokens": mx.zeros((1, n))} for n in (40, 9, 9, 9)]
-    used = [work for _, work in on_cores.spread(lambda _: mx.default_stream(mx.cpu), batches, 4)]
-    assert used[1] == used[2] == used[3] != used[0]
-
-
 def test_large_batches_are_sampled_on_several_cores(model_dir, data_dir, tmp_path, monkeypatch):
     """The same completions, in turns, and rewards see all of them."""
     settings = {"stop_strings": ["t", "0"], "gradient_accumulation_steps": 3}
@@ -107,7 +73,7 @@ def test_large_batches_are_sampled_on_several_cores(model_dir, data_dir, tmp_pat
     expected = trainer.generate_responses([2, 0, 5])
     monkeypatch.setattr(streams, "cores", lambda: 3)
     monkeypatch.setattr(streams, "ROWS", 5)
-    sizes, order, sample = [], [], trainer.sample.__globals__["sample_batch"]
+    sizes, order, sample = [], [], trainer.sampler.sample_batch
 
     def noted(model, prompts, rows, *rest):
         number = len(sizes)
@@ -120,7 +86,7 @@ def test_large_batches_are_sampled_on_several_cores(model_dir, data_dir, tmp_pat
             except StopIteration as end:
                 return end.value
 
-    monkeypatch.setitem(trainer.sample.__globals__, "sample_batch", noted)
+    monkeypatch.setattr(trainer.sampler, "sample_batch", noted)
     ours = trainer.generate_responses([2, 0, 5])
     assert sizes == [6, 6]
     assert order[:4] == [0, 1, 0, 1]
@@ -134,6 +100,8 @@ def test_generators_take_turns_on_streams_of_their_own(monkeypatch):
     """Those that end sooner do not keep the others from going on; results stay in order."""
     monkeypatch.setattr(streams, "cores", lambda: 3)
     seen, between = [], []
+    clock = types.SimpleNamespace(monotonic=lambda: 0.0)
+    monkeypatch.setattr(streams, "time", clock)
 
     def count(name, steps):
         for _ in range(steps):
@@ -147,6 +115,11 @@ def test_generators_take_turns_on_streams_of_their_own(monkeypatch):
     assert len({stream for name, stream in seen if name == "a"}) == 1
     assert len({stream for _, stream in seen}) == 2
     assert len(between) == 1, "not every step"
+    clock.monotonic = itertools.count(step=2 * streams.EVERY).__next__
+    between.clear()
+    streams.in_turns([count("c", 3)], lambda: between.append(1))
+    assert len(between) > 2, "but now and then"
+    clock.monotonic = lambda: 0.0
     assert streams.in_turns([count("alone", 1)]) == ["alone"]
     assert seen[-1] == ("alone", before)
     assert str(mx.default_stream(mx.cpu)) == before

@@ -13,6 +13,7 @@ from conftest import ROOT
 from utils.device import fast, patch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("folder", ["cuda", "x86"])
 def test_a_copy_without_the_folder_trains(tmp_path, folder):
     for name in ("utils", "configs", "models/tiny-math"):

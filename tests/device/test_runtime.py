@@ -11,12 +11,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from tqdm import tqdm
+from helpers import mostly_long
 
 from utils.base.errors import UserError
 from utils.device import runtime
-from utils.run import progress
-from utils.run.log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,8 +149,17 @@ sys.meta_path.insert(0, Finder)
 """
 
 
-@pytest.mark.parametrize("script", COMMANDS)
-@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 130), (signal.SIG_IGN, 0)])
+@pytest.mark.parametrize(
+    ("handler", "code", "script"),
+    mostly_long(
+        [
+            *((signal.SIG_DFL, 130, script) for script in COMMANDS),
+            *((signal.SIG_IGN, 0, script) for script in COMMANDS),
+        ],
+        *((signal.SIG_DFL, 130, script) for script in COMMANDS),
+        (signal.SIG_IGN, 0, "mlx-grpo.py"),
+    ),
+)
 def test_ctrl_c_while_modules_are_imported_is_quiet(tmp_path, script, handler, code):
     """And does nothing where a shell ignores it, for what it starts in the background."""
     (tmp_path / "sitecustomize.py").write_text(CTRL_C)
@@ -229,20 +236,19 @@ def test_a_damaged_library_is_reported_and_an_absent_one_is_not(tmp_path, capsys
     assert capsys.readouterr().err == ""
 
 
-def matmul_seconds(choice):
-    """(what was loaded, fastest of three 384 x 384 products in seconds) in a fresh process."""
+def matrix_product(choice):
+    """(what was loaded, whether MKL's kernels are there before and after a product) in a fresh
+    process: MKL loads them when it is first called."""
     code = (
-        "import time\n"
+        "from pathlib import Path\n"
         "from utils.device import runtime\n"
+        "kernels = lambda: 'libmkl_core' in Path('/proc/self/maps').read_text()\n"
         "loaded = runtime.preload_blas()\n"
         "import mlx.core as mx\n"
         "a = mx.random.normal((384, 384)); mx.eval(a)\n"
-        "times = []\n"
-        "for _ in range(3):\n"
-        "    start = time.perf_counter()\n"
-        "    mx.eval(a @ a)\n"
-        "    times.append(time.perf_counter() - start)\n"
-        "print(loaded, min(times))"
+        "before = kernels()\n"
+        "mx.eval(a @ a)\n"
+        "print(loaded, before, kernels())"
     )
     environment = {**os.environ, "MLX_GRPO_BLAS": choice}
     done = subprocess.run(
@@ -253,19 +259,15 @@ def matmul_seconds(choice):
         text=True,
         check=True,
     )
-    loaded, seconds = done.stdout.split()
-    return loaded, float(seconds)
+    return done.stdout.split()
 
 
 @pytest.mark.skipif(
     not runtime._linux_cpu_build() or runtime._find_mkl() is None, reason="needs mlx-cpu and mkl"
 )
-def test_mkl_multiplies_matrices_several_times_faster():
-    loaded, fast = matmul_seconds("auto")
-    assert loaded == "mkl"
-    nothing, slow = matmul_seconds("none")
-    assert nothing == "None"
-    assert slow > 4 * fast
+def test_mlx_multiplies_matrices_with_mkl():
+    assert matrix_product("auto") == ["mkl", "False", "True"]
+    assert matrix_product("none") == ["None", "False", "False"]
 
 
 def limits_set(monkeypatch, info, wired, cache):
@@ -369,36 +371,3 @@ def test_provenance_of_a_checkout(tmp_path):
     (tmp_path / "file").write_text("two")
     assert runtime.provenance(tmp_path)["git_dirty"] is True
     assert runtime.provenance(inside)["git_revision"] is None
-
-
-def test_the_progress_bar_shows_the_metric_that_is_evaluated(tmp_path):
-    """A mean reward is no share of answers: 2.3 is not 230 %."""
-    record = {"reward_mean": 1.0, "completion_length": 9.0, "kl": None}
-    for metric, text in (("em", "exact match 230.0%"), ("correctness", "correctness 2.300")):
-        log = RunLog(types.SimpleNamespace(output_dir=tmp_path, eval_metric=metric))
-        log.history = [{"em": 2.3}]
-        assert progress.progress_text(record, log) == f"reward 1.00, {text}, length 9"
-
-
-LONG = "950/1869|", "| 9:40:25 left, reward 1.38"
-
-
-@pytest.mark.parametrize(
-    ("columns", "shown"),
-    [
-        (40, LONG),
-        (80, (*LONG, ", exact match 100.0%, length 20, gradient")),
-        (100, (*LONG, ", gradient, 10:00:00")),
-    ],
-)
-def test_a_terminal_shows_what_matters_most(columns, shown):
-    """Of a long run, too: ten hours, and as many left."""
-    line = tqdm.format_meter(
-        *(950, 1869, 36_000),
-        ncols=columns,
-        prefix="gradient",
-        bar_format=progress.BAR,
-        postfix="reward 1.38, exact match 100.0%, length 20",
-    )
-    assert len(line) == columns
-    assert all(part in line for part in shown)

@@ -1,13 +1,16 @@
 """Recorded and recomputed log-probs agree; any split of an update has the same gradient."""
 
 import copy
+import dataclasses
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers import gradient, make_trainer, micro_batches, relative_difference, rollout
+from helpers import as_batch, gradient, make_trainer, micro_batches, relative_difference, rollout
 from mlx.utils import tree_flatten, tree_map
+
+from utils.gradient.packing import Pack
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
@@ -21,8 +24,8 @@ def test_any_split_gives_the_same_gradient(model_dir, data_dir, tmp_path, loss_t
 
     def with_reference(batches):
         for batch in batches if kl_coeff else []:
-            wide = batch["mask"].shape
-            batch["ref_logprobs"] = mx.zeros(wide) - 3.0
+            wide = batch.mask.shape
+            batch.ref_logprobs = mx.zeros(wide) - 3.0
         return batches
 
     loss, whole = gradient(trainer, with_reference(micro_batches(trainer, sample, 10**6)))
@@ -55,13 +58,13 @@ def test_compiled_gradient_equals_eager_also_after_an_update(model_dir, data_dir
     compiled = trainer.make_loss_and_grad()
     trainer.args.use_compile = False
     eager = trainer.make_loss_and_grad()
-    for _ in range(2):
+    for number in (1, 2):
         (loss, _, _), fast = compiled(batch)
         (expected, _, _), slow = eager(batch)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
         assert relative_difference(dict(tree_flatten(slow)), dict(tree_flatten(fast))) <= 1e-4
         before = copy.deepcopy(trainer.model)
-        trainer.apply_gradients(0.0, slow)
+        trainer.apply_gradients(0.0, slow, number)
         moved = tree_map(
             lambda a, b: mx.abs(a - b).max(), before.parameters(), trainer.model.parameters()
         )
@@ -79,15 +82,17 @@ def test_gradient_checkpointing_changes_nothing(model_dir, data_dir, tmp_path):
 
 
 def recomputed(grpo, trainer, prompts, responses):
-    batch = trainer.scorer.pad(prompts, responses)
-    width = batch["mask"].shape[1]
+    ids, zeros = [row["prompt_ids"] for row in prompts], np.zeros(len(prompts))
+    pack = Pack([list(range(len(prompts)))])
+    batch = trainer.scorer.pad(ids, responses, zeros, zeros, pack)
+    width = batch.mask.shape[1]
     temperature = trainer.args.temperature
-    logprobs, _ = grpo.token_logprobs(trainer.model, batch["tokens"], width, temperature)
+    logprobs, _ = grpo.token_logprobs(trainer.model, batch.tokens, width, temperature)
     return batch, logprobs
 
 
 def mismatch(batch, logprobs):
-    return (mx.abs(logprobs - batch["sampler_logprobs"]) * batch["mask"]).max().item()
+    return (mx.abs(logprobs - batch.sampler_logprobs) * batch.mask).max().item()
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
@@ -97,7 +102,7 @@ def test_recorded_and_recomputed_logprobs_agree(grpo, model_dir, data_dir, tmp_p
     )
     prompts, responses, _ = rollout(trainer)
     batch, logprobs = recomputed(grpo, trainer, prompts, responses)
-    assert batch["mask"].sum().item() == sum(len(r.ids) for r in responses)
+    assert batch.mask.sum().item() == sum(len(r.ids) for r in responses)
     assert mismatch(batch, logprobs) <= 1e-4
     assert np.std([x for r in responses for x in r.logprobs]) > 0.1, "not all the same number"
 
@@ -107,23 +112,25 @@ def test_an_off_by_one_in_either_would_be_seen(grpo, model_dir, data_dir, tmp_pa
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", max_new_tokens=20)
     prompts, responses, _ = rollout(trainer)
     batch, logprobs = recomputed(grpo, trainer, prompts, responses)
-    shifted_record = {**batch, "sampler_logprobs": mx.roll(batch["sampler_logprobs"], 1, axis=1)}
+    shifted_record = dataclasses.replace(
+        batch, sampler_logprobs=mx.roll(batch.sampler_logprobs, 1, axis=1)
+    )
     assert mismatch(shifted_record, logprobs) > 0.1
     assert mismatch(batch, mx.roll(logprobs, 1, axis=1)) > 0.1
-    wrong_tokens = mx.roll(batch["tokens"], 1, axis=1)
-    width = batch["mask"].shape[1]
+    wrong_tokens = mx.roll(batch.tokens, 1, axis=1)
+    width = batch.mask.shape[1]
     assert mismatch(batch, grpo.token_logprobs(trainer.model, wrong_tokens, width, 1.0)[0]) > 0.1
 
 
 def test_on_policy_gradient_is_advantage_times_score(grpo):
     """With the ratio at 1 the gradient of the loss is -A * grad log pi, not zero."""
     logprobs = mx.array([[-1.0, -2.0, -0.5], [-0.3, -0.7, -9.0]])
-    batch = {
-        "mask": mx.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]),
-        "advantages": mx.array([2.0, -1.0]),
-        "weights": mx.array([1 / 6, 1 / 4]),
-        "sampler_logprobs": logprobs,
-    }
+    batch = as_batch(
+        mask=mx.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]),
+        advantages=mx.array([2.0, -1.0]),
+        weights=mx.array([1 / 6, 1 / 4]),
+        sampler_logprobs=logprobs,
+    )
     grad = mx.grad(lambda x: grpo.grpo_loss(x, batch, grpo.MLXGRPOConfig())[0])(logprobs)
     expected = mx.array([[-2 / 6] * 3, [1 / 4, 1 / 4, 0.0]])
     assert mx.allclose(grad, expected, atol=1e-6)

@@ -1,5 +1,6 @@
 """The fast ways to score give the gradient of the plain one, or are left out and that is said."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -10,7 +11,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers import gradient, make_trainer, micro_batches, relative_difference, rollout
+from helpers import (
+    as_batch,
+    completion,
+    gradient,
+    make_trainer,
+    micro_batches,
+    mostly_long,
+    relative_difference,
+    rollout,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
@@ -19,6 +29,7 @@ from utils.device import runtime
 from utils.gradient import agreement, packing
 from utils.gradient import head as head_module
 from utils.gradient import scorer as scoring
+from utils.gradient.micro_batch import tree_of
 from utils.gradient.shared_prompts import CompletionCache, checkpoint_layers
 from utils.memory.plan import MAX_LOGITS
 
@@ -87,9 +98,18 @@ PAIRS = make_pairs()
 ADVANTAGES = np.random.default_rng(1).normal(size=len(PAIRS))
 
 
-def plan(tokens=10**6, piece=7 * SHAPE["vocab_size"], keep=False):
-    """What the memory plan decides for scoring."""
-    return SimpleNamespace(micro_batch_tokens=tokens, piece_logits=piece, keep_logits=keep)
+def packs_of(scorer, tokens=10**6, piece=7 * SHAPE["vocab_size"], keep=False, pairs=None):
+    """The update of all pairs, cut as the memory plan decides."""
+    pairs = PAIRS if pairs is None else pairs
+    scorer.piece, scorer.keep = piece, keep
+    return scorer.pack(pairs, range(len(pairs)), tokens)
+
+
+def checked(grpo, model):
+    """A scorer that has compared its ways with the plain one."""
+    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
+    scorer.check(model, [prompt for prompt, _ in PAIRS])
+    return scorer
 
 
 def total_gradient(model, scorer, packs):
@@ -98,13 +118,14 @@ def total_gradient(model, scorer, packs):
     for pack in packs:
         pairs = [PAIRS[i] for i in pack.rows]
         batch = agreement.plain_batch(pairs)
-        arrays = scorer.layout(pack, pairs, np.array(batch["mask"]), batch["tokens"].shape[1])
-        batch |= {name: mx.array(values) for name, values in arrays.items()}
+        masks = [[1] * len(ids) for _, ids in pairs]
+        mask, total_tokens = np.array(batch.mask), batch.tokens.shape[1]
+        batch.layout = scorer.layout(pack, pairs, masks, mask, total_tokens)
         advantages = mx.array(ADVANTAGES[pack.rows])[:, None]
 
         def loss(batch=batch, advantages=advantages):
             logprobs, entropies = scorer(model, batch, 0.7, with_entropy=True)
-            return ((advantages * logprobs + 0.2 * entropies) * batch["mask"]).sum()
+            return ((advantages * logprobs + 0.2 * entropies) * batch.mask).sum()
 
         new = nn.value_and_grad(model, loss)()[1]
         total = new if total is None else tree_map(mx.add, total, new)
@@ -124,13 +145,16 @@ def said(monkeypatch):
     return lines
 
 
-@pytest.mark.parametrize("kind", [*SHARING, *NOT_SHARING])
+@pytest.mark.parametrize(
+    "kind",
+    mostly_long([*SHARING, *NOT_SHARING], "gemma3_text", "cohere", "gpt2", "gemma2"),
+)
 def test_every_way_has_the_gradient_of_the_plain_one(grpo, kind, said):
     model = build(kind, {**SHARING, **NOT_SHARING}[kind])
     expected = expected_gradient(grpo, model)
-    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
-    assert scorer.pack(model, PAIRS, [], plan()) == [], "an update may have nothing to learn from"
-    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
+    scorer = checked(grpo, model)
+    assert packs_of(scorer, pairs=[]) == [], "an update may have nothing to learn from"
+    packs = packs_of(scorer)
     assert scorer.splits
     assert scorer.shares == (kind in SHARING)
     assert len(said) == (kind in NOT_SHARING)
@@ -140,15 +164,15 @@ def test_every_way_has_the_gradient_of_the_plain_one(grpo, kind, said):
     if scorer.shares:
         together = total_gradient(model, scorer, [packing.Pack(GROUPS, shared=True)])
         assert relative_difference(expected, together) <= 1e-5
-    small = scorer.pack(model, PAIRS, range(len(PAIRS)), plan(40, 16 * SHAPE["vocab_size"]))
+    small = packs_of(scorer, 40, 16 * SHAPE["vocab_size"])
     assert len(small) > 3
     assert relative_difference(expected, total_gradient(model, scorer, small)) <= 1e-5
-    scorer.pack(model, PAIRS, [], plan(keep=True))
+    packs_of(scorer, keep=True)
     assert relative_difference(expected, total_gradient(model, scorer, packs)) <= 1e-5
     checkpoint_layers(model)
     assert relative_difference(expected, total_gradient(model, scorer, packs)) <= 1e-5
     scorer.shapes = packing.Shapes(bucketed=True)
-    padded = scorer.pack(model, PAIRS, range(len(PAIRS)), plan(200))
+    padded = packs_of(scorer, 200)
     assert relative_difference(expected, total_gradient(model, scorer, padded)) <= 1e-5
     assert len(said) == (kind in NOT_SHARING), "once"
     assert kind != "lfm2" or "keeps more than keys and values (ArraysCache)" in said[0]
@@ -179,8 +203,8 @@ def test_what_is_wrong_is_found_and_left_out(grpo, wrong, said, monkeypatch):
     monkeypatch.setattr(CompletionCache, "make_mask", make_mask)
     windows = {**SHARING["gemma3_text"], "sliding_window": 32}
     model = build("gemma3_text", windows) if wrong == "window" else build("qwen2", {})
-    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
-    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
+    scorer = checked(grpo, model)
+    packs = packs_of(scorer)
     assert not scorer.shares
     assert "own prompt" in said[0]
     assert len(said) == 1
@@ -196,7 +220,7 @@ def test_an_error_that_nobody_foresaw_is_no_answer(grpo, monkeypatch):
 
     monkeypatch.setattr(scoring, "gradient_of_first", failing)
     with pytest.raises(RuntimeError, match="a bug"):
-        scoring.Scorer(grpo.token_logprobs, False).pack(build("qwen2", {}), PAIRS, [0, 1], plan())
+        checked(grpo, build("qwen2", {}))
 
 
 VALUES, GRADIENT = mx.array([-2.0, -1.0]), [mx.array([3.0, -4.0])]
@@ -238,15 +262,16 @@ def test_a_model_that_cannot_be_taken_apart_is_scored_the_plain_way(grpo, said):
 
     model = build("qwen2", {})
     object.__setattr__(model, "__class__", Scaled)
-    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
-    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
+    scorer = checked(grpo, model)
+    packs = packs_of(scorer)
     assert not scorer.splits
     assert "all positions" in said[0]
-    assert "window" not in scorer.layout(packs[0], PAIRS, np.ones((len(PAIRS), 4)), 5)
+    masks = [[1] * 4] * len(PAIRS)
+    assert scorer.layout(packs[0], PAIRS, masks, np.ones((len(PAIRS), 4)), 5) is None
     assert scorer.vocabulary == SHAPE["vocab_size"]
     for limit in range(60, 120, 3):
         scorer.vocabulary = MAX_LOGITS // limit
-        packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
+        packs = packs_of(scorer)
         assert len(packs) > 1
         for pack in packs:
             longest = max(len(prompt) + len(ids) for prompt, ids in (PAIRS[i] for i in pack.rows))
@@ -289,8 +314,7 @@ def test_a_model_of_a_form_of_its_own_is_scored_the_plain_way(grpo, said, kind):
             layers = self.blocks if kind == "name" else self.model
             return unpack(layers(tokens, cache)) @ mx.ones((64, 300))
 
-    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
-    scorer.pack(Model(build("qwen2", {})), PAIRS, range(len(PAIRS)), plan())
+    scorer = checked(grpo, Model(build("qwen2", {})))
     assert not scorer.splits
     assert len(said) == 1
     assert "all positions" in said[0]
@@ -352,12 +376,12 @@ def test_logits_exist_for_one_piece_at_a_time(trainable):
 
 def test_the_plan_says_how_many_logits_exist_and_whether_they_stay(grpo, monkeypatch):
     model, made, head = build("qwen2", {}), [], head_module.head
-    scorer = scoring.Scorer(grpo.token_logprobs, compiled=False)
-    packs = scorer.pack(model, PAIRS, range(len(PAIRS)), plan())
+    scorer = checked(grpo, model)
+    packs = packs_of(scorer)
     monkeypatch.setattr(head_module, "head", lambda *a: (made.append(len(a[1])), head(*a))[1])
     scored = sum(len(ids) for _, ids in PAIRS)
     for size, keep, times in ((7, False, 2), (7, True, 1), (20, False, 2)):
-        scorer.pack(model, PAIRS, [], plan(piece=size * SHAPE["vocab_size"], keep=keep))
+        packs_of(scorer, piece=size * SHAPE["vocab_size"], keep=keep)
         made.clear()
         total_gradient(model, scorer, packs)
         assert size // 2 < max(made) <= size
@@ -378,8 +402,9 @@ def test_padded_sizes_are_few_and_little_more():
 
     def layout(count):
         mask = np.arange(64)[None] < count
-        arrays = packing.layout_groups([[([1] * 9, [2] * count)]], mask, padded)
-        return {name: x.shape for name, x in arrays.items()}
+        masks = [[1] * count]
+        found = packing.layout_groups([[([1] * 9, [2] * count)]], masks, mask, padded)
+        return {name: x.shape for name, x in tree_flatten(tree_of(found))}
 
     assert layout(50) == layout(60)
 
@@ -405,8 +430,9 @@ def test_packs_hold_every_row_once_within_the_budget(rows, budget, bucketed, sha
             pairs = [[([1] * r.prompt, [2] * r.completion) for r in group] for group in members]
             counts = np.array([rows[i].completion for i in p.rows])
             mask = np.arange(max(counts)) < counts[:, None]
-            arrays = packing.layout_groups(pairs, mask, shapes)
-            tokens = arrays["prompts"].size + arrays["rows"][:, :-1].size
+            masks = [[1] * count for count in counts]
+            read = packing.layout_groups(pairs, masks, mask, shapes).shared
+            tokens = read.prompts.size + read.rows[:, :-1].size
         else:
             longest = max(r.prompt + r.completion for r in members[0])
             tokens = shapes.rows(len(members[0])) * (1 + shapes.length(longest - 1))
@@ -434,23 +460,22 @@ def test_another_micro_batch_costs_a_gpu_more_than_padding(monkeypatch, device, 
     monkeypatch.setattr(mx, "default_device", lambda: device)
     monkeypatch.setattr(runtime, "platform_name", lambda: "metal")  # CUDA pads to its shapes, too
     scorer = scoring.Scorer(None, compiled=False)
-    scorer.checked = scorer.splits = True  # and no prompt is shared
+    scorer.splits = True  # and no prompt is shared
     pairs = [([1] * 50, [2] * length) for length in (10, 10, 10, 150, 10, 10, 10, 10)]
-    packs = scorer.pack(None, pairs, range(8), plan())
+    packs = packs_of(scorer, pairs=pairs)
     assert sorted(len(pack.rows) for pack in packs) == each
 
 
 @pytest.mark.parametrize(("compiled", "cuda"), [(False, False), (True, False), (False, True)])
 def test_what_is_traced_or_has_kernels_for_shapes_is_padded(monkeypatch, compiled, cuda):
     monkeypatch.setattr(runtime, "platform_name", lambda: "cuda" if cuda else "cpu")
-    response = SimpleNamespace(ids=[4] * 9, logprobs=[-1.0] * 9)
-    weights = {"weights": np.ones(3)}
-    rows, responses = [{"prompt_ids": [3] * 5}] * 3, [response] * 3
-    batch = scoring.Scorer(None, compiled).pad(rows, responses, weights)
+    prompts, completions = [[3] * 5] * 3, [completion([4] * 9)] * 3
+    pack = packing.Pack([[0, 1, 2]])
+    batch = scoring.Scorer(None, compiled).pad(prompts, completions, np.ones(3), np.ones(3), pack)
     padded = compiled or cuda
-    assert batch["tokens"].shape == ((4, 33) if padded else (3, 14))
-    assert batch["mask"].shape == ((4, 32) if padded else (3, 9))
-    assert batch["weights"].tolist() == [1, 1, 1, 0][: len(batch["mask"])]
+    assert batch.tokens.shape == ((4, 33) if padded else (3, 14))
+    assert batch.mask.shape == ((4, 32) if padded else (3, 9))
+    assert batch.weights.tolist() == [1, 1, 1, 0][: len(batch.mask)]
 
 
 def test_groups_of_a_trainer_are_scored_together(grpo, model_dir, data_dir, tmp_path):
@@ -459,30 +484,35 @@ def test_groups_of_a_trainer_are_scored_together(grpo, model_dir, data_dir, tmp_
     sample = rollout(trainer)
     batches = micro_batches(trainer, sample, 10**6)
     (batch,) = batches
-    groups, rows = batch["prompts"].shape[0], batch["rows"].shape
+    groups, rows = batch.layout.shared.prompts.shape[0], batch.layout.shared.rows.shape
     assert groups == 3
     assert rows[0] == 12
     assert rows[1] - 1 == max(len(r.ids) for r in sample[1])
-    trainer.add_reference(batch)
+    batch.ref_logprobs = trainer.rescored(trainer.ref_model, batch)[0]
     fast_loss, fast = gradient(trainer, batches)
-    plain = {k: v for k, v in batch.items() if k != "window"}
-    width = plain["mask"].shape[1]
-    reference, _ = grpo.token_logprobs(trainer.ref_model, plain["tokens"], width, 1.0)
-    assert mx.allclose(batch["ref_logprobs"], reference * batch["mask"], atol=1e-5)
+    plain = dataclasses.replace(batch, layout=None)
+    width = plain.mask.shape[1]
+    reference, _ = grpo.token_logprobs(trainer.ref_model, plain.tokens, width, 1.0)
+    assert mx.allclose(batch.ref_logprobs, reference * batch.mask, atol=1e-5)
     loss, expected = gradient(trainer, [plain])
     assert fast_loss == pytest.approx(loss, rel=1e-5)
     assert relative_difference(expected, fast) <= 1e-5
 
 
-@pytest.mark.parametrize("train_type", ["lora", "dora"])
+@pytest.mark.parametrize("train_type", mostly_long(["lora", "dora"], "dora"))
 @pytest.mark.parametrize(
     "options",
-    [
+    mostly_long(
+        [
+            {},
+            {"gradient_checkpointing": True},
+            {"use_compile": True},
+            {"gradient_checkpointing": True, "use_compile": True},
+        ],
         {},
         {"gradient_checkpointing": True},
         {"use_compile": True},
-        {"gradient_checkpointing": True, "use_compile": True},
-    ],
+    ),
 )
 def test_adapters_on_a_quantized_base(grpo, quantized_dir, data_dir, tmp_path, train_type, options):
     settings = {"train_type": train_type, "lora_layers": 1, "lora_rank": 4, **options}
@@ -493,7 +523,7 @@ def test_adapters_on_a_quantized_base(grpo, quantized_dir, data_dir, tmp_path, t
     assert trainer.scorer.shares
     fast = gradient(trainer, batches)[1]
     trainer.args.use_compile = False
-    expected = gradient(trainer, [{k: v for k, v in b.items() if k != "window"} for b in batches])
+    expected = gradient(trainer, [dataclasses.replace(b, layout=None) for b in batches])
     assert relative_difference(expected[1], fast) <= 1e-5
 
 
@@ -523,7 +553,7 @@ def test_a_way_that_is_refused_leaves_the_weights_alone(model_dir, data_dir, tmp
         model(mx.zeros((1, 3), mx.int32))
         raise ValueError("cannot broadcast")
 
-    batch = {"mask": mx.ones((1, 2))}
+    batch = as_batch(mask=mx.ones((1, 2)))
     with pytest.raises(ValueError, match="broadcast"):
         agreement.gradient_of_first(trainer.model, refused, batch)
     after = dict(tree_flatten(trainer.model.parameters()))

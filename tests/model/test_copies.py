@@ -1,6 +1,7 @@
 """The three policies: what is copied, what is shared, and how each enters the loss."""
 
 import copy
+import dataclasses
 import gc
 import math
 
@@ -10,7 +11,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import make_model
-from helpers import digest, flat, make_trainer, spy_on_gradients
+from helpers import as_batch, digest, flat, make_trainer, mostly_long, spy_on_gradients
 from mlx.utils import tree_map
 
 LARGE = 0.02  # a learning rate that moves the policy visibly in one update
@@ -45,7 +46,7 @@ def about(count):
 
 def rescored(grpo, model, batch):
     """(B, W) log-probs of a micro-batch under a model, at the temperature 1 of these tests."""
-    return grpo.token_logprobs(model, batch["tokens"], batch["mask"].shape[1], 1.0)[0]
+    return grpo.token_logprobs(model, batch.tokens, batch.mask.shape[1], 1.0)[0]
 
 
 def largest_difference(one, other):
@@ -78,8 +79,8 @@ def test_full_fine_tuning_samples_from_a_4_bit_copy_made_anew(grpo, model_dir, d
     trainer.train_step([0, 1])
     assert trainer.model_old is not first
     batch = calls[0][0]
-    gap = rescored(grpo, trainer.model_old, batch) - batch["sampler_logprobs"]
-    assert mx.abs(gap * batch["mask"]).max() < 2e-4, "log-probs are those of the 4-bit sampler"
+    gap = rescored(grpo, trainer.model_old, batch) - batch.sampler_logprobs
+    assert mx.abs(gap * batch.mask).max() < 2e-4, "log-probs are those of the 4-bit sampler"
     expected = grpo.quantize_copy(trainer.model)
     weight = "model.layers.1.mlp.up_proj.weight"
     stale = flat(trainer.model_old.parameters())[weight]
@@ -157,8 +158,8 @@ def test_importance_weights_are_near_1_when_nothing_is_quantized(model_dir, data
         calls, _ = spy_on_gradients(trainer)
         (records[quantized],) = trainer.train_step([0, 1])
         batch, _, logprobs = calls[0]
-        mask = np.array(batch["mask"]) > 0
-        gap = np.array(logprobs)[mask] - np.array(batch["sampler_logprobs"])[mask]
+        mask = np.array(batch.mask) > 0
+        gap = np.array(logprobs)[mask] - np.array(batch.sampler_logprobs)[mask]
         found = records[quantized]
         assert found["sampler_mismatch"] == pytest.approx(np.abs(gap).mean(), rel=1e-3, abs=1e-6)
         weights = np.minimum(np.exp(gap), 2)
@@ -207,14 +208,14 @@ def test_a_stale_policy_samples_and_the_current_one_anchors(
             sampler = grpo.quantize_copy(anchor) if quantized else anchor
         (record,) = trainer.train_step([0, 1])
         batch, _, logprobs = calls[update]
-        mask, recorded = batch["mask"], batch["sampler_logprobs"]
+        mask, recorded = batch.mask, batch.sampler_logprobs
         assert mx.abs((rescored(grpo, sampler, batch) - recorded) * mask).max() < 2e-4
         assert mx.abs((rescored(grpo, anchor, batch) - logprobs) * mask).max() < 2e-4
         gap = (mx.abs(logprobs - recorded) * mask).sum().item() / mask.sum().item()
         assert record["sampler_mismatch"] == pytest.approx(gap, rel=1e-3, abs=1e-6)
         assert (gap > 1e-3) == (update % 3 > 0 or quantized)
         assert record["clip_low"] == record["clip_high"] == 0, "the ratio is to the current policy"
-        assert "old_logprobs" not in batch
+        assert batch.old_logprobs is None
 
 
 def test_the_anchor_is_the_policy_at_the_first_use(grpo, model_dir, data_dir, tmp_path):
@@ -231,14 +232,14 @@ def test_the_anchor_is_the_policy_at_the_first_use(grpo, model_dir, data_dir, tm
     calls, _ = spy_on_gradients(trainer)
     records = trainer.train_step([0, 1])
     assert [record["update"] for record in records] == [1, 2, 3]
-    assert "old_logprobs" not in calls[0][0]
+    assert calls[0][0].old_logprobs is None
     first, *later = calls
-    width, temperature = first[0]["mask"].shape[1], trainer.args.temperature
-    anchor = grpo.token_logprobs(start, first[0]["tokens"], width, temperature)[0]
+    width, temperature = first[0].mask.shape[1], trainer.args.temperature
+    anchor = grpo.token_logprobs(start, first[0].tokens, width, temperature)[0]
     for batch, _, logprobs in later:
-        assert mx.array_equal(batch["old_logprobs"], first[2]), "fixed over the iterations"
-        assert mx.allclose(batch["old_logprobs"], anchor * batch["mask"], atol=1e-4)
-        moved = mx.abs(logprobs - batch["old_logprobs"]) * batch["mask"]
+        assert mx.array_equal(batch.old_logprobs, first[2]), "fixed over the iterations"
+        assert mx.allclose(batch.old_logprobs, anchor * batch.mask, atol=1e-4)
+        moved = mx.abs(logprobs - batch.old_logprobs) * batch.mask
         assert moved.max().item() > 0.01, "the ratio has left 1"
 
 
@@ -269,7 +270,7 @@ def base_logits(folder, tokens):
 
 
 @pytest.mark.parametrize("train_type", ["lora", "dora"])
-@pytest.mark.parametrize("base", ["float", "4bit"])
+@pytest.mark.parametrize("base", mostly_long(["float", "4bit"], "4bit"))
 def test_the_reference_of_adapters_is_the_base_bit_for_bit(
     model_dir, quantized_dir, data_dir, tmp_path, train_type, base
 ):
@@ -358,7 +359,7 @@ def options(grpo):
 
 def one_token(ratio, advantage, **extra):
     """A batch of one token whose policy is `ratio` times as likely as its anchor, and log-probs."""
-    batch = {
+    arrays = {
         "mask": mx.array([[1.0]]),
         "advantages": mx.array([advantage]),
         "weights": mx.array([1.0]),
@@ -366,7 +367,7 @@ def one_token(ratio, advantage, **extra):
         "sampler_logprobs": mx.array([[-1.0]]),
         **extra,
     }
-    return batch, mx.array([[-1.0 + math.log(ratio)]])
+    return as_batch(**arrays), mx.array([[-1.0 + math.log(ratio)]])
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,7 @@ def test_the_importance_weight_is_capped_and_has_no_gradient(grpo, options, weig
     sampler = mx.array([[-1.0 - math.log(weight)]])
     batch, logprobs = one_token(1.0, 2.0, sampler_logprobs=sampler)
     used = min(weight, 2.0)
-    for anchored in (batch, {k: v for k, v in batch.items() if k != "old_logprobs"}):
+    for anchored in (batch, dataclasses.replace(batch, old_logprobs=None)):
         loss, sums = grpo.grpo_loss(logprobs, anchored, options)
         assert loss.item() == pytest.approx(-2 * used, rel=1e-5)
         gradient = mx.grad(lambda x, b=anchored: grpo.grpo_loss(x, b, options)[0])(logprobs)
@@ -423,8 +424,9 @@ def test_k3_is_not_negative_is_guarded_and_has_no_importance_weight(grpo, gap):
 
 def test_masked_tokens_count_nowhere(grpo, options):
     batch, logprobs = one_token(1.3, 1.0)
-    wide = {k: mx.concatenate([v, v], axis=1) if v.ndim == 2 else v for k, v in batch.items()}
-    wide["mask"] = mx.array([[1.0, 0.0]])
+    arrays = batch.arrays().items()
+    wide = as_batch(**{k: mx.concatenate([v, v], axis=1) if v.ndim == 2 else v for k, v in arrays})
+    wide.mask = mx.array([[1.0, 0.0]])
     twice = mx.concatenate([logprobs, logprobs + 5], axis=1)
     alone, together = (grpo.grpo_loss(x, b, options) for x, b in ((logprobs, batch), (twice, wide)))
     assert together[0].item() == alone[0].item()

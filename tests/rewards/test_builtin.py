@@ -2,15 +2,13 @@
 
 import asyncio
 import builtins
-import json
 import threading
-from types import SimpleNamespace
 
 import pytest
-from helpers import make_config, make_trainer, read_log, run_training
+from helpers import make_config
 
 from utils.base.errors import RunError, UserError
-from utils.rewards import by_name, for_trainer
+from utils.rewards import by_name
 from utils.rewards import calls as reward_calls
 
 
@@ -218,11 +216,9 @@ def test_async_functions_wait_together():
     async def meet(mine, other):
         begun[mine] = begun[mine] or asyncio.Event()
         begun[mine].set()
-        for _ in range(1000):
-            if begun[other]:
-                return [1.0]
+        while not begun[other]:
             await asyncio.sleep(0.005)
-        return [0.0]
+        return [1.0]
 
     async def a(completions):
         return await meet("a", "b")
@@ -233,7 +229,7 @@ def test_async_functions_wait_together():
     def c(completions):
         return [2.0]
 
-    values = reward_calls.RewardCalls(5)({"a": a, "c": c, "b": b}, completions("x"))
+    values = reward_calls.RewardCalls(60)({"a": a, "c": c, "b": b}, completions("x"))
     assert {name: value.tolist() for name, value in values.items()} == {
         "a": [1],
         "c": [2],
@@ -270,7 +266,7 @@ def test_a_failure_cancels_what_still_waits():
 
     with pytest.raises(RunError, match="reward fails raised LookupError: gone"):
         reward_calls.RewardCalls(60)({"waits": waits, "fails": fails}, completions("x"))
-    assert cancelled.wait(5)
+    assert cancelled.wait(60)
 
 
 def test_waiting_lets_the_caller_stop():
@@ -284,33 +280,6 @@ def test_waiting_lets_the_caller_stop():
 
     with pytest.raises(KeyboardInterrupt):
         reward_calls.RewardCalls(60)({"waits": waits}, completions("x"), pulse=pulse)
-
-
-def progress(completions, trainer_state, log_metric, log_extra, **kwargs):
-    log_metric("told", trainer_state.global_step)
-    log_metric("told", trainer_state.global_step + 1)
-    log_metric("horizon", trainer_state.max_steps)
-    log_extra("seen", [len(c[0]["content"]) for c in completions])
-    return [float(n % 2 + trainer_state.epoch) for n in range(len(completions))]
-
-
-def test_functions_see_progress_and_log(model_dir, data_dir, tmp_path, capsys):
-    """TRL's trainer_state, log_metric and log_extra."""
-
-    def prepare(trainer):
-        trainer.reward_funcs = {"progress": progress}
-
-    code, trainer = run_training(
-        model_dir, data_dir, tmp_path / "o", prepare, max_updates=3, log_completions=1
-    )
-    assert code == 0
-    records = [r for r in read_log(tmp_path / "o") if "split" not in r]
-    assert [r["metric/told"] for r in records] == [0.5, 1.5, 2.5], "the mean of an update"
-    assert [r["metric/horizon"] for r in records] == [3, 3, 3]
-    epochs = [n / trainer.rollouts_per_epoch for n in range(3)]
-    assert [r["reward/progress"] for r in records] == pytest.approx([0.5 + e for e in epochs])
-    out = capsys.readouterr().out
-    assert out.count("\n    seen: ") == 3
 
 
 def test_extras_have_a_value_for_each_completion():
@@ -329,25 +298,7 @@ def test_a_column_is_not_taken_for_a_parameter_of_its_name(load):
     assert values.tolist() == [-0.5, -1]
 
 
-@pytest.mark.parametrize("prefix", ["", "<reasoning>\n"])
-def test_prompts_as_the_model_reads_them(model_dir, data_dir, tmp_path, prefix):
-    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", reasoning_prefix=prefix)
-    row = trainer.train_dataset[0]
-    response = SimpleNamespace(text="so", ids=[5])
-    [text] = for_trainer.keywords(trainer, [row], [response])["prompt_texts"]
-    assert text + prefix == trainer.tokenizer.decode(row["prompt_ids"])
-    assert text.endswith("assistant\n")
-
-
 def test_a_timeout_that_nothing_heeds_is_refused(grpo, model_dir, data_dir, tmp_path):
     config = make_config(model_dir, data_dir, tmp_path / "o", reward_timeout=3.0)
     with pytest.raises(UserError, match="reward_timeout has no effect"):
         by_name.load_rewards(config, grpo.REWARDS)
-
-
-def test_evaluation_by_a_reward_gets_the_same_keywords(model_dir, data_dir, tmp_path):
-    name = "test_builtin:progress"
-    settings = {"reward_funcs": [name], "eval_metric": name, "eval_samples": 4}
-    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", None, **settings)
-    assert trainer.evaluate("test") == 0.5
-    assert json.dumps(trainer.reward_calls.metrics)

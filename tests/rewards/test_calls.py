@@ -1,168 +1,17 @@
-"""The five rewards, TRL's interface for other ones, and group advantages."""
+"""TRL's interface for reward functions, and group advantages."""
 
 import asyncio
 import math
-import time
 
 import numpy as np
 import pytest
-from helpers import make_config, make_trainer
+from helpers import completion, make_config, make_trainer
 
 from utils.base.errors import RunError, UserError
 from utils.rewards import calls as reward_calls
 from utils.rewards import importing
 
 PERFECT = "<reasoning>\nthree\ntimes four\n</reasoning>\n<answer>\n12\n</answer>"
-
-
-def reward(grpo, name, text, answer="12"):
-    (value,) = grpo.REWARDS[name](completions=[[{"content": text}]], answer=[answer], prompts=[])
-    return value
-
-
-OF_THE_DOCUMENTS = ["correctness", "int", "strict_format", "soft_format", "xmlcount"]
-
-
-def all_rewards(grpo, text, answer="12"):
-    return [reward(grpo, name, text, answer) for name in OF_THE_DOCUMENTS]
-
-
-def test_a_perfect_answer_that_stopped_earns_every_maximum(grpo):
-    """Sampling stops right after </answer>: no line break follows, and none is asked for."""
-    assert list(grpo.REWARDS)[:5] == OF_THE_DOCUMENTS
-    assert all_rewards(grpo, PERFECT) == [2.0, 0.5, 0.5, 0.5, 0.5]
-    assert all_rewards(grpo, f"\n \t{PERFECT}\n\n ") == [2.0, 0.5, 0.5, 0.5, 0.5]
-
-
-def test_the_empty_answer_earns_nothing(grpo):
-    for text in ("", "   \n", "12", "<reasoning>", "</answer>", "</answer>12<answer>"):
-        assert all_rewards(grpo, text) == [0.0] * 5
-
-
-@pytest.mark.parametrize(
-    ("given", "expected", "equal"),
-    [
-        ("1234", "1,234.00", True),
-        ("$1234", "1,234", True),
-        ("-$5", "-5.0", True),
-        ("+3", "3", True),
-        ("12.", "12", True),
-        (".5", "0.50", True),
-        ("0", "-0", True),
-        ("10000000000000001", "10000000000000000", False),  # equal as floats
-        ("12", "1,2", False),
-        ("12 apples", "12", False),
-        ("blue", " blue\n", True),
-        ("Blue", "blue", False),
-        ("", "12", False),
-        ("1e3", "1000", False),
-        ("१२", "12", False),  # digits, but not the ones asked for
-        ("nan", "nan", True),
-    ],
-)
-def test_correctness_compares_numbers_as_numbers(grpo, given, expected, equal):
-    text = f"<answer>{given}</answer>"
-    assert reward(grpo, "correctness", text, expected) == (2.0 if equal else 0.0)
-
-
-def test_the_last_complete_answer_counts(grpo):
-    assert grpo.extract_xml_answer("<answer>1</answer> no <answer>2</answer> <answer>3") == "2"
-    assert grpo.extract_xml_answer("<answer>1 <answer>\n2\n</answer>") == "2"
-    assert grpo.extract_xml_answer("answer</answer>") == ""
-    assert grpo.extract_hash_answer("#### 1\nso\n#### 1,234 ") == "1,234"
-    assert grpo.extract_hash_answer("1,234") is None
-
-
-@pytest.mark.parametrize("number", ["-3", "1,234", "0", "007", "-12,345,678"])
-def test_integers(grpo, number):
-    assert reward(grpo, "int", f"<answer>{number}</answer>") == 0.5
-
-
-@pytest.mark.parametrize(
-    "text", ["3.0", "1,23", "12,3456", "--3", "+3", "- 3", "three", "3\n4", "٣", ""]
-)
-def test_not_integers(grpo, text):
-    assert reward(grpo, "int", f"<answer>{text}</answer>") == 0.0
-
-
-def test_soft_format_takes_any_spacing_and_strict_format_own_lines(grpo):
-    spaced = {
-        "<reasoning>a</reasoning><answer>b</answer>": (0.0, 0.5),
-        "<reasoning>a\nb</reasoning>\n\n <answer>c\nd</answer>": (0.0, 0.5),
-        "<reasoning>\na\nb\n</reasoning>\n<answer>\nc\nd\n</answer>\n": (0.5, 0.5),
-        "<reasoning>\n</reasoning>\n<answer>\n</answer>": (0.5, 0.5),
-        "<reasoning>\na\n</reasoning>\n\n<answer>\nb\n</answer>": (0.0, 0.5),
-        "<reasoning>\na</reasoning>\n<answer>\nb\n</answer>": (0.0, 0.5),
-        "<reasoning>\na\n</reasoning>\n<answer>\nb</answer>": (0.0, 0.5),
-        "<reasoning>\na\n</reasoning>\n<answer>b\n</answer>": (0.0, 0.5),
-    }
-    for text, values in spaced.items():
-        got = reward(grpo, "strict_format", text), reward(grpo, "soft_format", text)
-        assert got == values, text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        PERFECT + PERFECT,
-        PERFECT + "<answer>\n12\n</answer>",
-        PERFECT.replace("three", "<answer>\n1\n</answer>"),
-        PERFECT.replace("three", "<reasoning>"),
-        PERFECT.replace("12", "<reasoning>\n12\n</reasoning>"),
-        PERFECT.replace("</answer>", ""),
-        PERFECT.replace("</reasoning>", ""),
-        PERFECT.replace("<answer>", ""),
-        PERFECT.replace("<reasoning>", ""),
-        PERFECT.replace("</reasoning>\n<answer>", "</reasoning>\nso\n<answer>"),
-        "so\n" + PERFECT,
-        PERFECT + "\nso",
-        "<answer>\n12\n</answer>\n<reasoning>\nx\n</reasoning>",
-        "<reasoning>\n<answer>\nx\n</reasoning>\n12\n</answer>",
-    ],
-    ids=range(14),
-)
-def test_nested_duplicate_unclosed_and_surrounded_tags_have_no_format(grpo, text):
-    assert reward(grpo, "strict_format", text) == 0.0
-    assert reward(grpo, "soft_format", text) == 0.0
-
-
-def test_xmlcount_pays_a_quarter_per_pair_and_charges_what_follows(grpo):
-    scores = {
-        "<reasoning>a</reasoning>": 0.25,
-        "<answer>a</answer>": 0.25,
-        "</reasoning>a<reasoning><answer>b</answer>": 0.25,
-        "<reasoning>a</reasoning><answer>b": 0.25,
-        "<reasoning>a</reasoning><reasoning>b</reasoning><answer>c</answer>": 0.25,
-        "<answer>1</answer><answer>2</answer>": 0.0,
-        PERFECT + "\n" + "x" * 100: 0.4,
-        PERFECT + "x": 0.499,
-        PERFECT + "x" * 10_000: 0.0,
-    }
-    for text, value in scores.items():
-        assert reward(grpo, "xmlcount", text) == pytest.approx(value, abs=1e-12), text[:80]
-
-
-HOSTILE = {
-    "plain": "a",
-    "spaces": " ",
-    "openings": "<reasoning>",
-    "answers": "<answer>",
-    "pairs": "<answer>1</answer>",
-    "closings": "</answer>",
-    "digits": "1",
-    "groups": "1,000",
-    "almost": "<reasoning>\n</reasoning>\n<answer>\n",
-}
-
-
-@pytest.mark.parametrize("unit", HOSTILE.values(), ids=HOSTILE)
-def test_rewards_are_linear_in_the_length(grpo, unit):
-    """100,000 characters of the worst kind take milliseconds, bare and inside the tags."""
-    filling = unit * (100_000 // len(unit))
-    start = time.perf_counter()
-    for text in (filling, PERFECT.replace("three", filling), PERFECT.replace("12", filling)):
-        all_rewards(grpo, text, answer=filling)
-    assert time.perf_counter() - start < 0.5
 
 
 # TRL's interface, with functions as its documentation writes them.
@@ -235,7 +84,7 @@ def trl(tmp_path):
     return path
 
 
-def scored(grpo, trainer, *tasks):
+def scored(trainer, *tasks):
     """compute_rewards for one completion of each task: (totals, per function)."""
     rows = [
         {
@@ -247,7 +96,7 @@ def scored(grpo, trainer, *tasks):
         }
         for n, task in enumerate(tasks)
     ]
-    responses = [grpo.Completion([5] * (n + 1), text=PERFECT) for n in range(len(tasks))]
+    responses = [completion([5] * (n + 1), text=PERFECT) for n in range(len(tasks))]
     return trainer.compute_rewards(rows, responses)
 
 
@@ -270,7 +119,7 @@ def test_functions_in_the_style_of_trls_documentation(grpo, model_dir, data_dir,
     }
     names = {f"{trl}:{name}": expected for name, expected in values.items()}
     trainer = trainer_with(model_dir, data_dir, tmp_path, names)
-    totals, per_function = scored(grpo, trainer, *TASKS)
+    totals, per_function = scored(trainer, *TASKS)
     for name, expected in names.items():
         got = [None if math.isnan(x) else x for x in per_function[name].tolist()]
         assert got == expected, name
@@ -281,14 +130,14 @@ def test_weights_scale_each_function_and_none_is_left_out(grpo, model_dir, data_
     names = [f"{trl}:math_reward_func", f"{trl}:coding_reward_func", f"{trl}:many_tokens"]
     weights = [2.0, 3.0, 0.1]
     trainer = trainer_with(model_dir, data_dir, tmp_path, names, reward_weights=weights)
-    totals, _ = scored(grpo, trainer, *TASKS)
+    totals, _ = scored(trainer, *TASKS)
     assert totals == pytest.approx([2.1, 2.2, -2.7, 0.4])
 
 
 def test_a_row_that_no_function_values_gets_no_advantage(grpo, model_dir, data_dir, tmp_path, trl):
     names = [f"{trl}:math_reward_func", f"{trl}:coding_reward_func"]
     trainer = trainer_with(model_dir, data_dir, tmp_path, names)
-    totals, _ = scored(grpo, trainer, *TASKS)
+    totals, _ = scored(trainer, *TASKS)
     assert totals[:3].tolist() == [1.0, 1.0, -1.0]
     assert math.isnan(totals[3])
     advantages = grpo.group_advantages(totals[None])[0]
@@ -432,6 +281,6 @@ def test_the_default_set_and_the_names_of_the_settings(grpo, model_dir, data_dir
     trainer = grpo.build_trainer(config, "test")
     rows = [{**trainer.train_dataset[7]}]
     right = PERFECT.replace("12", rows[0]["answer"])
-    totals, values = trainer.compute_rewards(rows, [grpo.Completion([5], text=right)])
+    totals, values = trainer.compute_rewards(rows, [completion([5], text=right)])
     assert totals.tolist() == [3.5]
     assert list(values) == config.reward_funcs

@@ -1,5 +1,6 @@
 """Rewards over HTTP, against real servers: what they may do wrong, secrets, the judge."""
 
+import asyncio
 import contextlib
 import json
 import math
@@ -9,18 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from helpers import make_config, make_trainer, read_log, run_training, stop_after
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import make_config, make_trainer, read_log, run_training
 
 from utils.base.errors import RunError, UserError
 from utils.rewards import by_name
 from utils.rewards import calls as reward_calls
 from utils.rewards import servers as remote_rewards
-from utils.settings import reading
 
 FAST = {"retries": 3, "backoff": 0.01}
 
@@ -126,9 +125,17 @@ def fails(status, answer=b"busy"):
     return lambda body: (status, answer)
 
 
-def slow(seconds):
+@pytest.fixture
+def released():
+    """What a server that hangs waits for; set when the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def hangs(released):
     def behaviour(body):
-        time.sleep(seconds)
+        released.wait(60)
         return lengths(body)
 
     return behaviour
@@ -141,14 +148,13 @@ def test_what_may_pass_is_tried_again(serve, status):
     assert len(server.requests) == 3
 
 
-def test_a_slow_answer_is_asked_for_again(serve):
-    server = serve([slow(2.0), lengths])
-    begin = time.perf_counter()
+def test_a_slow_answer_is_asked_for_again(serve, released):
+    server = serve([hangs(released), lengths])
     assert ask([server.url], timeout=0.2) == [5, 4, 7]
-    assert time.perf_counter() - begin < 1.5
+    assert len(server.requests) > 1, "the first has no answer to this day"
 
 
-def test_an_answer_that_trickles_is_too_slow_as_well(serve):
+def test_an_answer_that_trickles_is_too_slow_as_well(released):
     """The limit is on the whole request, not on the pause between two bytes."""
 
     def trickle():
@@ -158,24 +164,28 @@ def test_an_answer_that_trickles_is_too_slow_as_well(serve):
             connection, _ = listener.accept()
             with connection, contextlib.suppress(OSError):
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                for _ in range(100):
+                while not released.wait(0.05):  # for as long as somebody reads
                     connection.sendall(b" ")
-                    time.sleep(0.05)
 
     address, ready = [], threading.Event()
     threading.Thread(target=trickle, daemon=True).start()
     ready.wait()
-    begin = time.perf_counter()
     with pytest.raises(RunError, match=r"no answer within 0.3 s; given up after 1 attempts"):
         ask([f"http://127.0.0.1:{address[0]}"], timeout=0.3, retries=0)
-    assert time.perf_counter() - begin < 2
 
 
-def test_pauses_grow(serve):
+@pytest.mark.parametrize(("first", "pauses"), [(0.1, [0.1, 0.2, 0.4]), (20.0, [20.0, 30.0, 30.0])])
+def test_pauses_grow(serve, monkeypatch, first, pauses):
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    own = types.SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
+    monkeypatch.setattr(remote_rewards, "asyncio", own)
     server = serve([fails(500)] * 3 + [lengths])
-    begin = time.perf_counter()
-    ask([server.url], backoff=0.1)
-    assert 0.7 <= time.perf_counter() - begin < 3, "0.1 + 0.2 + 0.4 seconds"
+    assert ask([server.url], backoff=first) == [5, 4, 7]
+    assert slept == pauses
 
 
 def test_giving_up_says_what_was_wrong(serve):
@@ -302,7 +312,7 @@ def test_training_on_a_server(serve, model_dir, data_dir, tmp_path):
     )
     assert code == 0
     first = server.requests[0]
-    row = trainer.train_dataset[trainer.prompts_of_update(0)[0][0]]
+    row = trainer.train_dataset[trainer.prompts_of_update(0)[0]]
     prompt = f"<|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n"
     assert first["prompts"][0] == prompt
     assert first["query"][0].startswith(prompt + "<reasoning>\n")
@@ -330,25 +340,22 @@ def test_a_server_that_dies_in_mid_run_loses_no_finished_update(
     assert [r["update"] for r in read_log(tmp_path / "o")] == [1, 2, 3, 4]
 
 
-def test_ctrl_c_does_not_wait_for_a_server(serve, model_dir, data_dir, tmp_path):
-    server = serve(scores)
+def test_ctrl_c_does_not_wait_for_a_server(serve, released, model_dir, data_dir, tmp_path):
+    trainers, answered = [], []
 
-    def prepare(trainer):
-        stop_after(1)(trainer)
-        after_update = trainer.after_update
+    def behaviour(body):
+        if len(server.requests) == 1:
+            return scores(body)
+        trainers[0].run.interrupted = True  # while the second update waits for its rewards
+        answered.append(released.wait(60))
+        return scores(body)
 
-        def and_hang(*args):
-            server.behaviour = slow(60)
-            after_update(*args)
-
-        trainer.after_update = and_hang
-
-    begin = time.perf_counter()
-    code, _ = run_training(
-        model_dir, data_dir, tmp_path / "o", prepare, **REMOTE, remote_rm_url=[server.url]
+    server = serve(behaviour)
+    code, trainer = run_training(
+        model_dir, data_dir, tmp_path / "o", trainers.append, **REMOTE, remote_rm_url=[server.url]
     )
-    assert code == 130
-    assert time.perf_counter() - begin < 30
+    assert (code, trainer.update_step, len(server.requests)) == (130, 1, 2)
+    assert not answered
 
 
 SECRETS = ("hunter2", "t0ken", "sk-judge-key", "private-place")
@@ -385,34 +392,6 @@ def test_secrets_are_neither_shown_nor_written(
         assert not any(secret in text for run in shown for text in run[1:3])
 
 
-def test_only_what_may_be_secret_is_left_out():
-    kept = "see https://example.org/a/b#c and mailto:me@x.y, 3 > 2?"
-    assert reading.without_secrets(kept) == kept
-    assert reading.without_secrets(["http://u:p@h:1/a?k=v#f"]) == ["http://***@h:1/a?***#f"]
-    assert reading.without_secrets({"a": {"b": "https://key@h/"}, "c": 3}) == {
-        "a": {"b": "https://***@h/"},
-        "c": 3,
-    }
-    assert reading.shown_override("remote_rm_url=http://h:1/a") == "remote_rm_url=http://h:1/a"
-    assert reading.shown_override("system_prompt=http://h?a=b") == "system_prompt=http://h?a=b"
-
-
-TOKEN = st.text("ab@:'\"[],{}=&;!*$~", min_size=3).filter(lambda t: t.strip(":@"))
-
-
-@given(TOKEN, TOKEN)
-def test_no_password_and_no_query_survives(password, query):
-    """Whatever they hold, short of what ends them in a URL."""
-    url = f"http://user:X{password}X@host:1/rm?key=Y{query}Y"
-    for text in (
-        str(reading.without_secrets([url, {"url": url}])),
-        reading.shown_override(f"remote_rm_url={url}"),
-        reading.shown_override(f"remote_rm_url={json.dumps([url, url])}"),
-    ):
-        assert "X" not in text
-        assert "Y" not in text
-
-
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -444,7 +423,7 @@ def reply(text):
 
 
 def judge(server, texts=("good", "bad {question}"), **parameters):
-    reward = remote_rewards.Judge(5.0, url=f"http://{server.address}/v1/", **FAST, **parameters)
+    reward = remote_rewards.Judge(60.0, url=f"http://{server.address}/v1/", **FAST, **parameters)
     columns = {
         "completions": [[{"content": text}] for text in texts],
         "question": [f"Why {n}?" for n in range(len(texts))],
@@ -463,8 +442,8 @@ def test_the_judge_grades_each_completion(serve):
     server = serve(by_length)
     values, calls = judge(server, model="m", max_tokens=9, extra={"seed": 3})
     assert values == [0.9, None]
-    assert calls.metrics == {"metric/judge_without_grade": 0.5}
-    assert calls.extras == {"judge": ["Score: 9", "none"]}
+    assert calls.logged.metrics == {"judge_without_grade": [0.5]}
+    assert calls.logged.columns == {"judge": ["Score: 9", "none"]}
     bodies = sorted(server.requests, key=lambda body: body["messages"][0]["content"])
     text = bodies[1]["messages"][0]["content"]
     assert text.startswith("You grade an answer to a question.\n\nQuestion:\nWhy 1?\n")
@@ -483,19 +462,22 @@ def test_the_judges_prompt_and_scale_are_parameters(serve):
 
 
 def test_the_judge_keeps_to_its_concurrency(serve):
-    busy, most, lock = [0], [0], threading.Lock()
+    """Three requests are under way at once, each waiting for two others, and never a fourth."""
+    together, busy, most, lock = threading.Barrier(3), [0], [0], threading.Lock()
 
     def counted(body):
         with lock:
             busy[0] += 1
             most[0] = max(most[0], busy[0])
-        time.sleep(0.02)
+        together.wait(60)
         with lock:
             busy[0] -= 1
         return reply("5")(body)
 
-    assert judge(serve(counted), ["x"] * 12, concurrency=3)[0] == [0.5] * 12
-    assert 2 <= most[0] <= 3
+    server = serve(counted)
+    assert judge(server, ["x"] * 12, concurrency=3)[0] == [0.5] * 12
+    assert most[0] <= 3
+    assert len(server.requests) == 12, "none was given up and sent again"
 
 
 @pytest.mark.parametrize(
@@ -550,6 +532,7 @@ def mlx_server(model_dir):
     process.wait()
 
 
+@pytest.mark.long
 def test_a_model_behind_mlx_lm_server_judges(mlx_server, model_dir, data_dir, tmp_path):
     """Its random text is pushed to one digit, so that there is a grade to read."""
     from transformers import AutoTokenizer

@@ -3,12 +3,12 @@
 import copy
 import ctypes
 import gc
+import itertools
 import shutil
 import subprocess
 import sys
 import weakref
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import make_model
-from helpers import put_back_quantized_layers, random_prompts, sample
+from helpers import mostly_long, random_prompts, sample
 
 from utils.device import patch, runtime
 from utils.device.cuda import attention
@@ -64,7 +64,6 @@ def as_on_cuda(monkeypatch):
     """Steps are compiled, on the CPU."""
     monkeypatch.setattr(compiled_step, "_usable", {})
     monkeypatch.setattr(caches, "STEP", 7)  # room for so many tokens at a time
-    put_back_quantized_layers(monkeypatch)
     monkeypatch.setattr(attention, "fits", lambda *_: True)
     monkeypatch.setattr(attention, "to_rows", to_rows)
 
@@ -77,8 +76,14 @@ def as_on_cuda(monkeypatch):
     return switch
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize(
+    ("family", "ragged"),
+    mostly_long(
+        itertools.product(["llama", "qwen2", "qwen3"], [True, False]),
+        ("llama", True),
+        ("qwen3", False),
+    ),
+)
 def test_compiled_steps_sample_the_same(
     grpo, tmp_path, monkeypatch, as_on_cuda, capsys, family, ragged
 ):
@@ -106,7 +111,7 @@ def test_compiled_steps_sample_the_same(
     assert len(steps) > 2 * len(counts) > 0, "built less often than used"
     del steps[:2]  # of the comparison
     assert len(set(steps)) > 1, "rows leave"
-    assert all(2 * b <= a or a == b for a, b in pairwise(steps)), "by halves"
+    assert all(2 * b <= a or a == b for a, b in itertools.pairwise(steps)), "by halves"
     assert [c.ids for c in ours] == [c.ids for c in plain]
     for a, b in zip(ours, plain, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
@@ -377,6 +382,7 @@ CASES = [  # rows, query heads, heads of keys, head size, position, type, larges
     (2, 8, 8, 32, 200, mx.float32, 1e-5, ""),
     (1, 16, 1, 256, 200, mx.float32, 1e-5, ""),
 ]
+IN_SHORT = (2, 8)  # of these
 MORE = [  # on CUDA: C++ takes long for the first, and has no type for the second
     (4, 12, 2, 128, 4000, mx.bfloat16, 0.01, ""),
     (4, 12, 2, 128, 200, mx.float16, 0.002, ""),
@@ -449,7 +455,10 @@ def cpp_kernel(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("device", "count", "heads", "groups", "size", "end", "dtype", "limit", "rotary"),
-    [*(("C++", *case) for case in CASES), *(("CUDA", *case) for case in [*CASES, *MORE])],
+    [
+        *mostly_long([("C++", *case) for case in CASES], *(("C++", *CASES[n]) for n in IN_SHORT)),
+        *(("CUDA", *case) for case in [*CASES, *MORE]),
+    ],
 )
 def test_attention_to_rows_is_mlxs_with_a_mask(
     monkeypatch, cpp_kernel, device, count, heads, groups, size, end, dtype, limit, rotary

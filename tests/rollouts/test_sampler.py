@@ -13,7 +13,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import make_model
-from helpers import flat, keys_for, make_trainer, random_prompts, sample
+from helpers import flat, keys_for, make_trainer, mostly_long, random_prompts, sample
 from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import (
     CacheList,
@@ -32,6 +32,7 @@ from utils.base.errors import UserError
 from utils.device import patch, runtime
 from utils.rollouts import caches, merged_layers, stop_rule
 from utils.rollouts import draw as drawing
+from utils.run import introduction
 
 EOS = 2
 
@@ -165,8 +166,10 @@ def test_filtered_tokens_keep_their_proportions(grpo):
 
 
 def test_keys_differ_by_seed_update_prompt_and_row_and_ignore_the_global_state(grpo, loaded):
-    streams = list(itertools.product(range(3), [0], range(9), range(9), range(9)))
-    assert len({tuple(grpo.row_key(*stream)) for stream in streams}) == len(streams)
+    purposes = grpo.ROLLOUT, grpo.EVALUATION, grpo.DROPOUT
+    places = list(itertools.product(range(9), range(9), range(9)))
+    streams = list(itertools.product(range(3), purposes, places))
+    assert len({tuple(grpo.random_key(*stream)) for stream in streams}) == len(streams)
     prompts = random_prompts(6, 9)
     mx.random.seed(1)
     first = sample(grpo, loaded, prompts)
@@ -212,9 +215,10 @@ FAMILIES = {
     "mamba": STATE_SPACE,  # its state has no mask: padding in a prompt would enter it
     "falcon_h1": BOTH_IN_A_LAYER,  # lists of caches
 }
+ONE_OF_A_KIND = ("llama", "gemma3_text", "lfm2", "mamba")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_long(FAMILIES, *ONE_OF_A_KIND))
 def test_a_batch_of_ragged_prompts_is_each_prompt_alone(grpo, tmp_path, family):
     folder = make_model(tmp_path / family, model_type=family, **FAMILIES[family])
     model, tokenizer = mlx_lm.load(str(folder))
@@ -237,7 +241,7 @@ def test_a_batch_of_ragged_prompts_is_each_prompt_alone(grpo, tmp_path, family):
         assert np.array(forward) == pytest.approx(together[n].logprobs, abs=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_long(FAMILIES, *ONE_OF_A_KIND))
 def test_long_prompts_are_read_in_pieces(grpo, tmp_path, monkeypatch, family):
     folder = make_model(tmp_path / family, model_type=family, **FAMILIES[family])
     loaded, prompts = mlx_lm.load(str(folder)), random_prompts(5, 23, 1, 40)
@@ -350,7 +354,7 @@ def test_groups_differ_within_and_between_updates(model_dir, data_dir, tmp_path)
     first = [tuple(r.ids) for r in trainer.generate_responses([0, 1])]
     assert len(set(first)) == 8
     assert [tuple(r.ids) for r in trainer.generate_responses([0, 1])] == first
-    trainer.update_step = 1
+    trainer.run.state.update_step = 1
     assert not {*first} & {tuple(r.ids) for r in trainer.generate_responses([0, 1])}
 
 
@@ -429,8 +433,8 @@ def unadapted(trainer):
 
 def asked(trainer, monkeypatch):
     """The models that the trainer samples from hereafter."""
-    models, sample = [], trainer.sample
-    monkeypatch.setattr(trainer, "sample", lambda m, *a: models.append(m) or sample(m, *a))
+    models, ask = [], trainer.sampler
+    monkeypatch.setattr(trainer, "sampler", lambda m, *a: models.append(m) or ask(m, *a))
     return models
 
 
@@ -448,7 +452,7 @@ def test_a_quantized_base_is_unpacked_where_there_is_room_but_not_on_metal(polic
         ("metal", False, 10**9, "LowRank"),
     ):
         monkeypatch.setattr(runtime, "platform_name", lambda name=platform: name)
-        monkeypatch.setattr(type(trainer.plan), "spare_for_rollouts", room)
+        monkeypatch.setattr(type(trainer.memory.plan), "spare_for_rollouts", room)
         trainer.quantizes = copied
         trainer.generate_responses([0])
         view = seen.pop()
@@ -462,7 +466,7 @@ def test_a_quantized_base_is_unpacked_where_there_is_room_but_not_on_metal(polic
 def test_a_quantized_base_is_unpacked_for_evaluations_and_adapters_stay(policy, monkeypatch):
     _, trainer = policy
     tokens, seen = mx.array([[1, 2, 3, 4, 5]]), asked(trainer, monkeypatch)
-    trainer.answers(trainer.train_dataset, 2)
+    trainer.answers(trainer.train_dataset[:2])
     kinds = {type(module) for module in seen[0].modules()}
     assert not kinds & {nn.QuantizedLinear, nn.QuantizedEmbedding}
     assert any("lora_a" in module for module in seen[0].modules())
@@ -642,7 +646,7 @@ def test_adapters_are_merged_only_where_there_is_room(policy, monkeypatch):
     kind, trainer = policy
     seen = asked(trainer, monkeypatch)
     with_room = trainer.generate_responses([0])
-    trainer.plan = dataclasses.replace(trainer.plan, budget_bytes=0)
+    trainer.memory.plan = dataclasses.replace(trainer.memory.plan, budget_bytes=0)
     without = trainer.generate_responses([0])
     assert seen[1] is trainer.model
     assert (seen[0] is not trainer.model) == (kind != "plain")
@@ -676,17 +680,17 @@ def test_what_quantizing_costs_is_measured(model_dir, data_dir, tmp_path, monkey
         return took if took <= limit else None
 
     monkeypatch.setattr(merged_layers, "_step_seconds", timed)
-    note = merged_layers.cost_of_quantizing(trainer)
+    note = next(introduction.quantizing(trainer, None))
     assert "500 ms a step of 8 rows against 100" in note
     assert "quantize_for_rollouts = false" in note
     for seconds[True] in (0.05, 0.105):
-        assert merged_layers.cost_of_quantizing(trainer) is None
+        assert not list(introduction.quantizing(trainer, None))
     for planned in (3, 64):
-        trainer.plan = dataclasses.replace(trainer.plan, rollout_batch_size=planned)
-        merged_layers.cost_of_quantizing(trainer)
+        trainer.memory.plan = dataclasses.replace(trainer.memory.plan, rollout_batch_size=planned)
+        list(introduction.quantizing(trainer, None))
     assert rows == [8] * 6 + [3] * 2 + [8] * 2
     seconds[False] = 0.2
-    assert merged_layers.cost_of_quantizing(trainer) is None, "too slow here to try the other"
+    assert not list(introduction.quantizing(trainer, None)), "too slow here to try the other"
     assert len(rows) == 11
     assert measure(trainer.model, 8, limit=0.0) is None
     assert trainer.model_old is None

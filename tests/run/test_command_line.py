@@ -1,4 +1,4 @@
-"""The command line as it is typed: speed, precedence, presets, --dry-run, records, Ctrl-C."""
+"""The command line as it is typed: imports, precedence, presets, --dry-run, records, Ctrl-C."""
 
 import dataclasses
 import json
@@ -14,122 +14,35 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from helpers import read_log, tree, typed_in_a_shell, write_toml
+from helpers import SLOW, imports_of, mostly_long, read_log, tree, typed_in_a_shell, write_toml
 
 SCRIPT = ROOT / "mlx-grpo.py"
+TINY = ROOT / "models/tiny-math"
 VOWELS = """
 def vowels(completions, **_):
     return [sum(c[0]["content"].count(v) for v in "aeiou0123456789") for c in completions]
 """
 
 
-def best_seconds(words, exit_code=0):
-    """The best of three: processor time, which other programs on the machine inflate least."""
-    times = []
-    for _ in range(3):
-        before = os.times()
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True)
-        after = os.times()
-        used = after.children_user + after.children_system
-        times.append(used - before.children_user - before.children_system)
-        assert done.returncode == exit_code
-    return min(times)
+AT_ONCE = {
+    "help": (["--help"], 0),
+    "unknown key": (["--set", "learnin_rate=1"], 2),
+    "value": (["--set", "num_generations=1"], 2),
+    "no config": (["--config", "configs/none.toml"], 2),
+    "no model": (["--set", "model_name=utils/none", "--set", "output_dir=out"], 2),
+    "no reward": (["--set", "reward_funcs=corectness", "--set", f"model_name={TINY}"], 2),
+    "dry run": (["--config", "configs/smoke_test.toml", "--dry-run"], 0),
+}
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--help"],
-        ["--set", "learnin_rate=1"],
-        ["--config", "configs/none.toml"],
-        ["--set", "model_name=utils/none", "--set", "output_dir=out"],
-        ["--set", "reward_funcs=corectness", "--set", f"model_name={ROOT / 'models/tiny-math'}"],
-    ],
-    ids=["help", "unknown key", "no config", "no model", "no reward"],
-)
-def test_help_and_configuration_errors_answer_at_once(words):
-    """Within three times what MLX itself takes to import, on a machine of any speed."""
-    imports = best_seconds(["-c", "import numpy, mlx.nn"])
-    code = 0 if words == ["--help"] else 2
-    assert best_seconds([SCRIPT, *words], code) <= 3 * imports
-
-
-@pytest.mark.parametrize("words", [["--help"], ["--set", "num_generations=1"], ["--dry-run"]])
-def test_slow_imports_wait_until_the_settings_are_checked(words, model_dir, data_dir, tmp_path):
-    config = write_toml(tmp_path, {"model_name": str(model_dir), "dataset": str(data_dir)})
-    program = (
-        "import runpy, sys\n"
-        f"sys.argv = ['mlx-grpo.py', '--config', {config!r}, *{words!r}]\n"
-        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "except SystemExit as stop: code = stop.code\n"
-        "slow = {'mlx_lm', 'transformers', 'datasets', 'pyarrow', 'torch'} & {*sys.modules}\n"
-        "print(code, sorted(slow), file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    expected = 2 if words[0] == "--set" else 0
-    assert done.stderr.splitlines()[-1] == f"{expected} []"
-
-
-def test_help_names_every_setting_with_default_and_meaning(grpo, capsys):
-    with pytest.raises(SystemExit) as stop:
-        grpo.main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(grpo.MLXGRPOConfig):
-        value = getattr(grpo.MLXGRPOConfig(), field.name)
-        entry = text.partition(f"\n  {field.name} = {value!r}\n")[2]
-        assert len(entry.splitlines()[0].strip()) > 10, f"{field.name} is not explained"
-
-
-def test_precedence_is_defaults_then_toml_then_set(grpo, tmp_path):
-    flat = write_toml(tmp_path, {"seed": 1, "learning_rate": 3e-5})
-    config = grpo.read_config(flat, ["seed=2", "batch_size=3", "seed=4"])
-    assert (config.seed, config.learning_rate, config.batch_size) == (4, 3e-5, 3)
-    assert config.num_generations == grpo.MLXGRPOConfig().num_generations
-    table = tmp_path / "table.toml"
-    table.write_text("[mlx_grpo]\n" + Path(flat).read_text())
-    assert grpo.read_config(str(table), []) == grpo.read_config(flat, [])
-    assert grpo.read_config(flat, []).seed == 1
-
-
-OVERRIDES = [
-    ('num_generations="32"', "num_generations", 32),
-    ("num_generations='32'", "num_generations", 32),
-    (" num_generations = 32 ", "num_generations", 32),
-    ("model_name=owner/foo", "model_name", "owner/foo"),
-    ('model_name="owner/foo"', "model_name", "owner/foo"),
-    ("run_name=7", "run_name", "7"),
-    ("run_name=a=b # c", "run_name", "a=b # c"),
-    ("system_prompt=", "system_prompt", ""),
-    (r'system_prompt="two\nlines"', "system_prompt", "two\nlines"),
-    ("learning_rate=1e-5", "learning_rate", 1e-5),
-    ("learning_rate=1", "learning_rate", 1.0),
-    ("use_compile=false", "use_compile", False),
-    ('use_compile="false"', "use_compile", False),
-    ("max_train_samples=7_473", "max_train_samples", 7473),
-    ("reward_funcs=correctness,int", "reward_funcs", ["correctness", "int"]),
-    ("reward_funcs=[correctness, int]", "reward_funcs", ["correctness", "int"]),
-    ("reward_funcs=['correctness', \"int\"]", "reward_funcs", ["correctness", "int"]),
-    ("reward_funcs=int", "reward_funcs", ["int"]),
-    ("reward_weights=1,0.5,2,0", "reward_weights", [1.0, 0.5, 2.0, 0.0]),
-    ("stop_strings=[]", "stop_strings", []),
-    ("stop_strings=['a, b']", "stop_strings", ["a, b"]),
-    (
-        "chat_template_kwargs={enable_thinking=false}",
-        "chat_template_kwargs",
-        {"enable_thinking": False},
-    ),
-    ("output_dir=~/runs", "output_dir", str(Path("~/runs").expanduser())),
-]
-
-
-@pytest.mark.parametrize(("text", "key", "value"), OVERRIDES, ids=[case[0] for case in OVERRIDES])
-def test_values_of_set(grpo, tmp_path, text, key, value):
-    config = grpo.read_config(write_toml(tmp_path, {}), [text])
-    assert getattr(config, key) == value
-    assert type(getattr(config, key)) is type(value)
-    others = {f.name for f in dataclasses.fields(config)} - {key}
-    assert all(getattr(config, name) == getattr(grpo.MLXGRPOConfig(), name) for name in others)
+@pytest.mark.parametrize("what", mostly_long(AT_ONCE, "help", "no reward", "dry run"))
+def test_slow_imports_wait_until_the_settings_are_checked(what):
+    """So that help and complaints come at once."""
+    words, code = AT_ONCE[what]
+    done, packages = imports_of(SCRIPT, *words, folder=ROOT)
+    assert done.returncode == code
+    assert {"mlx", "numpy"} <= packages
+    assert not SLOW & packages
 
 
 def test_the_environment_names_the_configuration(typed, grpo, capsys, monkeypatch, tmp_path):
@@ -139,12 +52,7 @@ def test_the_environment_names_the_configuration(typed, grpo, capsys, monkeypatc
     monkeypatch.setenv("MLX_GRPO_CONFIG", "seven.toml")
     for words, seed in (([], 7), (["--set", "seed=9"], 9), (["--config", "eight.toml"], 8)):
         assert grpo.main(["--dry-run", *words]) == 0
-        assert f"\nseed = {seed}\n" in capsys.readouterr().out
-
-
-def test_without_any_configuration_the_default_preset_is_read(grpo, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert grpo.read_config(None, []) == grpo.read_config("configs/default.toml", [])
+        assert f"seed = {seed}" in capsys.readouterr().out.splitlines()
 
 
 def test_ready_commands_start_as_the_person_started(monkeypatch):
@@ -372,6 +280,7 @@ def test_nothing_but_plain_lines_when_nobody_watches(model_dir, data_dir, tmp_pa
     ]
 
 
+@pytest.mark.long
 def test_output_that_nobody_reads_or_that_cannot_be_shown_stops_nothing(model_dir, tmp_path):
     (tmp_path / "cafe.jsonl").write_text('{"question": "How many caf\\u00e9s?", "answer": "1"}\n')
     settings = {
@@ -405,6 +314,7 @@ def wait_for_update(number, process, log):
         time.sleep(0.01)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_ctrl_c_saves_and_the_printed_command_goes_on(model_dir, data_dir, tmp_path, overwrite):
     (tmp_path / "mine.py").write_text(VOWELS)

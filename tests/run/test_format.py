@@ -7,6 +7,8 @@ import mlx.core as mx
 import pytest
 from conftest import ROOT
 
+from utils.run import folders
+
 FIXTURE = ROOT / "tests" / "fixtures" / "checkpoint_format_1"
 
 
@@ -30,3 +32,17 @@ def test_a_checkpoint_without_a_format_leads_to_the_same_end(grpo, earlier):
     lines = (earlier / "run" / "training_log.jsonl").read_text().splitlines()
     coefficients = [r["kl_coeff"] for r in map(json.loads, lines) if "kl_coeff" in r]
     assert coefficients == pytest.approx([0.05, 0.0508, 0.0516128, 0.052438605, 0.053277622])
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_by_one_line(grpo, earlier, capsys):
+    checkpoint = earlier / "run" / "checkpoint-2"
+    state = checkpoint / folders.STATE
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 99}))
+    folders.seal(checkpoint)
+    before = sorted(path.name for path in (earlier / "run").iterdir())
+    assert grpo.main(["--config", "settings.toml", "--resume"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "format = 99" in error
+    assert "newer version" in error
+    assert sorted(path.name for path in (earlier / "run").iterdir()) == before

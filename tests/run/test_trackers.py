@@ -7,7 +7,7 @@ import struct
 import sys
 
 import pytest
-from helpers import read_log, run_training, stop_in_evaluation
+from helpers import mostly_long, read_log, run_training, stop_in_evaluation
 
 from utils.base.errors import UserError
 from utils.run import trackers
@@ -205,7 +205,7 @@ def killed_after_three(output, kept):
     return prepare
 
 
-@pytest.mark.parametrize("kept", [0, 2, 3])
+@pytest.mark.parametrize("kept", mostly_long([0, 2, 3], 2))
 def test_without_a_log_a_resumed_run_tracks_nothing_twice(model_dir, data_dir, tmp_path, kept):
     pytest.importorskip("tensorboardX")
     settings = {"max_updates": 4, "eval_samples": 3, "eval_steps": 2, "max_new_tokens": 2}
@@ -241,7 +241,7 @@ def test_without_a_log_what_an_interrupted_evaluation_follows_is_tracked_once(
             assert [row["update"] for row in csv.DictReader(file)] == list(updates)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+@pytest.mark.parametrize("kept", mostly_long([0, 1, 2, 3], 2))
 def test_tensorboard_of_a_resumed_run_shows_each_record_once(model_dir, data_dir, tmp_path, kept):
     """Killed after update 3, and gone on with from there or before (0: there is no checkpoint)."""
     pytest.importorskip("tensorboardX")

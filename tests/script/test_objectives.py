@@ -6,18 +6,23 @@ TRL's own numbers are in tests/script/test_parity.py.
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import (
     RESUMED,
+    as_batch,
+    as_rollout,
+    completion,
     digest,
     flat,
     gradient,
     make_config,
     make_trainer,
     micro_batches,
+    mostly_long,
     read_log,
     relative_difference,
     rollout,
@@ -47,7 +52,7 @@ def random_batch(rows=6, tokens=7, seed=0, moved=0.3):
         "old_logprobs": old,
         "sampler_logprobs": old + 0.2 * rng.normal(size=old.shape),
     }
-    batch = {name: mx.array(np.asarray(x, np.float32)) for name, x in batch.items()}
+    batch = as_batch(**{n: mx.array(np.asarray(x, np.float32)) for n, x in batch.items()})
     return batch, mx.array((old + moved * rng.normal(size=old.shape)).astype(np.float32))
 
 
@@ -97,10 +102,10 @@ def test_gspo_token_has_the_value_and_gradient_of_gspo(grpo, seed):
 def test_on_policy_every_loss_has_the_policy_gradient(grpo, loss_type):
     """At ratio 1 clips and gates are open: -A grad log pi, as the loss averages tokens."""
     batch, _ = random_batch()
-    del batch["old_logprobs"]
-    logprobs = batch["sampler_logprobs"]
+    batch.old_logprobs = None
+    logprobs = batch.sampler_logprobs
     _, grad = loss_and_gradient(grpo, batch, logprobs, loss_type=loss_type)
-    expected = -batch["advantages"][:, None] * batch["mask"] * batch["weights"][:, None]
+    expected = -batch.advantages[:, None] * batch.mask * batch.weights[:, None]
     assert grad == pytest.approx(np.array(expected), abs=1e-6)
 
 
@@ -112,7 +117,7 @@ def test_without_an_anchor_no_clip_width_acts(grpo, loss_type, level, mode):
     if level == "sequence" and loss_type in ("gmpo", "cpgd", "reinforce"):
         pytest.skip("refused")
     batch, logprobs = random_batch(moved=0.6)
-    del batch["old_logprobs"]
+    batch.old_logprobs = None
     how = {"loss_type": loss_type, "importance_sampling_level": level, "importance_mode": mode}
     delta = {"delta": 1.01} if loss_type in ("grpo", "bnpo", "dapo", "dr_grpo", "gspo") else {}
     narrow = {"clip_eps": 1e-3, "clip_eps_high": 1e-3, **delta}
@@ -164,7 +169,7 @@ def test_cpgd_by_hand(grpo, log_ratio, advantage, moves):
 def one_token(advantage):
     batch = {"mask": [[1.0]], "advantages": [advantage], "weights": [1.0]}
     batch |= {"old_logprobs": [[-1.0]], "sampler_logprobs": [[-1.0]]}
-    return {name: mx.array(x) for name, x in batch.items()}, mx.array([[-1.0]])
+    return as_batch(**{name: mx.array(x) for name, x in batch.items()}), mx.array([[-1.0]])
 
 
 def test_reinforce_by_hand_and_without_a_ratio(grpo):
@@ -223,7 +228,7 @@ def test_what_a_bad_token_is_held_back_by(grpo, settings, ratio, held):
 
 def test_the_penalty_is_for_tokens_without_a_policy_gradient_too(grpo):
     batch, logprobs = one_token(1.0)
-    batch |= {"ref_logprobs": mx.array([[-1.5]]), "selected": mx.array([[0.0]])}
+    batch.ref_logprobs, batch.selected = mx.array([[-1.5]]), mx.array([[0.0]])
     loss, _ = loss_and_gradient(grpo, batch, logprobs, kl_coeff=0.5, kl_estimator="k2")
     assert loss == pytest.approx(0.5 * 0.5 * 0.5**2)
 
@@ -231,7 +236,7 @@ def test_the_penalty_is_for_tokens_without_a_policy_gradient_too(grpo):
 def test_log_ratios_beyond_20_count_as_20(grpo):
     """Or a single token that left the policy would make loss and gradient infinite."""
     batch, _ = one_token(-1.0)
-    batch["sampler_logprobs"] = mx.array([[-101.0]])
+    batch.sampler_logprobs = mx.array([[-101.0]])
     for settings, weight in ({}, 2.0), ({"importance_cap": 1e9}, math.exp(20)):
         config = grpo.MLXGRPOConfig(**settings)
         loss, sums = grpo.grpo_loss(mx.array([[99.0]]), batch, config)
@@ -267,7 +272,7 @@ AVERAGES = {"sequence": [1 / 2, 1 / 6], "token": [1 / 4, 1 / 4], "constant": [1 
 )
 def test_how_each_loss_is_averaged(grpo, loss_type, average):
     """As docs/objectives.md has it: 1 and 3 tokens, where there could have been 5."""
-    weights = grpo.sequence_weights(np.array([1, 3]), loss_type, 5)
+    weights = grpo.token_weights(np.array([1, 3]), loss_type, 5)
     assert weights == pytest.approx(AVERAGES[average])
 
 
@@ -290,24 +295,31 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=[str(v) for v in VARIANTS])
+SHORT = [{"loss_type": name} for name in ("grpo", "gspo", "gmpo", "cispo")]
+SHORT += [{"mask_truncated_completions": True}, {"kl_coeff": 0.3, "kl_estimator": "k2"}]
+SHORT += [{"importance_mode": "sequence_mask"}, {"top_entropy_quantile": 0.3, "entropy_coeff": 0.1}]
+
+
+@pytest.mark.parametrize("settings", mostly_long(VARIANTS, *SHORT), ids=map(str, VARIANTS))
 def test_padding_and_micro_batches_change_nothing(model_dir, data_dir, tmp_path, settings):
     """Off the policy, where clips and weights act."""
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
     rows, responses, advantages = rollout(trainer)
     if trainer.args.mask_truncated_completions:
-        advantages[::3] = np.nan
+        for i, response in enumerate(responses):
+            why = "length" if i % 3 == 0 else "stop"
+            responses[i] = dataclasses.replace(response, finish_reason=why)
     sample = rows, responses, advantages
 
     def prepared(tokens):
         batches = micro_batches(trainer, sample, tokens)
         for batch in batches:
-            current = trainer.compute_grpo_loss(batch | {"entropy_weight": mx.array(0.0)})[2]
-            batch["old_logprobs"] = 1.02 * current
-            batch["ref_logprobs"] = 0.9 * current
+            current = trainer.compute_grpo_loss(batch)[2]
+            batch.old_logprobs = 1.02 * current
+            batch.ref_logprobs = 0.9 * current
         if not trainer.args.kl_coeff:
             for batch in batches:
-                del batch["ref_logprobs"]
+                batch.ref_logprobs = None
         trainer.select_tokens(batches)
         return batches
 
@@ -324,8 +336,8 @@ def test_the_quantile_is_that_of_the_whole_update(model_dir, data_dir, tmp_path)
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", top_entropy_quantile=0.25)
     batches = micro_batches(trainer, rollout(trainer), 60)
     trainer.select_tokens(batches)
-    chosen = [(b["selected"] * b["mask"]).sum().item() for b in batches]
-    counts = [b["mask"].sum().item() for b in batches]
+    chosen = [(b.selected * b.mask).sum().item() for b in batches]
+    counts = [b.mask.sum().item() for b in batches]
     assert sum(chosen) == pytest.approx(0.25 * sum(counts), abs=1)
     shares = [c / n for c, n in zip(chosen, counts, strict=True)]
     assert max(shares) - min(shares) > 0.1, "not a quarter of each micro-batch"
@@ -334,19 +346,23 @@ def test_the_quantile_is_that_of_the_whole_update(model_dir, data_dir, tmp_path)
 def test_tokens_of_one_entropy_are_all_selected(model_dir, data_dir, tmp_path):
     settings = {"top_entropy_quantile": 0.5, "entropy_coeff": 0.1, "max_new_tokens": 1}
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
-    [batch] = trainer.select_tokens(trainer.micro_batches(*rollout(trainer, rows=[0])))
-    assert batch["selected"].tolist() == [[1.0]] * 4, "the first tokens of one prompt"
-    assert batch["entropy_weight"].item() == pytest.approx(0.1 / 4)
+    [batch] = trainer.select_tokens(micro_batches(trainer, rollout(trainer, rows=[0])))
+    assert batch.selected.tolist() == [[1.0]] * 4, "the first tokens of one prompt"
+    assert batch.entropy_weight.item() == pytest.approx(0.1 / 4)
 
 
 def test_truncated_tokens_are_not_in_the_normaliser(model_dir, data_dir, tmp_path):
-    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", loss_type="dapo")
+    settings = {"loss_type": "dapo", "mask_truncated_completions": True}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
     rows, responses, advantages = rollout(trainer)
-    advantages[[1, 5]] = np.nan
-    batches = trainer.micro_batches(rows, responses, advantages)
-    used = sum((b["mask"] * b["weights"][:, None]).sum().item() for b in batches)
+    responses = [
+        dataclasses.replace(c, finish_reason="length" if i in (1, 5) else "stop")
+        for i, c in enumerate(responses)
+    ]
+    batches = micro_batches(trainer, (rows, responses, advantages))
+    used = sum((b.mask * b.weights[:, None]).sum().item() for b in batches)
     assert used == pytest.approx(1), "a mean over the tokens that are trained"
-    assert sum(len(b["mask"]) for b in batches) == len(rows) - 2
+    assert sum(len(b.mask) for b in batches) == len(rows) - 2
 
 
 def test_the_quantile_of_an_update_without_tokens(model_dir, data_dir, tmp_path):
@@ -355,11 +371,11 @@ def test_the_quantile_of_an_update_without_tokens(model_dir, data_dir, tmp_path)
     trainer = make_trainer(
         model_dir, data_dir, tmp_path / "o", max_new_tokens=1, stop_strings=[], **settings
     )
-    trainer.tokenizer.eos_token_ids = set()
-    before = flat(tree_map(mx.array, trainer.master))
+    trainer.sampler.stop.eos_ids = set()
+    before = flat(tree_map(mx.array, trainer.master_weights))
     [record] = trainer.train_step([0, 1])
     assert (record["truncation_rate"], record["skipped"]) == (1, 0)
-    after = flat(trainer.master)
+    after = flat(trainer.master_weights)
     assert all(mx.array_equal(after[name], value) for name, value in before.items())
 
 
@@ -377,11 +393,13 @@ def test_equal_rewards_teach_nothing(model_dir, data_dir, tmp_path, estimator):
     trainer.reward_funcs = {
         name: lambda completions, **_: [0.7] * len(completions) for name in funcs
     }
-    before = tree_map(mx.array, trainer.master)
+    before = tree_map(mx.array, trainer.master_weights)
     [record] = trainer.train_step([0, 1])
     assert record["grad_norm"] == 0
     assert record["groups_without_signal"] == 1
-    assert all(mx.array_equal(x, flat(before)[name]) for name, x in flat(trainer.master).items())
+    assert all(
+        mx.array_equal(x, flat(before)[name]) for name, x in flat(trainer.master_weights).items()
+    )
 
 
 # Advantages.
@@ -391,8 +409,12 @@ def scores(grpo, rewards, lengths=None, **extra):
     rewards = np.array(rewards, float)
     lengths = np.ones_like(rewards) if lengths is None else np.array(lengths)
     values = np.stack(extra.pop("values", [rewards]), axis=-1)
-    weights = np.ones(values.shape[-1])
-    return grpo.Scores(np.full(rewards.shape, None), rewards, lengths, values, weights, **extra)
+    cells = np.empty(rewards.shape, object)
+    cells[...] = [[completion([7] * int(n)) for n in row] for row in lengths]
+    return grpo.Rollout(np.arange(len(rewards)), cells, values, rewards)
+
+
+DEFAULTS = SimpleNamespace(advantage_eps=1e-4, reward_weights=[])
 
 
 def expected_gradient(grpo, estimator, outcomes, logits, group):
@@ -402,7 +424,7 @@ def expected_gradient(grpo, estimator, outcomes, logits, group):
     total = np.zeros(len(policy))
     for sample in itertools.product(range(len(policy)), repeat=group):
         rewards = np.array([[outcomes[x] for x in sample]])
-        advantages = grpo.ADVANTAGES[estimator](scores(grpo, rewards))[0]
+        advantages = grpo.ADVANTAGES[estimator](scores(grpo, rewards), DEFAULTS)[0]
         total += policy[[*sample]].prod() * (advantages @ score[[*sample]]) / group
     return total, policy * (outcomes - policy @ outcomes)  # and grad E[R]
 
@@ -423,8 +445,8 @@ def test_batch_advantages_by_hand(grpo):
     s = scores(grpo, [[0, 1], [0, 3]])
     std = np.std([0, 1, 0, 3], ddof=1)
     expected = np.array([[-0.5, 0.5], [-1.5, 1.5]]) / (std + 1e-4)
-    assert grpo.ADVANTAGES["batch"](s) == pytest.approx(expected)
-    found = grpo.ADVANTAGES["batch"](dataclasses.replace(s, eps=1.0))
+    assert grpo.ADVANTAGES["batch"](s, DEFAULTS) == pytest.approx(expected)
+    found = grpo.ADVANTAGES["batch"](s, SimpleNamespace(advantage_eps=1.0))
     assert found == pytest.approx(expected * (std + 1e-4) / (std + 1))
 
 
@@ -434,7 +456,7 @@ def test_batch_advantages_by_hand(grpo):
 def test_without_rewards_to_compare_the_advantage_is_0(grpo, estimator, rewards):
     """NaN would leave the completions out of the KL penalty, too."""
     a = grpo.MLXGRPOConfig(advantage_estimator=estimator)
-    assert not grpo.estimate_advantages(scores(grpo, rewards), [0, 0, 0], a).any()
+    assert not grpo.estimate_advantages(scores(grpo, rewards), [0, 0, 0], 0.0, a).any()
 
 
 def test_reinforce_whitens_over_tokens(grpo):
@@ -442,41 +464,41 @@ def test_reinforce_whitens_over_tokens(grpo):
     s = scores(grpo, rewards, lengths)
     tokens = np.repeat(np.ravel(rewards), np.ravel(lengths))
     expected = (np.array(rewards) - tokens.mean()) / tokens.std()
-    assert grpo.ADVANTAGES["reinforce"](s) == pytest.approx(expected, rel=1e-6)
+    assert grpo.ADVANTAGES["reinforce"](s, DEFAULTS) == pytest.approx(expected, rel=1e-6)
     centre = np.array([[0.5, -0.5], [0.0, 0.0]])
     tokens = np.repeat(centre.ravel(), np.ravel(lengths))
     expected = (centre - tokens.mean()) / tokens.std()
-    assert grpo.ADVANTAGES["reinforce_baseline"](s) == pytest.approx(expected, rel=1e-6)
+    assert grpo.ADVANTAGES["reinforce_baseline"](s, DEFAULTS) == pytest.approx(expected, rel=1e-6)
 
 
 def test_gdpo_does_not_let_one_reward_drown_another(grpo):
     small, large = [[0.0, 0.1, 0.0, 0.1]], [[100.0, 100.0, 0.0, 0.0]]
     s = scores(grpo, np.add(small, large), values=[small, large])
-    advantages = grpo.ADVANTAGES["gdpo"](s)[0]
+    advantages = grpo.ADVANTAGES["gdpo"](s, DEFAULTS)[0]
     assert advantages[1] > 1
     assert advantages[2] < -1
     assert abs(advantages[0] - advantages[3]) < 1e-2, "one point each"
     alone = grpo.group_advantages(np.add(small, large))[0]
     assert alone[0] > 0.8 > -0.8 > alone[3]
-    weighted = dataclasses.replace(s, weights=np.array([3.0, 1.0]))
+    weighted = SimpleNamespace(advantage_eps=1e-4, reward_weights=[3.0, 1.0])
     total = 3 * grpo.group_advantages(np.array(small)) + grpo.group_advantages(np.array(large))
     expected = total / (total.std(ddof=1) + 1e-4)
-    assert grpo.ADVANTAGES["gdpo"](weighted) == pytest.approx(expected), "by their weights"
+    assert grpo.ADVANTAGES["gdpo"](s, weighted) == pytest.approx(expected), "by their weights"
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_completion_that_no_function_values_counts_nowhere(grpo, estimator):
     rewards = np.array([[1.0, 0.0, 3.0, np.nan], [0.5, 2.0, 1.0, 0.0]])
     lengths = np.array([[2, 3, 4, 99], [1, 1, 2, 5]])
-    found = grpo.ADVANTAGES[estimator](scores(grpo, rewards, lengths))
+    found = grpo.ADVANTAGES[estimator](scores(grpo, rewards, lengths), DEFAULTS)
     assert found[0, 3] == 0
     assert np.isfinite(found).all()
     without = lengths.copy()
     without[0, 3] = 1
-    again = grpo.ADVANTAGES[estimator](scores(grpo, rewards, without))
+    again = grpo.ADVANTAGES[estimator](scores(grpo, rewards, without), DEFAULTS)
     assert again == pytest.approx(found), "its length plays no part"
     if estimator in ("group_norm", "dr_grpo", "rloo"):
-        three = grpo.ADVANTAGES[estimator](scores(grpo, rewards[:1, :3]))
+        three = grpo.ADVANTAGES[estimator](scores(grpo, rewards[:1, :3]), DEFAULTS)
         assert found[0, :3] == pytest.approx(three[0])
 
 
@@ -505,7 +527,7 @@ def test_rewards_are_normalised_then_clipped_then_penalised(grpo):
     moments = [5, 2.0, 16.0]  # a standard deviation of 2
     shaped = np.clip((rewards - 2) / 2, -1, 1) - penalty
     expected = np.clip(shaped - shaped.mean(), -0.75, 0.75)
-    found = grpo.estimate_advantages(scores(grpo, rewards, penalty=penalty), moments, config)
+    found = grpo.estimate_advantages(scores(grpo, rewards), moments, penalty, config)
     assert found == pytest.approx(expected)
 
 
@@ -513,11 +535,11 @@ def test_whitened_advantages_have_mean_0_and_variance_1_over_tokens(grpo):
     rng = np.random.default_rng(0)
     rewards, lengths = rng.normal(size=(3, 4)), rng.integers(1, 9, (3, 4))
     config = grpo.MLXGRPOConfig(advantage_estimator="rloo", advantages_norm=True)
-    found = grpo.estimate_advantages(scores(grpo, rewards, lengths), [0.0] * 3, config)
+    found = grpo.estimate_advantages(scores(grpo, rewards, lengths), [0.0] * 3, 0.0, config)
     tokens = np.repeat(found.ravel(), lengths.ravel())
     assert (tokens.mean(), tokens.std()) == pytest.approx((0, 1), abs=1e-6)
     config.advantage_clip = 0.5
-    clipped = grpo.estimate_advantages(scores(grpo, rewards, lengths), [0.0] * 3, config)
+    clipped = grpo.estimate_advantages(scores(grpo, rewards, lengths), [0.0] * 3, 0.0, config)
     assert clipped == pytest.approx(np.clip(found, -0.5, 0.5)), "the clip comes last"
 
 
@@ -539,13 +561,12 @@ def reverse_kl(grpo, estimator, corrected):
 
     def penalty(logits):
         logprobs = logits - mx.logsumexp(logits)
-        batch = {
-            "mask": mx.ones((5, 1)),
-            "advantages": mx.zeros(5),
-            "weights": policy,  # every outcome once, with its probability
-            "sampler_logprobs": mx.stop_gradient(logprobs)[:, None],
-            "ref_logprobs": ref[:, None],
-        }
+        batch = as_batch(
+            mask=mx.ones((5, 1)),
+            weights=policy,  # every outcome once, with its probability
+            sampler_logprobs=mx.stop_gradient(logprobs)[:, None],
+            ref_logprobs=ref[:, None],
+        )
         return grpo.grpo_loss(logprobs[:, None], batch, config)[0]
 
     def kl(logits):
@@ -597,11 +618,11 @@ def test_an_adaptive_coefficient_reaches_the_gradient(model_dir, data_dir, tmp_p
     trainer = make_trainer(
         model_dir, data_dir, tmp_path / "o", same, kl_target=1e-4, kl_horizon=8, **settings
     )
-    trainer.args.learning_rate = trainer.peak_lr = 0.0  # the same policy again
+    trainer.lr_schedule = lambda _: 0.0  # the same policy again
     losses = [trainer.train_step([0, 1])[0] for _ in range(2)]
     assert [record["kl_coeff"] for record in losses] == pytest.approx([0.5, 0.6])
     assert losses[0]["loss"] > 1e-3
-    trainer.kl_coeff = 0.0
+    trainer.run.state.kl_coeff = 0.0
     assert trainer.train_step([0, 1])[0]["loss"] == 0
 
 
@@ -617,24 +638,30 @@ def test_the_penalty_in_the_reward_is_the_sum_over_tokens(grpo, model_dir, data_
         mask_truncated_completions=False,
     )
     rows, responses, _ = rollout(trainer)
-    found = trainer.kl_of(rows, responses)
+
+    def kl_of():
+        penalty = trainer.kl_penalty(as_rollout(trainer, rows, responses), {})
+        return penalty[:, 0] / trainer.run.state.kl_coeff
+
+    found = kl_of()
     for i in (0, 3, 11):  # each by itself
-        batch = trainer.scorer.pad(rows[i : i + 1], responses[i : i + 1])
-        width = batch["mask"].shape[1]
+        [batch] = micro_batches(trainer, (rows[i : i + 1], responses[i : i + 1], [1.0]))
+        width = batch.mask.shape[1]
         policy, ref = (
-            grpo.token_logprobs(model, batch["tokens"], width, 1.0)[0]
+            grpo.token_logprobs(model, batch.tokens, width, 1.0)[0]
             for model in (trainer.model, trainer.ref_model)
         )
-        assert found[i] == pytest.approx(((policy - ref) * batch["mask"]).sum().item(), abs=1e-4)
+        assert found[i] == pytest.approx(((policy - ref) * batch.mask).sum().item(), abs=1e-4)
     trainer.scorer.splits = trainer.scorer.shares = False  # an unknown architecture
-    assert trainer.kl_of(rows, responses) == pytest.approx(found, abs=1e-4)
+    assert kl_of() == pytest.approx(found, abs=1e-4)
 
-    def add_reference(batch):
-        batch["ref_logprobs"] = mx.full(batch["mask"].shape, -1000.0)
+    def rescored(model, batch, call=trainer.rescored):
+        far = model is trainer.ref_model
+        return (mx.full(batch.mask.shape, -1000.0), None) if far else call(model, batch)
 
-    trainer.add_reference = add_reference
+    trainer.rescored = rescored
     lengths = [len(response.ids) for response in responses]
-    assert trainer.kl_of(rows, responses).tolist() == [20 * n for n in lengths], "at most 20 each"
+    assert kl_of() == pytest.approx([20 * n for n in lengths]), "at most 20 each"
 
 
 def test_an_adaptive_coefficient_reaches_the_reward(
@@ -644,16 +671,17 @@ def test_an_adaptive_coefficient_reaches_the_reward(
     trainer = make_trainer(
         model_dir, data_dir, tmp_path / "o", quantize_for_rollouts=True, **settings
     )
-    trainer.kl_coeff, seen = 0.5, []
+    trainer.run.state.kl_coeff, seen = 0.5, []
 
-    def estimate(scores, *rest, call=grpo.estimate_advantages):
-        seen.append(scores)
-        return call(scores, *rest)
+    def estimate(rollout, moments, penalty, args, call=grpo.estimate_advantages):
+        seen.append((rollout, penalty))
+        return call(rollout, moments, penalty, args)
 
     monkeypatch.setattr(grpo, "estimate_advantages", estimate)
     [record] = trainer.train_step([0, 1])
-    total = 0.5 * record["kl"] * seen[0].lengths.sum()
-    assert seen[0].penalty.sum() == pytest.approx(total)
+    [(sampled, penalty)] = seen
+    total = 0.5 * record["kl"] * sampled.lengths.sum()
+    assert penalty.sum() == pytest.approx(total)
     assert total > 1e-3
 
 
@@ -675,7 +703,7 @@ def test_the_controller_goes_by_the_last_update_on_a_rollout(model_dir, data_dir
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", digest, **settings)
     first, second = trainer.train_step([0, 1])
     assert first["kl"] < 1e-9 < 1e-6 < second["kl"]
-    assert trainer.kl_coeff > 0.1
+    assert trainer.run.state.kl_coeff > 0.1
 
 
 # Dynamic sampling.
@@ -692,7 +720,8 @@ def digest_of(completions):
 
 
 def numbers_of(trainer, record=None):
-    return [int(row["question"].rstrip("?").split()[-1]) for row, *_ in trainer.shown]
+    rows = [trainer.train_dataset[i] for i in trainer.rollout.prompts]
+    return [int(row["question"].rstrip("?").split()[-1]) for row in rows]
 
 
 DYNAMIC = {"dynamic_sampling": 9, "batch_size": 3, "gradient_accumulation_steps": 2}
@@ -705,18 +734,18 @@ def test_dull_groups_are_replaced_from_the_stream(grpo, model_dir, data_dir, tmp
     stream, _ = trainer.order.draw(24, 0, set())
     number = [int(row["question"].rstrip("?").split()[-1]) for row in trainer.train_dataset]
     bright = [row for row in stream if number[row] % 3]
-    batch, batches = trainer.prompts_of_update(0)
-    assert (batch, batches) == (stream[:6], 2)
+    batch = trainer.prompts_of_update(0)
+    assert batch == stream[:6]
     [record] = trainer.train_step(batch)
     used = set(numbers_of(trainer))
     assert used == {number[row] for row in bright[:6]}, "the first six with signal, no other"
     last = stream.index(bright[5])
-    assert trainer.drawn == last + 1
+    assert trainer.run.state.drawn == last + 1
     assert record["resampled_prompts"] == last + 1 - 6
     assert record["reward/vowels"] == pytest.approx(record["reward_mean"]), "of the new groups"
     assert record["groups_without_signal"] == 0
-    assert len(trainer.shown) == 24
-    assert trainer.prompts_of_update(1)[0][0] == stream[last + 1], "the next update goes on there"
+    assert trainer.rollout.completions.size == 24
+    assert trainer.prompts_of_update(1)[0] == stream[last + 1], "the next update goes on there"
 
 
 def test_dynamic_sampling_is_bounded_and_the_schedule_stays(model_dir, data_dir, tmp_path):
@@ -732,16 +761,16 @@ def test_dynamic_sampling_is_bounded_and_the_schedule_stays(model_dir, data_dir,
         model_dir, data_dir, tmp_path / "p", dull, **DYNAMIC | {"dynamic_sampling": 0}
     )
     assert trainer.total_updates == plain.total_updates == 4
-    [record] = trainer.train_step(trainer.prompts_of_update(0)[0])
+    [record] = trainer.train_step(trainer.prompts_of_update(0))
     assert calls == [24, 24, 24]
     assert record["resampled_prompts"] == 12
     assert record["groups_without_signal"] == 1
     trainer.args.dynamic_sampling = 9
     calls.clear()
-    [record] = trainer.train_step(trainer.prompts_of_update(1)[0])
+    [record] = trainer.train_step(trainer.prompts_of_update(1))
     assert sum(calls) == 24 * 4, "no prompt twice in an update: 24 in all, then it stops"
     assert record["update"] == 2
-    rows, _ = trainer.order.draw(10, trainer.drawn, set())
+    rows, _ = trainer.order.draw(10, trainer.run.state.drawn, set())
     [record] = trainer.train_step(rows)
     assert record["resampled_prompts"] == 14, "in the last round there are four for ten places"
 
@@ -752,10 +781,10 @@ def test_what_a_reward_says_of_one_round_is_not_shown_beside_another(model_dir, 
         return sometimes_dull(completions, question)
 
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", telling, **DYNAMIC)
-    rows = trainer.prompts_of_update(0)[0]
+    rows = trainer.prompts_of_update(0)
     [record] = trainer.train_step(rows)
     assert record["resampled_prompts"] > 0
-    assert trainer.reward_calls.extras == {}
+    assert trainer.rewards.shown() == {}
 
 
 def test_the_stream_wraps_with_a_new_order_each_time(model_dir, data_dir, tmp_path):
@@ -771,7 +800,7 @@ def test_the_stream_wraps_with_a_new_order_each_time(model_dir, data_dir, tmp_pa
 
 
 def extra_state(trainer):
-    return trainer.drawn, trainer.reward_moments, trainer.kl_coeff
+    return trainer.run.state.drawn, trainer.run.state.reward_moments, trainer.run.state.kl_coeff
 
 
 KEPT = {
@@ -795,7 +824,10 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("name", KEPT)
+IN_SHORT = ("dynamic", "running norm", "adaptive, in the loss", "moving reference")
+
+
+@pytest.mark.parametrize("name", mostly_long(KEPT, *IN_SHORT))
 def test_what_an_objective_remembers_survives_a_stop(model_dir, data_dir, tmp_path, name):
     """Stopped in the middle of a rollout and resumed, the run is the one that never stopped."""
     settings = {k: v for k, v in RESUMED.items() if k != "lora_learning_rate"} | KEPT[name]
@@ -805,7 +837,7 @@ def test_what_an_objective_remembers_survives_a_stop(model_dir, data_dir, tmp_pa
     def interrupt(trainer):
         def compute_rewards(*args, call=trainer.compute_rewards):
             result = call(*args)
-            trainer.interrupted = trainer.update_step == 3
+            trainer.run.interrupted = trainer.update_step == 3
             return result
 
         trainer.compute_rewards = compute_rewards
@@ -924,7 +956,7 @@ def test_a_kl_that_is_not_finite_does_not_reach_the_coefficient(model_dir, data_
         model_dir, data_dir, tmp_path / "o", kl_coeff=0.1, kl_target=0.01, kl_horizon=8
     )
     for kl in (math.nan, math.inf, None):
-        trainer.move_reference(0, [{"kl": kl}], 8)
-        assert trainer.kl_coeff == 0.1
-    trainer.move_reference(0, [{"kl": 1.0}], 8)
-    assert trainer.kl_coeff == pytest.approx(0.12)
+        trainer.move_reference([{"update": 1, "kl": kl}], 8)
+        assert trainer.run.state.kl_coeff == 0.1
+    trainer.move_reference([{"update": 1, "kl": 1.0}], 8)
+    assert trainer.run.state.kl_coeff == pytest.approx(0.12)

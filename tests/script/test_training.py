@@ -1,5 +1,6 @@
 """The step and the run: optimizer, schedule, adapters, counters, logs, checkpoints, resuming."""
 
+import itertools
 import json
 import math
 import shutil
@@ -13,10 +14,12 @@ import pytest
 from conftest import make_model
 from helpers import (
     RESUMED,
+    completion,
     digest,
     flat,
     make_config,
     make_trainer,
+    mostly_long,
     poison,
     read_log,
     run_training,
@@ -28,6 +31,7 @@ from helpers import (
 from mlx.utils import tree_flatten, tree_map
 
 from utils.base.errors import RunError, UserError
+from utils.data import order, questions
 from utils.model import writing
 from utils.run import checkpoints
 from utils.run import log as runlog
@@ -66,9 +70,9 @@ def test_adamw_is_corrected_for_its_bias_from_the_first_step(model_dir, data_dir
     generator = np.random.default_rng(0)
     for t in (1, 2, 3):
         g = generator.normal(size=w.shape)
-        grads = tree_map(mx.zeros_like, trainer.master)
+        grads = tree_map(mx.zeros_like, trainer.master_weights)
         grads["model"]["layers"][0]["mlp"]["up_proj"]["weight"] = mx.array(g, mx.float32)
-        trainer.apply_gradients(0.0, grads)
+        trainer.apply_gradients(0.0, grads, t)
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
         corrected = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + 1e-8)
         w = w * (1 - lr * decay) - lr * corrected
@@ -81,10 +85,10 @@ def test_the_global_norm_is_clipped(model_dir, data_dir, tmp_path):
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", max_grad_norm=0.25)
     seen = []
     trainer.optimizer.update = lambda _, grads, lr, clip: seen.append((flat(grads), clip))
-    count = sum(x.size for _, x in tree_flatten(trainer.master))
+    count = sum(x.size for _, x in tree_flatten(trainer.master_weights))
     for size, expected in ((0.1, 0.25), (1e-5, 1e-5 * math.sqrt(count))):
-        grads = tree_map(lambda w, size=size: mx.full(w.shape, size), trainer.master)
-        norm, _ = trainer.apply_gradients(0.0, grads)
+        grads = tree_map(lambda w, size=size: mx.full(w.shape, size), trainer.master_weights)
+        norm, _ = trainer.apply_gradients(0.0, grads, 1)
         assert norm == pytest.approx(size * math.sqrt(count), rel=1e-4)
         got, clip = seen[-1]
         clipped = clip * math.sqrt(sum((x**2).sum().item() for x in got.values()))
@@ -102,16 +106,16 @@ def test_bfloat16_weights_move_at_1e_6_only_through_float32_masters(model_dir, d
         warmup_ratio=0.0,
     )
     start = flat(trainer.model.parameters())
-    master = flat(trainer.master)
+    master = flat(trainer.master_weights)
     assert {x.dtype for x in start.values()} == {mx.bfloat16}
-    grads = tree_map(lambda w: mx.full(w.shape, 0.01), trainer.master)
+    grads = tree_map(lambda w: mx.full(w.shape, 0.01), trainer.master_weights)
     half = tree_map(lambda g: g.astype(mx.bfloat16), grads)
     plain, weights = optim.AdamW(1e-6, bias_correction=True), trainer.model.parameters()
-    for _ in range(100):
-        trainer.apply_gradients(0.0, grads)
+    for number in range(1, 101):
+        trainer.apply_gradients(0.0, grads, number)
         weights = plain.apply_gradients(half, weights)
         mx.eval(weights, plain.state)
-    after = flat(trainer.master)
+    after = flat(trainer.master_weights)
     for name, value in master.items():
         assert mx.allclose(value - after[name], mx.array(1e-4), rtol=0.1), name
 
@@ -180,12 +184,12 @@ def test_the_number_of_updates(model_dir, data_dir, tmp_path, settings, updates,
 def test_an_epoch_shows_each_question_once_in_an_order_of_its_own(model_dir, data_dir, tmp_path):
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", num_epochs=2, batch_size=5)
     rollouts = [trainer.prompts_of_update(n) for n in range(6)]
-    assert [batches for _, batches in rollouts] == [2, 2, 1, 2, 2, 1]
-    first, second = ([n for rows, _ in part for n in rows] for part in (rollouts[:3], rollouts[3:]))
+    assert [len(prompts) for prompts in rollouts] == [10, 10, 4, 10, 10, 4]
+    first, second = ([*a, *b, *c] for a, b, c in (rollouts[:3], rollouts[3:]))
     assert sorted(first) == sorted(second) == list(range(24))
     assert first != second
     other = make_trainer(model_dir, data_dir, tmp_path / "o", batch_size=5, seed=1)
-    assert other.prompts_of_update(0)[0] != rollouts[0][0]
+    assert other.prompts_of_update(0) != rollouts[0]
 
 
 # Updates that are left out, and updates that say nothing.
@@ -220,11 +224,11 @@ def test_five_bad_updates_in_a_row_stop_the_run(model_dir, data_dir, tmp_path):
     trainer.loss_and_grad = bad
     for _ in range(4):
         trainer.train_step([0, 1])
-    assert trainer.bad_updates == 4, "the good one in between began the count anew"
+    assert trainer.run.state.bad_updates == 4, "the good one in between began the count anew"
     trainer.args.eval_samples = trainer.args.eval_subset_size = 0
     with pytest.raises(RunError, match="five updates in a row"):
         trainer.train()
-    assert trainer.bad_updates == 5
+    assert trainer.run.state.bad_updates == 5
 
 
 def test_a_run_that_diverges_ends_with_exit_code_1(typed, grpo, monkeypatch, tmp_path):
@@ -268,9 +272,9 @@ def test_groups_without_spread_stay_in_the_normaliser(model_dir, data_dir, tmp_p
     calls, _ = spy_on_gradients(trainer)
     (record,) = trainer.train_step([0, 1])
     ((batch, _, _),) = calls
-    lengths = np.array(batch["mask"].sum(axis=1))
+    lengths = np.array(batch.mask.sum(axis=1))
     assert len(lengths) == 4, "the sequences of one group"
-    assert np.array(batch["weights"]) == pytest.approx(1 / (8 * lengths)), "of 8 sequences"
+    assert np.array(batch.weights) == pytest.approx(1 / (8 * lengths)), "of 8 sequences"
     assert record["groups_without_signal"] == 0.5
 
 
@@ -286,14 +290,16 @@ def test_with_another_pull_they_stay_in_the_gradient(model_dir, data_dir, tmp_pa
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", same, **settings)
     calls, _ = spy_on_gradients(trainer)
     trainer.train_step([0, 1])
-    assert sum(batch["mask"].shape[0] for batch, _, _ in calls) == 8
+    assert sum(batch.mask.shape[0] for batch, _, _ in calls) == 8
 
 
 # Adapters.
 
 
-@pytest.mark.parametrize("train_type", ["lora", "dora"])
-@pytest.mark.parametrize("base", ["float", "4bit"])
+@pytest.mark.parametrize(
+    ("base", "train_type"),
+    mostly_long(itertools.product(["float", "4bit"], ["lora", "dora"]), ("4bit", "lora")),
+)
 def test_adapters_from_the_first_update_to_the_fused_model(
     model_dir, quantized_dir, data_dir, tmp_path, monkeypatch, capsys, train_type, base
 ):
@@ -346,13 +352,11 @@ def test_dropout_acts_in_the_gradient_alone(model_dir, data_dir, tmp_path, grpo)
         if "lora_b" in module:  # as if trained, so that dropout would show from the start
             module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(len(name)))
     for update in range(2):
-        responses = trainer.generate_responses([3, 4])
-        rows = [trainer.train_dataset[row] for row in (3, 4) for _ in range(4)]
-        batch = trainer.scorer.pad(rows, responses)
-        width = batch["mask"].shape[1]
-        forward = grpo.token_logprobs(trainer.model, batch["tokens"], width, 1.0)[0]
-        gap = mx.abs(forward - batch["sampler_logprobs"]) * batch["mask"]
-        assert gap.max().item() < 1e-3, f"before update {update + 1}"
+        for batch in trainer.micro_batches(trainer.roll_out([3, 4], {}), np.ones((2, 4))):
+            width = batch.mask.shape[1]
+            forward = grpo.token_logprobs(trainer.model, batch.tokens, width, 1.0)[0]
+            gap = mx.abs(forward - batch.sampler_logprobs) * batch.mask
+            assert gap.max().item() < 1e-3, f"before update {update + 1}"
         (record,) = trainer.train_step([0, 1])
         assert record["sampler_mismatch"] > 0.1, "the gradient's forward pass drops"
 
@@ -369,7 +373,7 @@ def test_only_the_gradient_sees_the_model_in_training_mode(model_dir, data_dir, 
 
         return note_and_call
 
-    trainer.sample = noted("rollout", trainer.sample)
+    trainer.sampler = noted("rollout", trainer.sampler)
     trainer.loss_and_grad = noted("gradient", trainer.loss_and_grad)
     trainer.train_step([0, 1])
     trainer.train_step([2, 3])
@@ -399,12 +403,10 @@ def test_all_updates_on_a_rollout_drop_the_same(model_dir, data_dir, tmp_path, u
     for name, module in trainer.model.named_modules():
         if "lora_b" in module:
             module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(len(name)))
-    rows = [trainer.train_dataset[row] for row in (0, 1) for _ in range(4)]
-    responses = trainer.generate_responses([0, 1])
-    tokens = sum(len(response.ids) for response in responses)
+    rollout = trainer.roll_out([0, 1], {})
     calls, _ = spy_on_gradients(trainer)
-    for trainer.rollout in (0, 1):
-        trainer.learn(rows, responses, np.arange(8) - 3.5, tokens)
+    for trainer.run.state.rollout in (0, 1):
+        trainer.learn(rollout, np.arange(8).reshape(2, 4) - 3.5)
     passes = np.array_split([mx.sum(logprobs).item() for _, _, logprobs in calls], 4)
     assert passes[1] == pytest.approx(passes[0], rel=1e-5)
     assert passes[2] != pytest.approx(passes[0], rel=1e-3)
@@ -509,7 +511,7 @@ def test_checkpoints_and_final_are_complete_models(model_dir, data_dir, tmp_path
         assert np.array_equal(logits(model), expected)
         messages = trainer.train_dataset[0]["prompt"]
         assert (
-            grpo.encode_prompt(tokenizer, trainer.args, {"prompt": messages})
+            questions.encode_prompt(tokenizer, trainer.args, {"prompt": messages})
             == (trainer.train_dataset[0]["prompt_ids"])
         )
         generation = json.loads((folder / "generation_config.json").read_text())
@@ -604,9 +606,9 @@ def test_policy_reward_is_the_mean_of_ratio_times_advantage(grpo, model_dir, dat
     calls, _ = spy_on_gradients(trainer)
     records = trainer.train_step([0, 1])
     for record, (batch, _, logprobs) in zip(records, calls, strict=True):
-        ratio = mx.exp(logprobs - batch.get("old_logprobs", logprobs))
-        rewards = (ratio * batch["advantages"][:, None] * batch["mask"]).sum()
-        expected = (rewards / batch["mask"].sum()).item()
+        ratio = mx.exp(logprobs - (logprobs if batch.old_logprobs is None else batch.old_logprobs))
+        rewards = (ratio * batch.advantages[:, None] * batch.mask).sum()
+        expected = (rewards / batch.mask.sum()).item()
         assert record["policy_reward"] == pytest.approx(expected, abs=1e-5)
         assert record["kl"] is None
         sampled = record["tokens_per_second"] * record["seconds_rollout"]
@@ -620,14 +622,13 @@ def test_the_evaluated_questions_are_the_same_for_every_seed(model_dir, data_dir
     asked = []
     for seed in (0, 1):
         trainer = make_trainer(model_dir, data_dir, tmp_path / "o", seed=seed, eval_samples=5)
-        rows, responses = trainer.answers(trainer.eval_dataset, 5)
-        again, same = trainer.answers(trainer.eval_dataset, 5)
+        rows = order.subset(trainer.eval_dataset, 5)
+        responses, same = (trainer.answers(rows) for _ in range(2))
         assert [r.ids for r in same] == [r.ids for r in responses], "greedy"
-        assert again == rows
         asked.append([row["question"] for row in rows])
     assert asked[0] == asked[1]
     assert len({*asked[0]}) == 5
-    every, _ = trainer.answers(trainer.eval_dataset)
+    every = order.subset(trainer.eval_dataset, 0)
     assert [row["question"] for row in every[:5]] == asked[0], "a larger subset holds a smaller one"
 
 
@@ -644,9 +645,10 @@ def test_exact_match_or_a_reward_is_the_metric(
         number = int(row["answer"])
         return f"so <answer> {number if number < 6 else 'blue'}.00 </answer>"
 
-    trainer.sample = lambda model, rows, keys, how: [
-        grpo.Completion([5], [-1.0], "stop" if n else "length", say(row))
-        for n, row in enumerate(rows)
+    rows = {tuple(row["prompt_ids"]): row for row in trainer.eval_dataset + trainer.train_dataset}
+    trainer.sampler = lambda policy, prompts, keys, how: [
+        completion([5], text=say(rows[tuple(ids)]), finish_reason="stop" if n else "length")
+        for n, ids in enumerate(prompts)
     ]
     score = trainer.evaluate("test")
     if expected is None:
@@ -681,7 +683,10 @@ def test_questions_that_the_trainer_has_not_seen_can_be_evaluated(
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", None, eval_samples=10)
     rows = grpo.load_questions(trainer.args, "test")
     assert "prompt_ids" not in rows[0]
-    trainer.is_right = lambda response, row: row in trainer.eval_dataset
+    numbers = {tuple(row["prompt_ids"]): row["answer"] for row in trainer.eval_dataset}
+    trainer.sampler = lambda policy, prompts, keys, how: [
+        completion([5], text=f"<answer>{numbers[tuple(ids)]}</answer>") for ids in prompts
+    ]
     assert trainer.evaluate_em(rows, 5) == trainer.evaluate_em(trainer.eval_dataset, 5) == 1
     with pytest.raises(UserError, match="holds no questions"):
         trainer.evaluate_em([])
@@ -703,10 +708,11 @@ def test_only_evaluations_on_the_test_split_decide_what_is_best(
 def test_many_answers_cut_off_are_warned_of(
     grpo, model_dir, data_dir, tmp_path, capsys, cut, warned
 ):
-    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", eval_samples=10)
+    settings = {"eval_samples": 10, "eval_max_new_tokens": 128}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
     (tmp_path / "o").mkdir()
-    trainer.sample = lambda model, rows, keys, how: [
-        grpo.Completion([5], [-1.0], "length" if n < cut else "stop") for n in range(len(rows))
+    trainer.sampler = lambda policy, prompts, keys, how: [
+        completion([5], finish_reason="length" if n < cut else "stop") for n in range(len(prompts))
     ]
     trainer.evaluate()
     trainer.evaluate()
@@ -723,14 +729,14 @@ def test_every_run_ends_with_before_and_after(model_dir, data_dir, tmp_path, cap
         "train",
         "test",
     ]
-    assert [r["em_subset"] for r in trainer.log.history] == [4, 4], "of the test questions"
+    assert [r["em_subset"] for r in trainer.run.log.history] == [4, 4], "of the test questions"
 
 
 # Stopping and going on.
 
 
-@pytest.mark.parametrize("quantize_for_rollouts", [False, True])
-@pytest.mark.parametrize("sync_every_updates", [1, 3])
+@pytest.mark.parametrize("quantize_for_rollouts", mostly_long([False, True], True))
+@pytest.mark.parametrize("sync_every_updates", mostly_long([1, 3], 3))
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("train_type", ["full", "lora"])
 def test_a_resumed_run_is_the_run_that_never_stopped(
@@ -762,7 +768,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     assert snapshot(resumed) == snapshot(whole)
     assert snapshot(resumed) != snapshot(stopped)
     assert timeless(output) == timeless(tmp_path / "whole")
-    assert resumed.log.history == whole.log.history
+    assert resumed.run.log.history == whole.run.log.history
     for file in ("model.safetensors", "config.json"):
         parts = [folder / "final" / file for folder in (tmp_path / "whole", output)]
         assert parts[0].read_bytes() == parts[1].read_bytes()
@@ -779,7 +785,7 @@ def test_an_update_that_was_interrupted_is_done_again(
 
     def interrupt(trainer):
         def generate_responses(rows, call=trainer.generate_responses):
-            trainer.interrupted = trainer.update_step == 3
+            trainer.run.interrupted = trainer.update_step == 3
             return call(rows)
 
         trainer.generate_responses = generate_responses

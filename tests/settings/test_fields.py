@@ -27,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_script, make_model
-from helpers import make_config, make_trainer, read_log
+from helpers import completion, make_config, make_trainer, mostly_long, read_log
 from mlx.utils import tree_flatten, tree_map
 
 from utils.rewards import servers
@@ -181,8 +181,8 @@ def tempered_by_hand(temperature):
     """Log-softmax of logits / temperature; no distance, since nothing has moved yet."""
     trainer, expected = trainer_of({"temperature": temperature}), []
     prompts = [row["prompt_ids"] for row in trainer.train_dataset[:2] for _ in range(4)]
-    for prompt, completion in zip(prompts, sampled(trainer), strict=True):
-        ids = completion.ids
+    for prompt, said in zip(prompts, sampled(trainer), strict=True):
+        ids = said.ids
         logits = np.array(trainer.model(mx.array([prompt + ids]))[0], np.float64) / temperature
         table = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         chosen = table[np.arange(len(ids)) + len(prompt) - 1, ids]
@@ -209,16 +209,16 @@ def iterated(settings):
 def longest(settings):
     """Tokens of the longest completion, and of its prefix."""
     trainer = trainer_of(settings)
-    return [max(len(c.ids) for c in sampled(trainer)), len(trainer.prefix_ids)]
+    return [max(len(c.ids) for c in sampled(trainer)), trainer.rewards.prefix_tokens]
 
 
 def seeded(settings):
     trainer = trainer_of(settings)
     seen = {
-        "order": [row for n in range(12) for row in trainer.prompts_of_update(n)[0]],
+        "order": [row for n in range(12) for row in trainer.prompts_of_update(n)],
         "ids": [c.ids for c in sampled(trainer)],
-        "adapters": [x.sum().item() for _, x in tree_flatten(trainer.master)],
-        "evaluation": trainer.score(trainer.train_dataset, 4, temperature=1.0)["em"],
+        "adapters": [x.sum().item() for _, x in tree_flatten(trainer.master_weights)],
+        "evaluation": trainer.evaluate_em(trainer.train_dataset, 4, temperature=1.0),
     }
     trainer.train_step([0, 1])
     seen["dropout"] = mx.random.state[0].tolist()
@@ -251,7 +251,7 @@ def saved_embedding(*_):
 
 
 def adapters(settings):
-    return {name: x.sum().item() for name, x in tree_flatten(trainer_of(settings).master)}
+    return {name: x.sum().item() for name, x in tree_flatten(trainer_of(settings).master_weights)}
 
 
 def saved_adapters(*_):
@@ -266,7 +266,7 @@ def dtypes(settings):
 
 def trained(settings):
     """The shapes of what is trained, by name."""
-    return {name: x.shape for name, x in tree_flatten(trainer_of(settings).master)}
+    return {name: x.shape for name, x in tree_flatten(trainer_of(settings).master_weights)}
 
 
 def adapted(settings):
@@ -294,18 +294,18 @@ def all_adapters(holds):
 def movement(settings):
     """How far the first update moves a weight at most: with Adam, by the learning rate."""
     trainer = trainer_of(settings)
-    before = trainer.master
+    before = trainer.master_weights
     trainer.train_step([0, 1])
-    moved = tree_map(lambda a, b: mx.abs(a - b).max().item(), before, trainer.master)
+    moved = tree_map(lambda a, b: mx.abs(a - b).max().item(), before, trainer.master_weights)
     return max(distance for _, distance in tree_flatten(moved))
 
 
 def rates(settings):
     """The optimizer's learning rate at each of five updates."""
     trainer = trainer_of({**settings, "max_updates": 5})
-    zeros, seen = tree_map(mx.zeros_like, trainer.master), []
-    while trainer.update_step < trainer.total_updates:
-        trainer.apply_gradients(0.0, zeros)
+    zeros, seen = tree_map(mx.zeros_like, trainer.master_weights), []
+    for number in range(1, trainer.total_updates + 1):
+        trainer.apply_gradients(0.0, zeros, number)
         seen.append(trainer.optimizer.learning_rate)
     return seen
 
@@ -324,9 +324,9 @@ GRADIENTS = (0.3, -0.1)
 def stepped(settings):
     """A weight that starts at 1, after updates in which each gradient is the same everywhere."""
     trainer = trainer_of(settings)
-    for number in GRADIENTS:
-        gradient = tree_map(functools.partial(mx.full_like, vals=number), trainer.master)
-        trainer.apply_gradients(0.0, gradient)
+    for update, number in enumerate(GRADIENTS, start=1):
+        gradient = tree_map(functools.partial(mx.full_like, vals=number), trainer.master_weights)
+        trainer.apply_gradients(0.0, gradient, update)
     return trainer.model.model.norm.weight[0].item()
 
 
@@ -369,7 +369,7 @@ def asked(settings):
     """The questions of an epoch, in order."""
     trainer = trainer_of(settings)
     rows = trainer.train_dataset
-    return [rows[i]["question"] for n in range(12) for i in trainer.prompts_of_update(n)[0]]
+    return [rows[i]["question"] for n in range(12) for i in trainer.prompts_of_update(n)]
 
 
 def mixed(settings):
@@ -396,14 +396,14 @@ def chat(question, before="", prefix="<reasoning>\n"):
 def prefixed(settings):
     trainer = trainer_of(settings)
     texts = [c.text[:3] for c in sampled(trainer)]
-    return {"prompt": prompt(settings), "texts": texts, "length": len(trainer.prefix_ids)}
+    return {"prompt": prompt(settings), "texts": texts, "length": trainer.rewards.prefix_tokens}
 
 
 def rewards(settings):
     """Total and values per function of a perfect completion to the question with answer 0."""
     trainer = trainer_of(settings)
     text = "<reasoning>\nso\n</reasoning>\n<answer>\n0\n</answer>"
-    response = grpo.Completion([5], [0.0], "stop", text)
+    response = completion([5], [0.0], text=text)
     totals, values = trainer.compute_rewards(trainer.train_dataset[:1], [response])
     return [totals.tolist(), {name: value.tolist() for name, value in values.items()}]
 
@@ -411,41 +411,44 @@ def rewards(settings):
 def prompts_and_batches(settings):
     """Prompts and batches of an update, and updates in all."""
     trainer = trainer_of(settings)
-    rows, batches = trainer.prompts_of_update(0)
-    return [len(rows), batches, trainer.total_updates]
+    rows = trainer.prompts_of_update(0)
+    trainer.train_step(rows)
+    return [len(rows), trainer.step, trainer.total_updates]
+
+
+def gradient_away_from(distance, trainer, advantages):
+    """The largest number of the gradient where every log-ratio is so much."""
+    prompts = [trainer.train_dataset[i]["prompt_ids"] for i in [0] * 4 + [1] * 4]
+    parts = prompts, sampled(trainer), advantages, np.ones(8), range(8), trainer.memory.plan
+    [batch] = trainer.scorer.micro_batches(*parts)
+    old = trainer.compute_grpo_loss(batch)[2] - distance
+    batch = dataclasses.replace(batch, old_logprobs=old, sampler_logprobs=old)
+    gradient = trainer.loss_and_grad(batch)[1]
+    return max(mx.abs(g).max().item() for _, g in tree_flatten(gradient))
 
 
 def clipping(settings):
     """Clipped share in a second update, and the gradient where every ratio is exp(0.1), A > 0."""
     trainer = trainer_of({**settings, "num_iterations": 2})
     second = trainer.train_step([0, 1])[1]
-    rows = [trainer.train_dataset[i] for i in [0] * 4 + [1] * 4]
-    batch = trainer.scorer.pad(rows, sampled(trainer))
-    batch |= {"advantages": mx.ones(8), "weights": mx.ones(8)}
-    old = trainer.compute_grpo_loss(batch)[2] - 0.1
-    gradient = trainer.loss_and_grad(batch | {"old_logprobs": old, "sampler_logprobs": old})[1]
-    largest = max(mx.abs(g).max().item() for _, g in tree_flatten(gradient))
+    largest = gradient_away_from(0.1, trainer, np.ones(8))
     return {"share": second["clip_low"] + second["clip_high"], "gradient": largest}
 
 
 def two_sided(settings):
     """The gradient where every ratio is exp(2) and A < 0."""
-    trainer = trainer_of(settings)
-    rows = [trainer.train_dataset[i] for i in [0] * 4 + [1] * 4]
-    batch = trainer.scorer.pad(rows, sampled(trainer))
-    batch |= {"advantages": -mx.ones(8), "weights": mx.ones(8)}
-    old = trainer.compute_grpo_loss(batch)[2] - 2
-    gradient = trainer.loss_and_grad(batch | {"old_logprobs": old, "sampler_logprobs": old})[1]
-    return max(mx.abs(g).max().item() for _, g in tree_flatten(gradient))
+    return gradient_away_from(2, trainer_of(settings), -np.ones(8))
 
 
 def estimated(settings):
     """Rewards, advantages, lengths, KL penalty (each per completion) of one update."""
     trainer = trainer_of(settings)
     with mock.patch.object(grpo, "rollout_metrics", wraps=grpo.rollout_metrics) as log:
-        [[[scores, *_], _]] = calls(grpo, "estimate_advantages", lambda: trainer.train_step([0, 1]))
+        [[[scores, _, penalty, _], _]] = calls(
+            grpo, "estimate_advantages", lambda: trainer.train_step([0, 1])
+        )
     advantages = log.call_args.args[1]
-    penalty = np.zeros((2, 4)) + scores.penalty
+    penalty = np.zeros((2, 4)) + penalty
     parts = (scores.rewards, advantages, scores.lengths, penalty)
     return [part.reshape(-1).tolist() for part in parts]
 
@@ -474,20 +477,26 @@ def gradients_of(settings):
 
     def spy(batch, inner=trainer.loss_and_grad):
         result = inner(batch)
-        seen.append((dict(batch), result[0][2]))
+        seen.append((as_numpy(batch), result[0][2]))
         return result
 
     trainer.loss_and_grad = spy
     record = trainer.train_step([0, 1])[-1]
-    return [{name: np.array(x) for name, x in batch.items()} for batch, _ in seen], seen, record
+    return [batch for batch, _ in seen], seen, record
+
+
+def as_numpy(batch):
+    """As it is now."""
+    arrays = {n: np.array(x) for n, x in vars(batch).items() if isinstance(x, mx.array)}
+    return dataclasses.replace(batch, **arrays)
 
 
 def ratios(settings):
     """What the second update says of policy_reward, and what it is by token and by sequence."""
     batches, seen, record = gradients_of({**settings, "num_iterations": 2})
     batch, logprobs = batches[-1], np.array(seen[-1][1])
-    mask, advantages = batch["mask"], batch["advantages"][:, None]
-    moved = (logprobs - batch["old_logprobs"]) * mask
+    mask, advantages = batch.mask, batch.advantages[:, None]
+    moved = (logprobs - batch.old_logprobs) * mask
     mean = moved.sum(1, keepdims=True) / mask.sum(1, keepdims=True)
     by = [(np.exp(x) * advantages * mask).sum() / mask.sum() for x in (moved, mean)]
     return [record["policy_reward"], *map(float, by)]
@@ -496,8 +505,8 @@ def ratios(settings):
 def estimates(settings):
     """The KL in the log, and k1, k2, k3 by hand."""
     batches, seen, record = gradients_of({**settings, "quantize_for_rollouts": True})
-    batch, mask = batches[0], batches[0]["mask"]
-    x = np.array(seen[0][1]) - batch["ref_logprobs"]
+    batch, mask = batches[0], batches[0].mask
+    x = np.array(seen[0][1]) - batch.ref_logprobs
     by_hand = (x, x**2 / 2, np.minimum(np.exp(-x) - 1 + x, 10))
     return [record["kl"], *(float((k * mask).sum() / mask.sum()) for k in by_hand)]
 
@@ -511,7 +520,7 @@ def coefficient(settings):
     """kl_coeff after an update that was far from its target."""
     trainer = trainer_of({**settings, "quantize_for_rollouts": True, "kl_coeff": 0.1})
     trainer.train_step([0, 1])
-    return trainer.kl_coeff
+    return trainer.run.state.kl_coeff
 
 
 def moved_reference(settings):
@@ -528,9 +537,9 @@ def moved_reference(settings):
 def selected(settings):
     """Share of the update's tokens with a policy gradient."""
     batches, _, _ = gradients_of(settings)
-    masks = [batch["mask"] for batch in batches]
-    kept = [m * b.get("selected", 1.0) for m, b in zip(masks, batches, strict=True)]
-    return sum(k.sum() for k in kept) / sum(m.sum() for m in masks)
+    masks = [batch.mask for batch in batches]
+    kept = [batch.trained for batch in batches]
+    return float(sum(k.sum() for k in kept) / sum(m.sum() for m in masks))
 
 
 def finished(settings):
@@ -593,12 +602,12 @@ def shapes(settings):
     trainer.loss_and_grad = mock.Mock(side_effect=trainer.loss_and_grad)
     trainer.train_step([0, 1])
     batches = [call.args[0] for call in trainer.loss_and_grad.call_args_list]
-    rows = [batch["rows"] for batch in batches]
+    rows = [batch.layout.shared.rows for batch in batches]
     read = [
-        batch["prompts"].size + len(r) * (r.shape[1] - 1)
+        batch.layout.shared.prompts.size + len(r) * (r.shape[1] - 1)
         for batch, r in zip(batches, rows, strict=True)
     ]
-    return list(zip([len(batch["tokens"]) for batch in batches], read, strict=True))
+    return list(zip([len(batch.tokens) for batch in batches], read, strict=True))
 
 
 def rollout_sizes(settings):
@@ -1132,14 +1141,20 @@ def test_every_field_is_watched():
     assert set(FIELDS) == {field.name for field in dataclasses.fields(grpo.MLXGRPOConfig)}
 
 
-@pytest.mark.parametrize("name", FIELDS)
+OWN_TESTS = {  # of these are quicker
+    *("save_best", "save_steps", "save_total_limit", "max_ckpt_gb", "max_hours", "reward_timeout"),
+    *("early_stopping_patience", "watchdog_window", "eval_steps", "eval_every_updates"),
+}
+
+
+@pytest.mark.parametrize("name", mostly_long(FIELDS, *(FIELDS.keys() - OWN_TESTS)))
 def test_field_has_its_effect(name):
     watch = FIELDS[name]
     assert observe(name, watch.a) == baseline(name), "the same settings must show the same"
     judge(name, baseline(name), observe(name, watch.b))
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", mostly_long(FIELDS, "seed", "learning_rate", "closing_note"))
 def test_an_ignored_field_is_noticed(name):
     """The test above can fail: a mutation takes the value out of the parsed configuration."""
     seen = observe(name, FIELDS[name].b, ignored=True)

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import struct
-import time
 from unittest import mock
 
 import fuzz
@@ -18,10 +17,19 @@ from utils.base.errors import UserError
 from utils.data import files
 from utils.model import fingerprints
 from utils.model import shape as model_shape
-from utils.rewards import builtin, calls, servers
+from utils.rewards import answers, builtin, calls, servers
 from utils.settings import reading
 
-CASES = 3000
+IN_SHORT = (
+    "opened",
+    "pairs",
+    "digits",
+    "thousands",
+    "addresses",
+    "scores",
+    "thoughts",
+    "fractions",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +38,14 @@ def world():
         yield made
 
 
-def test_three_thousand_cases_end_well(world):
-    results = fuzz.run_all(world, CASES, seed=0)
+@pytest.mark.parametrize("cases", [300, pytest.param(3000, marks=pytest.mark.long)])
+def test_all_cases_end_well(world, cases):
+    results = fuzz.run_all(world, cases, seed=0)
     failures = [failure for result in results for failure in result.failures]
     assert not failures, failures[0]
-    assert sum(result.cases for result in results) >= CASES - len(SURFACES)
+    assert sum(result.cases for result in results) >= cases - len(SURFACES)
     for result, surface in zip(results, SURFACES, strict=True):
-        assert result.cases >= surface.minimum * CASES / 20_000 - 1, surface.name
+        assert result.cases >= surface.minimum * cases / 20_000 - 1, surface.name
         assert result.valid >= 0.3 * result.cases, surface.name
     assert any(0 < result.refused < result.cases for result in results)
 
@@ -91,11 +100,11 @@ class Same(str):
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_found(world, monkeypatch, bug):
+def test_a_planted_bug_is_found(world, bug):
     (module, name, broken), (surface_name, cases, sign) = PLANTED[bug]
     surface = next(s for s in SURFACES if s.name == surface_name)
-    monkeypatch.setattr(fuzz, "SECONDS", 2.0)
-    with mock.patch.object(world.grpo if module == "grpo" else module, name, broken):
+    module = world.grpo if module == "grpo" else module
+    with mock.patch.object(module, name, broken), mock.patch.object(fuzz, "SECONDS", 1.0):
         result = fuzz.fuzz(world, surface, cases, seed=5, until=sign)
     assert any(sign in failure for failure in result.failures), result.failures[:1]
     assert not fuzz.fuzz(world, surface, 20, seed=5).failures, "it was the planted bug"
@@ -133,7 +142,7 @@ def parsers(grpo):
         **{name: reward(name) for name in names},
         "extract_xml_answer": grpo.extract_xml_answer,
         "extract_hash_answer": grpo.extract_hash_answer,
-        "as_number": grpo.as_number,
+        "as_number": answers.as_number,
         "same_answer": lambda t: grpo.same_answer(t, "7"),
         "redact": text.redact,
         "without_secrets": text.without_secrets,
@@ -141,47 +150,51 @@ def parsers(grpo):
     }
 
 
-def seconds(function, argument):
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        function(argument)
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-@pytest.mark.parametrize("shape", LONG)
-def test_parsing_takes_linear_time(grpo, shape):
-    """At n and 4n characters, 16-fold if quadratic; what takes under 50 ms is not measured."""
-    unit, length = LONG[shape], 100_000
+@pytest.mark.parametrize(
+    ("shape", "length"),
+    [
+        *((shape, 600_000) for shape in IN_SHORT),
+        *(pytest.param(shape, 5_000_000, marks=pytest.mark.long) for shape in LONG),
+    ],
+)
+def test_parsing_takes_linear_time(grpo, shape, length):
+    """A million characters take less than a second; in quadratic time they would take minutes."""
+    unit = LONG[shape]
     for before, after in (("", ""), ("<answer>", "</answer>"), ("<reasoning>", "")):
-        texts = [before + unit * (k * length // len(unit)) + after for k in (1, 4)]
+        text = before + unit * (length // len(unit)) + after
         for name, parse in parsers(grpo).items():
-            last = seconds(parse, texts[1])
-            assert last < 2, name
-            if last > 0.05:
-                first = seconds(parse, texts[0])
-                assert last < 9 * first, (name, first, last)
+            try:
+                with fuzz.time_limit(60):
+                    parse(text)
+            except fuzz.OutOfTime:
+                pytest.fail(f"{name} goes back and forth")
 
 
 @pytest.mark.parametrize("unit", ["1 / ", "7 ", "\\\\frac{", "("])
-def test_a_long_text_costs_math_verify_no_more_than_a_short_one(unit):
-    pytest.importorskip("math_verify")
-    start = time.process_time()
-    builtin.equivalent(unit * (100_000 // len(unit)), "7")
-    assert time.process_time() - start < 3
+def test_of_a_long_text_math_verify_gets_the_end(monkeypatch, unit):
+    """Its time grows with the square of the length."""
+    math_verify = pytest.importorskip("math_verify")
+    parse, given = math_verify.parse, []
+
+    def noted(text, **how):
+        given.append(text)
+        return parse(text, **how)
+
+    monkeypatch.setattr(math_verify, "parse", noted)
+    long = unit * (100_000 // len(unit))
+    builtin.equivalent(long, "7")
+    assert given == ["\\boxed{7}", long[-builtin.LONGEST :]]
 
 
-def test_a_row_of_ten_million_characters_is_read_within_seconds(world):
+def test_a_row_of_ten_million_characters_is_read(world):
     for name, line in (
         ("a.jsonl", json.dumps({"question": "q" * 10**7, "answer": "7"})),
         ("a.csv", f'question,answer\n"{"q" * 10**7}",7'),
     ):
         path = world.file(name, line.encode())
-        start = time.process_time()
-        rows = world.grpo.load_questions(world.config(dataset=str(path)), "train")
+        with fuzz.time_limit(60):
+            rows = world.grpo.load_questions(world.config(dataset=str(path)), "train")
         assert len(rows[0]["question"]) == 10**7
-        assert time.process_time() - start < 5
 
 
 QUICK = settings(

@@ -14,7 +14,7 @@ from conftest import ROOT
 from utils.base.errors import UserError
 from utils.model import loading
 
-SOURCES = [ROOT / "mlx-grpo.py", *sorted((ROOT / "utils").glob("*.py"))]
+SOURCES = [ROOT / "mlx-grpo.py", *sorted((ROOT / "utils").rglob("*.py"))]
 # What turns data into code. Two places do on purpose: the script is imported by its path, and a
 # reward file is code. convert_nanochat reads the pickles that nanochat writes, by an unpickler that
 # knows one name and with torch's weights_only.
@@ -58,7 +58,7 @@ def complaints(name, source):
                 yield f"passes {word}=True"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=[path.name for path in SOURCES])
+@pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
 def test_no_source_turns_data_into_code(path):
     assert not list(complaints(path.name, path.read_text()))
 
@@ -177,7 +177,9 @@ def without_network(tmp_path, script, *words):
 
 def test_the_main_job_needs_no_network(tmp_path):
     out = tmp_path / "out"
-    words = ("--config", "configs/smoke_test.toml", "--set", f"output_dir={out}")
+    settings = f"output_dir={out}", "max_updates=2", "save_steps=1"
+    words = [word for setting in settings for word in ("--set", setting)]
+    words = ("--config", "configs/smoke_test.toml", *words)
     done, asked = without_network(tmp_path, "mlx-grpo.py", *words)
     assert done.returncode == 0, done.stderr
     assert not asked

@@ -1,0 +1,1 @@
+"""What every room needs: errors, lines to the user, text, how the tool was called, processes."""

@@ -3,12 +3,12 @@
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def load_script() -> Any:
+def load_script() -> ModuleType:
     """The module, loaded once (registered before it runs, because dataclasses look there)."""
     if "mlx_grpo" not in sys.modules:
         spec = importlib.util.spec_from_file_location("mlx_grpo", ROOT / "mlx-grpo.py")

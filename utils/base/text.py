@@ -8,6 +8,9 @@ import os
 import re
 from typing import Any
 
+Json = Any
+"""What a JSON text holds: None, a bool, a number, a text, or a list or dict of such."""
+
 SHOWN = 200  # characters of a value in an error message
 HIDDEN = "***"
 NAME = r"token|secret|passw(?:or)?d|passphrase|credentials?|api_?key|access_?key|private_?key"
@@ -35,7 +38,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """`value` in an error message: as Python writes it, cut at 200 characters."""
     try:
         text = repr(value)
@@ -72,7 +75,7 @@ def _parameter(match: re.Match[str]) -> str:
     return match[1] + HIDDEN if SECRET_NAME.fullmatch(match[2]) else match[0]
 
 
-def redacted(value: Any) -> Any:
+def redacted(value: Json) -> Json:
     """A copy of a JSON value with every text redacted, and hidden where its key says it is secret.
 
     A name of a variable (a key that ends in _env) is no secret; its value is.
@@ -95,7 +98,7 @@ def filled(template: str, fields: dict[str, str]) -> str:
     return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda match: fields[match[1]], template)
 
 
-def without_secrets(value: Any) -> Any:
+def without_secrets(value: Json) -> Json:
     """A copy of a value whose addresses lose password and query: for settings that hold some."""
     if isinstance(value, str):
         return URL.sub(lambda m: f"{'***@' if m[1] else ''}{m[2]}{'?***' if m[3] else ''}", value)

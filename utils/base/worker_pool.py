@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Pipe
 from typing import Any
 
-Task = dict[str, Any]
+Pickled = Any
+"""What goes through a pipe."""
+Task = dict[str, Pickled]
 PREPARING = 300.0  # seconds for what a worker does once: limits are for what it is asked then
 
 
@@ -40,7 +42,7 @@ class Worker:
         self.connection = here
         self.prepared: set[str] = set()
 
-    def ask(self, task: Task, timeout: float) -> Any:
+    def ask(self, task: Task, timeout: float) -> Pickled:
         """
         Raises:
             TimeoutError: no answer in time.
@@ -66,7 +68,7 @@ class Pool:
         self.idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         self.all: set[Worker] = set()
 
-    def ask(self, name: str, preparation: Task, task: Task, timeout: float) -> Any:
+    def ask(self, name: str, preparation: Task, task: Task, timeout: float) -> Pickled:
         """A worker's answer to a task; waits for it, so it is called in one of `threads`.
 
         A worker is asked the `preparation` of this name first, once.

@@ -1,28 +1,20 @@
 """Chat messages to token ids, through whichever template there is."""
 
-
 import signal
-
 import threading
-
 from collections.abc import Iterator
-
 from contextlib import contextmanager
-
 from functools import cache
-
 from pathlib import Path
 
-from typing import Any
-
 from ..base.errors import UserError, panics_as_errors
-
+from ..settings.run_settings import Settings
+from .tokenizer import Messages, Tokenizer
 
 SECONDS = 10.0  # for one prompt, which takes a template milliseconds
 
 
-
-def chat_ids(tokenizer: Any, config: Any, messages: list[dict[str, str]]) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, config: Settings, messages: Messages) -> list[int]:
     """Token ids of the messages with the opening of the answer, without the reasoning prefix.
 
     Raises:
@@ -50,14 +42,12 @@ def chat_ids(tokenizer: Any, config: Any, messages: list[dict[str, str]]) -> lis
         raise UserError(f"{which} refuses the prompt: {error}{hint}") from error
 
 
-
 @cache
 def read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat_template = {path!r} cannot be read: {error}") from None
-
 
 
 @contextmanager

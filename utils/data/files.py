@@ -1,37 +1,26 @@
 """Rows of questions from local files; a malformed one is named by file, line and column."""
 
-
 import copy
-
 import csv
-
 import difflib
-
 import hashlib
-
 import json
-
 import logging
-
 import math
-
 from collections.abc import Iterable, Iterator
-
 from contextlib import contextmanager
-
 from pathlib import Path
-
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 from ..base.errors import RunError, UserError
-
 from ..base.script import ROOT
-
 from ..base.text import is_unicode, shown
+from ..settings.run_settings import Settings
 
-
+S = TypeVar("S", bound=Settings)
+Row = dict[str, Any]
+"""A question: the columns of its data set, and what the trainer adds."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
 
 
 def find_split(path: Path, split: str) -> Path | None:
@@ -42,8 +31,7 @@ def find_split(path: Path, split: str) -> Path | None:
     return next((file for file in found if file.is_file()), None)
 
 
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[Row]:
     """All rows of a .jsonl, .json (a list), .csv or .parquet file.
 
     Raises:
@@ -64,7 +52,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-
 def _first_bad_byte(path: Path) -> str:
     data, start = path.read_bytes(), 0
     try:
@@ -76,8 +63,7 @@ def _first_bad_byte(path: Path) -> str:
     return f"line {line}, column {start - line_start + 1}"
 
 
-
-def _jsonl(path: Path) -> list[dict[str, Any]]:
+def _jsonl(path: Path) -> list[Row]:
     rows = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
@@ -86,8 +72,7 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+def _object(path: Path, number: int, line: str) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -100,7 +85,6 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-
 def _reason(error: Exception) -> str:
     """What json has against a text; without a line for digits beyond Python's limit."""
     if isinstance(error, RecursionError):
@@ -108,8 +92,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "msg", "a number of thousands of digits")
 
 
-
-def _json(path: Path) -> list[dict[str, Any]]:
+def _json(path: Path) -> list[Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -124,30 +107,32 @@ def _json(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-
-def _csv(path: Path) -> list[dict[str, Any]]:
+def _csv(path: Path) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses answers of over 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        rows = []
-        try:
-            names = next(reader, [])
-            if len({*names}) != len(names):
-                raise UserError(f"{path}, line 1: two columns have the same name: {names}")
-            for row in reader:
-                if row and len(row) != len(names):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: expected {len(names)} columns "
-                        f"({', '.join(names)}), found {len(row)}"
-                    )
-                rows += [dict(zip(names, row, strict=True))] if row else []
-        except csv.Error as error:
-            raise UserError(f"{path}, line {max(reader.line_num, 1)}: {error}") from None
+        return _csv_rows(path, file)
+
+
+def _csv_rows(path: Path, file: TextIO) -> list[Row]:
+    reader = csv.reader(file, strict=True)
+    rows = []
+    try:
+        names = next(reader, [])
+        if len({*names}) != len(names):
+            raise UserError(f"{path}, line 1: two columns have the same name: {names}")
+        for row in reader:
+            if row and len(row) != len(names):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: expected {len(names)} columns "
+                    f"({', '.join(names)}), found {len(row)}"
+                )
+            rows += [dict(zip(names, row, strict=True))] if row else []
+    except csv.Error as error:
+        raise UserError(f"{path}, line {max(reader.line_num, 1)}: {error}") from None
     return rows
 
 
-
-def _parquet(path: Path) -> list[dict[str, Any]]:
+def _parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -157,8 +142,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"data file {path} is not a parquet file: {error}") from None
 
 
-
-def sources(config: Any, split: str) -> list[Any]:
+def sources(config: S, split: str) -> list[S]:
     """The settings to read each data set of a split by: those of `dataset_mix`, or `config`."""
     if split != "train" or not config.dataset_mix:
         return [config]
@@ -174,8 +158,7 @@ def sources(config: Any, split: str) -> list[Any]:
     return parts
 
 
-
-def read_dataset(config: Any, split: str) -> list[dict[str, Any]]:
+def read_dataset(config: Settings, split: str) -> list[Row]:
     """The raw rows of "train" or "test", from a local path if there is one, else from the hub.
 
     Raises:
@@ -184,40 +167,48 @@ def read_dataset(config: Any, split: str) -> list[dict[str, Any]]:
         RunError: the hub is out of reach.
     """
     name = config.train_split if split == "train" else config.test_split
-    rows, first = find_rows(config, split, name)
-    if split == "train" and config.dataset_mix:
+    rows, start = find_rows(config, split, name)
+    if split == "train":
+        rows = for_training(config, name, rows)
+    check_columns(config, name, rows, start)
+    return rows
+
+
+def for_training(config: Settings, name: str, rows: list[Row]) -> list[Row]:
+    """The rows with what a mix of data sets and the curriculum go by."""
+    if config.dataset_mix:
         rows = rows[: config.max_train_samples or len(rows)]
         rows = [{**row, "data_source": config.dataset} for row in rows]
-    if split == "train" and config.curriculum != "none":
+    if config.curriculum != "none":
         check_curriculum(config, name, rows)  # of a single file, these are its first rows
+    return rows
+
+
+def check_columns(config: Settings, name: str, rows: list[Row], start: int) -> None:
+    """Refuse a row without question or answer; `start` is the number of the first one."""
     for column in (config.question_column, config.answer_column):
         if column not in rows[0]:
             raise UserError(
                 f"data set {config.dataset} ({name}) has no column {column!r}; it has "
                 f"{', '.join(rows[0])}: set question_column and answer_column"
             )
-        for number, row in enumerate(rows, start=first):
+        for number, row in enumerate(rows, start=start):
             complaint = wrong_cell(row.get(column), column == config.answer_column)
             if complaint:
                 raise UserError(
                     f"data set {config.dataset} ({name}), row {number}: {complaint} in column "
                     f"{column!r}: {shown(row)}"
                 )
-    return rows
 
 
-
-def check_curriculum(config: Any, name: str, rows: list[dict[str, Any]]) -> None:
+def check_curriculum(config: Settings, name: str, rows: list[Row]) -> None:
     """Make the column that the curriculum goes by numbers, in place."""
     column, least = config.curriculum_column, 0 if config.curriculum == "weights" else -math.inf
     for number, row in enumerate(rows, start=1):
         where = f"data set {config.dataset} ({name}), row {number}"
         if column not in row:
             raise UserError(f"{where}: no column {column!r} for curriculum = {config.curriculum}")
-        try:
-            row[column] = float(row[column])
-        except (TypeError, ValueError, OverflowError):
-            row[column] = math.nan if row[column] is None else row[column]
+        make_number(row, column)
         if not (isinstance(row[column], float) and least <= row[column] < math.inf):
             kind = "at least 0" if least == 0 else "finite"
             raise UserError(f"{where}: {column} = {shown(row[column])} must be a number, {kind}")
@@ -225,8 +216,16 @@ def check_curriculum(config: Any, name: str, rows: list[dict[str, Any]]) -> None
         raise UserError(f"data set {config.dataset} ({name}): every {column} is 0")
 
 
+def make_number(row: Row, column: str) -> None:
+    """Turn a cell into the number that it says, if it does; an empty one into NaN."""
+    try:
+        row[column] = float(row[column])
+    except (TypeError, ValueError, OverflowError):
+        if row[column] is None:
+            row[column] = math.nan
 
-def wrong_cell(value: Any, is_answer: bool) -> str:
+
+def wrong_cell(value: object, is_answer: bool) -> str:
     """What is wrong with a question or an answer; empty when nothing is.
 
     Numbers, dates and truth values count as what they print; a list or a table would train on
@@ -243,7 +242,6 @@ def wrong_cell(value: Any, is_answer: bool) -> str:
     return "" if text.strip() else "nothing"
 
 
-
 def local_path(dataset: str) -> Path | None:
     """The file or folder of a local data set; None for a hub name."""
     path = Path(dataset).expanduser()
@@ -258,7 +256,6 @@ def local_path(dataset: str) -> Path | None:
         raise UserError(f"dataset {dataset} does not exist{hint}")
     refuse_mistyped_path("dataset", dataset)
     return None
-
 
 
 def refuse_mistyped_path(key: str, name: str) -> None:
@@ -279,8 +276,7 @@ def refuse_mistyped_path(key: str, name: str) -> None:
     )
 
 
-
-def find_rows(config: Any, split: str, name: str) -> tuple[list[dict[str, Any]], int]:
+def find_rows(config: Settings, split: str, name: str) -> tuple[list[Row], int]:
     """The rows of a split, and where in its file the first of them stands."""
     path = local_path(config.dataset)
     if path is None:
@@ -298,7 +294,6 @@ def find_rows(config: Any, split: str, name: str) -> tuple[list[dict[str, Any]],
         )
     kept = len(rows) - max(1, len(rows) // 10)  # one file: its last tenth is for evaluation
     return (rows[:kept], 1) if split == "train" else (rows[kept:], kept + 1)
-
 
 
 @contextmanager
@@ -322,8 +317,7 @@ def retries_in_one_line() -> Iterator[None]:
         logger.removeFilter(shortened)
 
 
-
-def read_hub_dataset(config: Any, split: str) -> list[dict[str, Any]]:
+def read_hub_dataset(config: Settings, split: str) -> list[Row]:
     import datasets
 
     what = f"data set {config.dataset} ({config.dataset_config}, {split})"
@@ -343,10 +337,7 @@ def read_hub_dataset(config: Any, split: str) -> list[dict[str, Any]]:
     return rows
 
 
-
-def usable_prompts(
-    config: Any, rows: list[dict[str, Any]], what: str, vocabulary: int
-) -> list[dict[str, Any]]:
+def usable_prompts(config: Settings, rows: list[Row], what: str, vocabulary: int) -> list[Row]:
     """The rows whose `prompt_ids` are at most max_prompt_length; says how many are left out.
 
     Raises:
@@ -362,8 +353,7 @@ def usable_prompts(
     return kept
 
 
-
-def check_prompts(config: Any, rows: list[dict[str, Any]], what: str, vocabulary: Any) -> None:
+def check_prompts(config: Settings, rows: list[Row], what: str, vocabulary: int) -> None:
     """Refuse token ids that the model lacks, and data in which no prompt is short enough."""
     check_ids(config.model_name, (i for row in rows for i in row["prompt_ids"]), vocabulary)
     lengths, limit = [len(row["prompt_ids"]) for row in rows], config.max_prompt_length
@@ -374,12 +364,12 @@ def check_prompts(config: Any, rows: list[dict[str, Any]], what: str, vocabulary
         )
 
 
-
-def check_ids(model: str, ids: Iterable[Any], vocabulary: int) -> None:
+def check_ids(model: str, ids: Iterable[object], vocabulary: int) -> None:
     """Raise UserError for what is no id of a token that the model has: MLX does not check, and
     would read foreign memory."""
-    found = list(ids)
-    if not all(type(i) is int for i in found):
+    given = list(ids)
+    found = [i for i in given if type(i) is int]
+    if len(found) < len(given):
         raise UserError(
             f"the chat template of {model} gives no token ids (chat_template_kwargs such as "
             "tokenize = false have that effect)"
@@ -392,8 +382,7 @@ def check_ids(model: str, ids: Iterable[Any], vocabulary: int) -> None:
         )
 
 
-
-def fingerprint(rows: list[dict[str, Any]]) -> str:
+def fingerprint(rows: list[Row]) -> str:
     """SHA-256 of the rows, to tell later which data a run saw."""
     digest = hashlib.sha256()
     for row in rows:

@@ -1,9 +1,12 @@
 """The order in which an epoch goes through the training questions."""
 
-
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from ..settings.run_settings import Settings
+from .files import Row
 
 
 class PromptOrder:
@@ -14,7 +17,7 @@ class PromptOrder:
     comes once.
     """
 
-    def __init__(self, config: Any, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, config: Settings, rows: list[Row]) -> None:
         self.seed, self.shuffle, self.count = config.seed, config.shuffle, len(rows)
         self.weights = sampling_weights(config, rows)
         self.difficulty: np.ndarray | None = None
@@ -50,8 +53,7 @@ class PromptOrder:
         return order
 
 
-
-def sampling_weights(config: Any, rows: list[dict[str, Any]]) -> np.ndarray | None:
+def sampling_weights(config: Settings, rows: list[Row]) -> np.ndarray | None:
     """(N,) relative frequencies of the questions; None where each is to come once an epoch."""
     shares = {part["dataset"]: part["weight"] for part in config.dataset_mix if "weight" in part}
     if config.curriculum != "weights" and not shares:
@@ -65,7 +67,6 @@ def sampling_weights(config: Any, rows: list[dict[str, Any]]) -> np.ndarray | No
             part = names == name
             weights[part] *= share / max(weights[part].sum(), 1e-300)
     return weights
-
 
 
 def weighted_order(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
@@ -85,7 +86,32 @@ def weighted_order(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
     return np.repeat(rows, times)[np.argsort(when, kind="stable")]
 
 
-
-def occurrences(rows: list[int]) -> list[tuple[int, int]]:
-    """Each row with how often it came before in the list."""
+def occurrences(rows: Iterable[int]) -> list[tuple[int, int]]:
+    """Each row with how often it came before."""
+    rows = [*rows]
     return [(row, rows[:place].count(row)) for place, row in enumerate(rows)]
+
+
+def subset(rows: list[Row], samples: int) -> list[Row]:
+    """The `samples` rows (0: all) that every run is evaluated on, whatever its seed."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    return [rows[i] for i in order[: samples or len(rows)]]
+
+
+@dataclass
+class Stream:
+    """The questions of all epochs one after the other, for one update, which takes none twice."""
+
+    order: PromptOrder
+    position: int
+    used: set[int] = field(default_factory=set)
+
+    def draw(self, count: int) -> list[int]:
+        """The next ones; fewer where nothing is new."""
+        rows, self.position = self.order.draw(count, self.position, self.used)
+        return rows
+
+    def skip(self, rows: Sequence[int]) -> None:
+        """Go on as if these had been drawn."""
+        self.draw(len(rows))
+        self.used.update(rows)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,6 +35,6 @@ def replace(
     For the whole process. What has been replaced is left as it is.
     """
     for place in {type(module).__module__ for module in model.modules()}:
-        module: Any = sys.modules[place]
+        module = sys.modules[place]
         if getattr(module, name, None) is plain:
             setattr(module, name, ours(plain))

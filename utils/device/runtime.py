@@ -13,12 +13,14 @@ import site
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import UserError
 
 BLAS_CHOICES = ("auto", "mkl", "openblas", "none")
 GB = 10**9
+
+Facts = dict[str, str | bool | None]
+"""What a run was made with, by name; None: not known, or not installed."""
 
 
 def _linux_cpu_build() -> bool:
@@ -109,6 +111,15 @@ def _preload_blas() -> str | None:
         return present
     if wanted == "none" or "mlx.core" in sys.modules:
         return None
+    return _loaded(wanted)
+
+
+def _loaded(wanted: str) -> str | None:
+    """The first BLAS that can be loaded, of those that are wanted.
+
+    Raises:
+        UserError: one that is wanted by its name cannot.
+    """
     for name, load in (("mkl", _load_mkl), ("openblas", _load_openblas)):
         if wanted in ("auto", name) and load():
             return name
@@ -199,14 +210,20 @@ def _cgroup_limit(
     """
     files = [root / "memory.max", root / "memory" / "memory.limit_in_bytes"]
     for line in own.read_text().splitlines() if own.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            base = root / controllers
-            name = "memory.limit_in_bytes" if controllers else "memory.max"
-            group = base / path.lstrip("/")
-            files += [g / name for g in (group, *group.parents) if g.is_relative_to(base)]
+        files += _limit_files(root, line)
     texts = [file.read_text().strip() for file in files if file.is_file()]
     return min((int(text) for text in texts if text != "max"), default=None)
+
+
+def _limit_files(root: Path, line: str) -> list[Path]:
+    """Where the group in a line of /proc/self/cgroup, and those above it, have their limits."""
+    _, controllers, path = line.split(":", 2)
+    if controllers not in ("", "memory"):
+        return []
+    base = root / controllers
+    name = "memory.limit_in_bytes" if controllers else "memory.max"
+    group = base / path.lstrip("/")
+    return [g / name for g in (group, *group.parents) if g.is_relative_to(base)]
 
 
 def _physical_memory() -> int:
@@ -245,9 +262,9 @@ def _git(repo: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _git_state(repo: Path) -> dict[str, Any]:
+def _git_state(repo: Path) -> Facts:
     """Revision and whether tracked files differ from it; None for both outside a checkout."""
-    nothing: dict[str, Any] = {"git_revision": None, "git_dirty": None}
+    nothing: Facts = {"git_revision": None, "git_dirty": None}
     if shutil.which("git") is None or not repo.is_dir():
         return nothing
     # An installed copy inside somebody else's checkout must not report that one's revision.
@@ -268,7 +285,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def provenance(repo: Path) -> dict[str, Any]:
+def provenance(repo: Path) -> Facts:
     """What a run was made with: versions (None = not installed), platform, device, git state.
 
     repo: the root of the checkout; `git_revision` and `git_dirty` are None when it is none.

@@ -6,12 +6,16 @@ Here both gradients come from gate and x, by a kernel each. One H200, 1.5B in bf
 64 completions of 256 tokens: 16 GB less, and 30 ms in these kernels instead of 37.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .patch import Way, difference, replace
+from .typed import with_gradient
+
+Swiglu = Callable[[mx.array, mx.array], mx.array]
+"""(gate, x) -> silu(gate) * x."""
 
 
 def _gate_gradient(gate: mx.array, x: mx.array, cotangent: mx.array) -> mx.array:
@@ -28,26 +32,27 @@ def _x_gradient(gate: mx.array, x: mx.array, cotangent: mx.array) -> mx.array:
     return (g * (1 - mx.sigmoid(-g)) * cotangent).astype(x.dtype)
 
 
-_fused_gate_gradient: Any = mx.compile(_gate_gradient, shapeless=True)
-_fused_x_gradient: Any = mx.compile(_x_gradient, shapeless=True)
+_fused_gate_gradient = mx.compile(_gate_gradient, shapeless=True)
+_fused_x_gradient = mx.compile(_x_gradient, shapeless=True)
 
 
-def lean(plain: Any) -> Any:
-    """plain(gate, x) = silu(gate) * x with that backward pass."""
-    function: Any = mx.custom_function(plain)
+def lean(plain: Swiglu) -> Swiglu:
+    """The plain function with that backward pass."""
 
-    @function.vjp
-    def backward(primals: Any, cotangent: Any, _: mx.array) -> tuple[mx.array, mx.array]:
+    def backward(
+        primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+    ) -> tuple[mx.array, mx.array]:
         gate, x = primals
         d_gate = _fused_gate_gradient(gate, x, cotangent)
         # As arrays of their own, or `mx.compile` would make and store what both kernels compute.
-        apart: Any = mx.depends([gate, cotangent], [d_gate])
+        apart = mx.depends([gate, cotangent], [d_gate])
         return d_gate, _fused_x_gradient(apart[0], x, apart[1])
+
+    function = with_gradient(plain, backward)
 
     def swiglu(gate: mx.array, x: mx.array) -> mx.array:
         # One token per row is a rollout: no gradient, and each operation costs the host time.
-        y: mx.array = (plain if gate.shape[-2] == 1 else function)(gate, x)
-        return y
+        return (plain if gate.shape[-2] == 1 else function)(gate, x)
 
     return swiglu
 

@@ -1,0 +1,1 @@
+"""From completions to a gradient: micro-batches, log-probs, shared prompts, the optimizer."""

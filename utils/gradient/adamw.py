@@ -26,7 +26,6 @@ mlx.optimizers.AdamW over float32 masters with clip_grad_norm, 106 ms and 18 GB.
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,6 +34,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..base.errors import UserError
 from ..device.rounding import random_words, round_at_random
+from ..device.typed import Tree
+from ..settings.run_settings import Settings
 
 BLOCK = 256  # neighbours that share the scale of their 8-bit moments
 IN_FLIGHT = 2
@@ -77,16 +78,16 @@ class Pipeline:
     """
 
     def __init__(self) -> None:
-        self.parts: list[Any] = []
+        self.parts: list[Tree] = []
 
-    def add(self, arrays: Any) -> None:
+    def add(self, arrays: Tree) -> None:
         mx.async_eval(arrays)
         self.parts.append(arrays)
         if len(self.parts) > IN_FLIGHT:
             mx.eval(self.parts.pop(0))
 
 
-def accumulate(total: Any | None, new: Any) -> Any:
+def accumulate(total: Tree | None, new: Tree) -> Tree:
     """The sum of gradients, in float32 from the second on; the first are taken as they are.
 
     Lazy: evaluated together with the pass that makes `new`, each array of it goes as it is added.
@@ -105,7 +106,7 @@ def sum_in_float32(one: mx.array, other: mx.array) -> mx.array:
 compiled_sum = mx.compile(sum_in_float32, shapeless=True)
 
 
-def global_norm(gradients: Any, compiled: bool = False) -> float:
+def global_norm(gradients: Tree, compiled: bool = False) -> float:
     """sqrt(sum of squares) over all gradients, in float32, without a float32 copy of them all."""
     arrays: Arrays = dict(tree_flatten(gradients))
     squares: list[mx.array] = []
@@ -283,7 +284,7 @@ class AdamW:
             state["master"] = weight.astype(mx.float32)
         return state
 
-    def masters(self, model: nn.Module) -> Any:
+    def masters(self, model: nn.Module) -> Tree:
         """The float32 weights as a tree like the model's."""
         weights: Arrays = dict(tree_flatten(model.trainable_parameters()))
         return tree_unflatten([(name, self._master(name, w)) for name, w in weights.items()])
@@ -313,7 +314,7 @@ class AdamW:
                 self.state[name][i] = {key: arrays[f"{name}.{i}.{key}"] for key in part}
 
     def update(
-        self, model: nn.Module, gradients: Any, learning_rate: float, scale: float = 1.0
+        self, model: nn.Module, gradients: Tree, learning_rate: float, scale: float = 1.0
     ) -> None:
         """Move the model's weights against `scale` times the gradients."""
         self.steps += 1
@@ -366,7 +367,7 @@ class AdamW:
         return iter(mx.random.split(key, sum(map(len, self.state.values()))))
 
 
-def make(model: nn.Module, config: Any) -> AdamW:
+def make(model: nn.Module, config: Settings) -> AdamW:
     """The optimizer of an MLXGRPOConfig."""
     return AdamW(
         model,
@@ -377,3 +378,13 @@ def make(model: nn.Module, config: Any) -> AdamW:
         seed=config.seed,
         compiled=config.use_compile,
     )
+
+
+def learning_rate(peak: float, updates: int, warmup_ratio: float, kind: str, update: int) -> float:
+    """Of `update` 1..updates: linear warm-up to the peak, then by lr_scheduler_type."""
+    warmup = max(1, int(updates * warmup_ratio))
+    if update <= warmup:
+        return peak * update / warmup
+    done = (update - warmup) / max(1, updates - warmup)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1}
+    return peak * shape[kind]

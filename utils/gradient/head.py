@@ -3,46 +3,49 @@
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..device import fast
+from ..device.typed import Tree, with_gradient
 
+T = TypeVar("T")
 INNER = ("model", "transformer", "backbone")
 """Names under which mlx-lm's models keep what maps tokens to hidden states."""
 
 
-def named(tree: Any) -> list[tuple[str, mx.array]]:
+def named_arrays(tree: Tree) -> list[tuple[str, mx.array]]:
     """The arrays of a tree with their dotted names."""
-    flat: Any = tree_flatten(tree)
-    return flat
+    arrays: dict[str, mx.array] = dict(tree_flatten(tree))
+    return list(arrays.items())
 
 
 class StandIn:
     """In place of a model's layers: records what they return, or returns what it was given."""
 
-    def __init__(self, inner: Any, hidden: mx.array | None = None) -> None:
+    def __init__(self, inner: nn.Module, hidden: mx.array | None = None) -> None:
         self.inner, self.hidden = inner, hidden
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+    def __call__(self, *args: object, **kwargs: object) -> mx.array:
         if self.hidden is None:
             self.hidden = self.inner(*args, **kwargs)
         return self.hidden
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
 
 
-def text_model(model: Any) -> Any:
+def text_model(model: nn.Module) -> nn.Module:
     """The part of a model of text and images that is a language model; itself for the others."""
     while hasattr(model, "language_model"):
         model = model.language_model
     return model
 
 
-def with_stand_in(model: Any, hidden: mx.array | None = None) -> tuple[Any, StandIn]:
+def with_stand_in(model: nn.Module, hidden: mx.array | None = None) -> tuple[nn.Module, StandIn]:
     """A view of the model (all arrays shared) with a stand-in for its layers."""
     view = copy.copy(model)
     name = next(name for name in INNER if hasattr(model, name))
@@ -51,7 +54,9 @@ def with_stand_in(model: Any, hidden: mx.array | None = None) -> tuple[Any, Stan
     return view, stand_in
 
 
-def hidden_states(model: Any, tokens: mx.array, cache: Any = None) -> mx.array:
+def hidden_states(
+    model: nn.Module, tokens: mx.array, cache: Sequence[object] | None = None
+) -> mx.array:
     """(B, T) tokens -> (B, T, H): what the head gets. Logits are never evaluated."""
     view, stand_in = with_stand_in(text_model(model))
     view(tokens, cache=cache)
@@ -59,7 +64,7 @@ def hidden_states(model: Any, tokens: mx.array, cache: Any = None) -> mx.array:
     return stand_in.hidden
 
 
-def head(model: Any, hidden: mx.array) -> mx.array:
+def head(model: nn.Module, hidden: mx.array) -> mx.array:
     """(N, H) hidden states -> (N, V) logits, with whatever the model does after its projection."""
     view, _ = with_stand_in(text_model(model), hidden[None])
     # Not [0]: MLX would gather, and scatter in the backward pass: copies of all logits, and 46 of
@@ -75,7 +80,6 @@ def from_logits(
     The backward pass makes one more (N, V) array, of the logits' type.
     """
 
-    @mx.custom_function
     def score(logits: mx.array) -> tuple[mx.array, ...]:
         z = logits.astype(mx.float32) / temperature
         normaliser = fast.logsumexp(z)
@@ -85,12 +89,12 @@ def from_logits(
         mean = (fast.exp(z - normaliser[:, None]) * z).sum(axis=-1)
         return chosen - normaliser, normaliser - mean
 
-    @score.vjp
-    def backward(logits: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        return logit_gradient(logits, targets, temperature, cotangents, outputs)
+    def backward(
+        logits: mx.array, cotangents: Sequence[mx.array], scores: Sequence[mx.array]
+    ) -> mx.array:
+        return logit_gradient(logits, targets, temperature, cotangents, scores)
 
-    scores: Any = score(logits)
-    return scores
+    return with_gradient(score, backward)(logits)
 
 
 def logit_gradient(
@@ -133,7 +137,7 @@ _fused_logit_gradient = mx.compile(_logit_gradient)
 
 
 def head_logprobs(
-    model: Any,
+    model: nn.Module,
     names: Sequence[str],
     hidden: mx.array,
     targets: mx.array,
@@ -153,9 +157,9 @@ def head_logprobs(
     most = max(1, piece // vocabulary)  # positions of a piece
     size = -(-count // -(-count // most))
     parts = [slice(start, start + size) for start in range(0, count, size)]
-    own = dict(named(model.trainable_parameters()))
+    own = dict(named_arrays(model.trainable_parameters()))
     names = [name for name in names if name in own]
-    parameters: list[Any] = [with_row_major_gradient(own[name]) for name in names]
+    parameters = [with_row_major_gradient(own[name]) for name in names]
 
     def logits_of(hidden: mx.array, *parameters: mx.array) -> mx.array:
         return with_parameters(model, names, parameters, partial(head, model, hidden))
@@ -170,10 +174,12 @@ def head_logprobs(
 
     if keep or len(parts) == 1:
         return forward(hidden, parameters)
-    in_parts = mx.custom_function(forward)
 
-    @in_parts.vjp
-    def backward(primals: Any, cotangents: Any, scores: Any) -> tuple[mx.array, list[mx.array]]:
+    def backward(
+        primals: tuple[mx.array, list[mx.array]],
+        cotangents: Sequence[mx.array],
+        scores: Sequence[mx.array],
+    ) -> tuple[mx.array, list[mx.array]]:
         hidden, parameters = primals
         d_hidden: list[mx.array] = []
         totals: list[mx.array] = []
@@ -189,43 +195,48 @@ def head_logprobs(
             totals = [total + new for total, new in pairs] if totals else rest
         return mx.concatenate(d_hidden), totals
 
-    scores: Any = in_parts(hidden, parameters)
-    return scores
+    return with_gradient(forward, backward)(hidden, parameters)
 
 
-@mx.custom_function
-def with_row_major_gradient(weight: mx.array) -> mx.array:
-    """The weight itself. Its gradient comes from products with its transpose, so column by column,
-    and is added to that of the embedding, row by row: one H200, 16 ms if not made alike first."""
+def _itself(weight: mx.array) -> mx.array:
     return weight
 
 
-@with_row_major_gradient.vjp
 def _row_major(weight: mx.array, gradient: mx.array, _: mx.array) -> mx.array:
     return mx.contiguous(gradient)
 
 
+with_row_major_gradient = with_gradient(_itself, _row_major)
+"""A weight's gradient comes from products with its transpose, so column by column, and is added to
+that of the embedding, row by row: one H200, 16 ms if not made alike first."""
+
+
 def _gradient_of(
-    targets: mx.array, temperature: float, cotangents: Any, scores: Any, logits: mx.array
+    targets: mx.array,
+    temperature: float,
+    cotangents: Sequence[mx.array],
+    scores: Sequence[mx.array],
+    logits: mx.array,
 ) -> mx.array:
     return logit_gradient(logits, targets, temperature, cotangents, scores)
 
 
 def vjp_of(
-    function: Callable, gradient: Callable[[mx.array], mx.array], primals: list[mx.array]
+    function: Callable[..., mx.array],
+    gradient: Callable[[mx.array], mx.array],
+    primals: list[mx.array],
 ) -> list[mx.array]:
     """Gradients by `primals` when the one by y = function(*primals) is gradient(y), a function of
     the value that `mx.vjp` would want before there is one."""
-    end = mx.custom_function(lambda y: mx.zeros(()))
-    end.vjp(lambda y, *_: gradient(y))
+    end = with_gradient(lambda y: mx.zeros(()), lambda y, *_: gradient(y))
     return mx.vjp(lambda *x: end(function(*x)), primals, [mx.ones(())])[1]
 
 
 def with_parameters(
-    model: Any, names: Sequence[str], values: Sequence[mx.array], call: Callable[[], Any]
-) -> Any:
+    model: nn.Module, names: Sequence[str], values: Sequence[mx.array], call: Callable[[], T]
+) -> T:
     """call() while the named trainable parameters are `values`; then the model has its own back."""
-    own = dict(named(model.trainable_parameters())) if names else {}
+    own = dict(named_arrays(model.trainable_parameters())) if names else {}
     model.update(tree_unflatten(list(zip(names, values, strict=True))))
     try:
         return call()
@@ -233,10 +244,10 @@ def with_parameters(
         model.update(tree_unflatten([(name, own[name]) for name in names]))
 
 
-def head_parameters(model: Any) -> list[str]:
+def head_parameters(model: nn.Module) -> list[str]:
     """Names of the trainable parameters that the logits depend on beside the hidden states."""
-    blocks = {id(p) for layer in model.layers for _, p in named(layer.parameters())}
-    outside = [(n, p) for n, p in named(model.trainable_parameters()) if id(p) not in blocks]
+    blocks = {id(p) for layer in model.layers for _, p in named_arrays(layer.parameters())}
+    outside = [(n, p) for n, p in named_arrays(model.trainable_parameters()) if id(p) not in blocks]
     names = [name for name, _ in outside]
     hidden = hidden_states(model, mx.zeros((1, 1), mx.int32))[0]
     hidden = mx.random.normal(hidden.shape, key=mx.random.key(0)).astype(hidden.dtype)

@@ -4,10 +4,13 @@ Any cut has the same gradient, since the weights of the loss are fixed before it
 cheapest by the tokens that are computed, padding included.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
+
+from .micro_batch import Layout, SharedPrompts
 
 
 @dataclass(frozen=True)
@@ -130,43 +133,51 @@ def shared_tokens(pieces: Sequence[Sequence[Row]], shapes: Shapes) -> int:
     return len(pieces) * (prompt + each * row)
 
 
-def layout_rows(mask: np.ndarray, total: int, shapes: Shapes) -> dict[str, np.ndarray]:
+def layout_rows(mask: np.ndarray, total: int, shapes: Shapes) -> Layout:
     """Which of the (B, total - 1) predictions are scored, and where the (B, W) window has them."""
     count, width = mask.shape
     rows, columns = np.nonzero(mask)
     flat = rows * (total - 1) + columns + total - 1 - width
-    return picked(flat, mask, count * (total - 1), shapes)
+    return Layout(*picked(flat, mask, count * (total - 1), shapes))
 
 
 def layout_groups(
-    groups: Sequence[Sequence[Pair]], mask: np.ndarray, shapes: Shapes
-) -> dict[str, np.ndarray]:
+    groups: Sequence[Sequence[Pair]],
+    masks: Iterable[Sequence[int]],
+    mask: np.ndarray,
+    shapes: Shapes,
+) -> Layout:
     """The arrays of shared prompts: (P, S) without their last tokens, and (P * each, R + 1) rows
     that start with it.
 
-    The rows of `mask` (B, W) are those of the groups in order, and empty ones that fill it up.
+    `masks` has the masks of the groups' completions in order. So have the rows of `mask` (B, W),
+    and empty ones that fill it up.
     """
     prompts = [group[0][0] for group in groups]
     longest = max(len(ids) for group in groups for _, ids in group)
     each, room = shapes.rows(max(map(len, groups))), shapes.length(longest)
     read = np.zeros((len(groups), max(1, shapes.length(max(map(len, prompts)) - 1))), np.int32)
     rows = np.zeros((len(groups) * each, room + 1), np.int32)
-    flat: list[int] = []
+    flat: list[np.ndarray] = []
+    left = iter(masks)
     for g, group in enumerate(groups):
         read[g, : len(prompts[g]) - 1] = prompts[g][:-1]
         for n, (prompt, ids) in enumerate(group, g * each):
             rows[n, : 1 + len(ids)] = [prompt[-1], *ids]
-            flat += range(n * room, n * room + len(ids))
-    arrays = picked(np.array(flat, int), mask, rows.shape[0] * room, shapes)
+            flat.append(n * room + np.flatnonzero(next(left)))
+    scored, window = picked(np.concatenate(flat), mask, rows.shape[0] * room, shapes)
     lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
-    return arrays | {"prompts": read, "prompt_lengths": lengths, "rows": rows}
+    shared = SharedPrompts(mx.array(read), mx.array(lengths), mx.array(rows))
+    return Layout(scored, window, shared)
 
 
-def picked(flat: np.ndarray, mask: np.ndarray, room: int, shapes: Shapes) -> dict[str, np.ndarray]:
-    """`scored` (N,): the predictions, of `room`, that the head is applied to. `window` (B, W):
-    which of them belongs where the mask is 1; the first, elsewhere."""
+def picked(
+    flat: np.ndarray, mask: np.ndarray, room: int, shapes: Shapes
+) -> tuple[mx.array, mx.array]:
+    """(N,) predictions, of `room`, that the head is applied to, and (B, W) which of them belongs
+    where the mask is 1; the first, elsewhere."""
     scored = np.zeros(shapes.scored(len(flat), room), np.int32)
     scored[: len(flat)] = flat
     window = np.zeros(mask.shape, np.int32)
     window[np.nonzero(mask)] = np.arange(len(flat))
-    return {"scored": scored, "window": window}
+    return mx.array(scored), mx.array(window)

@@ -5,9 +5,9 @@ a block through its cache, where `mx.checkpoint` cannot see them: gradients woul
 """
 
 import copy
-from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_map
 
 from ..device import runtime
@@ -27,7 +27,7 @@ class PromptCache(GradientCache):
 
     def make_mask(
         self, length: int, return_array: bool = False, window_size: int | None = None
-    ) -> Any:
+    ) -> mx.array | str | None:
         from mlx_lm.models.base import create_causal_mask
 
         if return_array or (window_size and length > window_size):
@@ -86,7 +86,7 @@ def join(prompts: mx.array, rows: mx.array) -> mx.array:
     return mx.concatenate([before, after], axis=3).reshape(count, heads, -1, size)
 
 
-def checkpoint_layers(model: Any) -> None:
+def checkpoint_layers(model: nn.Module) -> None:
     """Gradient checkpointing for the blocks of this model only; rollouts stay as they are.
 
     `mlx_lm.tuner.trainer.grad_checkpoint` patches the class instead, so every model of the process.
@@ -96,10 +96,12 @@ def checkpoint_layers(model: Any) -> None:
         object.__setattr__(layer, "__class__", types[type(layer)])
 
 
-def _checkpointed(layer_type: type) -> type:
+def _checkpointed(layer_type: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a block's type whose forward pass keeps nothing but its inputs."""
+    if getattr(layer_type, "checkpointed", False):  # by an earlier trainer of the same model
+        return layer_type
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, *args: object, **kwargs: object) -> object:
         caches = [a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")]
         cache = caches[0] if caches else PromptCache()
         if not isinstance(cache, PromptCache | CompletionCache):
@@ -110,7 +112,7 @@ def _checkpointed(layer_type: type) -> type:
         given = tree_map(lambda value: inner if value is cache else value, [list(args), kwargs])
         masks = cache.masks if isinstance(cache, CompletionCache) else []
 
-        def inputs(value: Any) -> bool:
+        def inputs(value: object) -> bool:
             """What has a gradient: closed over, anything else counts as constant."""
             floats = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
             return floats and not any(value is mask for mask in masks)
@@ -119,8 +121,8 @@ def _checkpointed(layer_type: type) -> type:
         tree_map(lambda value: arrays.append(value) if inputs(value) else None, given)
 
         def forward(
-            parameters: Any, state: tuple[mx.array, ...], arrays: list[mx.array]
-        ) -> tuple[Any, tuple[mx.array, ...]]:
+            parameters: dict, state: tuple[mx.array, ...], arrays: list[mx.array]
+        ) -> tuple[object, tuple[mx.array, ...]]:
             new = iter(arrays)
             args, kwargs = tree_map(lambda value: next(new) if inputs(value) else value, given)
             own = self.trainable_parameters()
@@ -135,4 +137,4 @@ def _checkpointed(layer_type: type) -> type:
         out, cache.state = mx.checkpoint(forward)(self.trainable_parameters(), cache.state, arrays)
         return out
 
-    return type(layer_type.__name__, (layer_type,), {"__call__": call})
+    return type(layer_type.__name__, (layer_type,), {"__call__": call, "checkpointed": True})

@@ -1,0 +1,1 @@
+"""How much fits: the plan, what is measured, what happens when memory runs out."""

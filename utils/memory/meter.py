@@ -4,14 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-
-
-def tokens_read(batch: dict[str, Any]) -> int:
-    """Tokens that the model reads for a micro-batch, whose groups may share their prompts."""
-    names = ("prompts", "rows") if "prompts" in batch else ("tokens",)
-    return sum(batch[name].size for name in names)
-
 
 GB = 1e9
 

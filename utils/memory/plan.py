@@ -57,8 +57,8 @@ QUEUE_BYTES = 11 * GB  # see in_flight_bytes
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `make_plan` takes beside the shape: the settings of a run that decide about memory."""
+class Demand:
+    """What a run asks of memory: what `make_plan` takes beside the shape."""
 
     train_type: str
     """"full", "lora" or "dora"."""
@@ -129,7 +129,7 @@ class Plan:
     """Bytes by part, the batch sizes they were computed for, and the verdict."""
 
     shape: ModelShape
-    settings: Settings
+    demand: Demand
     weights: int
     master_weights: int
     moments: int
@@ -179,10 +179,10 @@ class Plan:
 
         Those of a rollout, and more of an evaluation if they fit into what the run needs anyway.
         """
-        if self.settings.rollout_batch_size or "rollout_batch_size" in self.halved:
+        if self.demand.rollout_batch_size or "rollout_batch_size" in self.halved:
             return self.rollout_batch_size
         row = (self.kv_cache + self.rollout_logits) / self.rollout_batch_size
-        row *= max(1, longest / self.settings.sequence)
+        row *= max(1, longest / self.demand.sequence)
         fitting = int((self.needed - self.resident - self.views) // row)
         return max(self.rollout_batch_size, min(fitting, MAX_LOGITS // self.shape.vocab_size))
 
@@ -201,7 +201,7 @@ class Plan:
         """The backward pass begins with all activations, and ends with all gradients."""
         begins = self.activations + max(self.logits, self.temporaries)
         ends = self.gradients + self.temporaries
-        if self.settings.gradient_checkpointing:
+        if self.demand.gradient_checkpointing:
             ends += self.activations
         return self.resident + self.summed_gradients + max(begins, ends)
 
@@ -214,7 +214,7 @@ class Plan:
     @property
     def writing_peak(self) -> int:
         """Adapters are merged for `final/` one file after the other."""
-        merged = 0 if self.settings.train_type == "full" else min(self.final_bytes, LARGEST_FILE)
+        merged = 0 if self.demand.train_type == "full" else min(self.final_bytes, LARGEST_FILE)
         return self.resident + merged
 
     @property
@@ -277,57 +277,60 @@ _TABLE = {
 }
 
 
-def _adapter_parameters(shape: ModelShape, settings: Settings) -> int:
+def _adapter_parameters(shape: ModelShape, demand: Demand) -> int:
     matrices = projections(vars(shape))
-    block = settings.lora_rank * sum(inputs + outputs for inputs, outputs in matrices)
-    if settings.train_type == "dora":
+    block = demand.lora_rank * sum(inputs + outputs for inputs, outputs in matrices)
+    if demand.train_type == "dora":
         block += sum(outputs for _, outputs in matrices)  # the magnitudes
-    return block * settings.trained_layers(shape.layers)
+    return block * demand.trained_layers(shape.layers)
 
 
-def _copies(shape: ModelShape, settings: Settings, weights: int, adapters: int) -> tuple[int, int]:
+def _copies(shape: ModelShape, demand: Demand, weights: int, adapters: int) -> tuple[int, int]:
     """Bytes of the rollout copy and of the reference (design: the three policies)."""
     four_bit = int(shape.parameters * QUANTIZED_BITS / 8)
-    stale = settings.sync_every_updates > 1
-    if settings.train_type == "full":
-        whole = four_bit if settings.quantize_for_rollouts else weights
-        rollout = whole if settings.quantize_for_rollouts or stale else 0
-        return rollout, whole if settings.has_reference else 0
-    base = four_bit if settings.quantize_for_rollouts and shape.quantized_bits is None else 0
+    stale = demand.sync_every_updates > 1
+    if demand.train_type == "full":
+        whole = four_bit if demand.quantize_for_rollouts else weights
+        rollout = whole if demand.quantize_for_rollouts or stale else 0
+        return rollout, whole if demand.has_reference else 0
+    base = four_bit if demand.quantize_for_rollouts and shape.quantized_bits is None else 0
     return base + (adapters if base or stale else 0), 0
 
 
-def _constant_parts(shape: ModelShape, settings: Settings) -> dict[str, Any]:
-    """Every part that does not depend on the batch sizes."""
-    width = settings.train_dtype_bytes
+def _constant_parts(shape: ModelShape, demand: Demand) -> Plan:
+    """The plan with every part that does not depend on the batch sizes."""
+    width = demand.train_dtype_bytes
     quantized = shape.quantized_bits is not None
     weights = shape.bytes_on_disk if quantized else shape.parameters * width
-    full = settings.train_type == "full"
-    trainable = settings.trainable_parameters
+    full = demand.train_type == "full"
+    trainable = demand.trainable_parameters
     if trainable is None:
-        trainable = shape.parameters if full else _adapter_parameters(shape, settings)
+        trainable = shape.parameters if full else _adapter_parameters(shape, demand)
     adapters = 0 if full else 4 * trainable
-    master = settings.master_bytes * trainable if full and width < 4 else 0
-    moments = round(settings.moment_bytes * trainable)
-    rollout, reference = _copies(shape, settings, weights, adapters)
-    return {
-        "weights": weights + adapters,
-        "master_weights": master,
-        "moments": moments,
-        "rollout_copy": rollout,
-        "reference_copy": reference,
-        "trainable_parameters": trainable,
-        "checkpoint_bytes": (weights if full else adapters) + master + moments,
-        "final_bytes": weights if full else round(shape.parameters * width),  # fused, unpacked
-    }
+    master = demand.master_bytes * trainable if full and width < 4 else 0
+    moments = round(demand.moment_bytes * trainable)
+    rollout, reference = _copies(shape, demand, weights, adapters)
+    return Plan(
+        shape,
+        demand,
+        weights=weights + adapters,
+        master_weights=master,
+        moments=moments,
+        rollout_copy=rollout,
+        reference_copy=reference,
+        trainable_parameters=trainable,
+        checkpoint_bytes=(weights if full else adapters) + master + moments,
+        final_bytes=weights if full else round(shape.parameters * width),  # fused, unpacked
+        budget_bytes=demand.budget_bytes,
+    )
 
 
-def _row_bytes(shape: ModelShape, settings: Settings) -> tuple[int, int]:
+def _row_bytes(shape: ModelShape, demand: Demand) -> tuple[int, int]:
     """KV cache and logits of one row of a rollout batch."""
-    before = max(settings.prompt_tokens, settings.sequence - KV_CACHE_STEP)
-    length = settings.sequence + before  # a cache that grows is copied
+    before = max(demand.prompt_tokens, demand.sequence - KV_CACHE_STEP)
+    length = demand.sequence + before  # a cache that grows is copied
     values = 2 * shape.layers * shape.kv_heads * shape.head_dim * length
-    return values * settings.train_dtype_bytes, ROLLOUT_LOGIT_COPIES * 4 * shape.vocab_size
+    return values * demand.train_dtype_bytes, ROLLOUT_LOGIT_COPIES * 4 * shape.vocab_size
 
 
 class MicroBatch(NamedTuple):
@@ -335,54 +338,54 @@ class MicroBatch(NamedTuple):
 
     rows: int
     prompts: int
-    settings: Settings
+    demand: Demand
 
     @property
     def tokens(self) -> int:
         """Tokens that the blocks compute."""
-        prompt, completion = self.settings.lengths
+        prompt, completion = self.demand.lengths
         return self.prompts * prompt + self.rows * completion
 
 
-def _micro_batch(settings: Settings, rows: int) -> MicroBatch:
-    groups = -(-rows // settings.num_generations)
-    return MicroBatch(rows, groups if settings.shares_prompts else rows, settings)
+def _micro_batch(demand: Demand, rows: int) -> MicroBatch:
+    groups = -(-rows // demand.num_generations)
+    return MicroBatch(rows, groups if demand.shares_prompts else rows, demand)
 
 
 def block_bytes(shape: ModelShape, batch: MicroBatch) -> tuple[int, int]:
     """What the blocks keep for the backward pass, and the temporaries of one (module docstring)."""
-    settings = batch.settings
-    width, hidden = settings.train_dtype_bytes, shape.hidden_size
+    demand = batch.demand
+    width, hidden = demand.train_dtype_bytes, shape.hidden_size
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = shape.intermediate_size * shape.experts_per_token
-    prompt, completion = settings.lengths
-    lean = settings.platform != "cpu" and shape.experts == 1 and shape.activation == "silu"
+    prompt, completion = demand.lengths
+    lean = demand.platform != "cpu" and shape.experts == 1 and shape.activation == "silu"
     kept = 3 if lean else 5  # device/swiglu.py
     token = width * (4 * hidden + 3 * query + 2 * kv + kept * inner)
     temporary = width * (3 * hidden + 4 * inner)
     # Attention: what a completion sees of its prompt is copied for each row.
-    joined = batch.rows * prompt * 2 * kv if settings.shares_prompts else 0
-    before = batch.prompts * prompt * (prompt if settings.shares_prompts else prompt + completion)
+    joined = batch.rows * prompt * 2 * kv if demand.shares_prompts else 0
+    before = batch.prompts * prompt * (prompt if demand.shares_prompts else prompt + completion)
     scores = shape.heads * (before + batch.rows * completion * (prompt + completion))
     passing = 2 * scores
-    if settings.platform == "cuda":  # fused; with masks of shared prompts, fitted to one H200
-        scores, passing = (6 * scores // 5 if settings.shares_prompts else 0), 0
+    if demand.platform == "cuda":  # fused; with masks of shared prompts, fitted to one H200
+        scores, passing = (6 * scores // 5 if demand.shares_prompts else 0), 0
     layer = token * batch.tokens + width * (joined + scores)
     once = temporary * batch.tokens + width * passing
-    layers = settings.trained_layers(shape.layers)
-    if settings.gradient_checkpointing:
+    layers = demand.trained_layers(shape.layers)
+    if demand.gradient_checkpointing:
         return width * hidden * batch.tokens * layers, layer + once
     return layer * layers, once
 
 
-def piece_of_logits(settings: Settings) -> int:
+def piece_of_logits(demand: Demand) -> int:
     """Logits of a piece of the scored positions (gradient/scorer.py)."""
-    return min(settings.budget_bytes // PIECE_PART // _logit_bytes(settings), MAX_PIECE_LOGITS)
+    return min(demand.budget_bytes // PIECE_PART // _logit_bytes(demand), MAX_PIECE_LOGITS)
 
 
-def _logit_bytes(settings: Settings) -> int:
+def _logit_bytes(demand: Demand) -> int:
     """Of a logit whose gradient is computed: float32, in place of which comes the gradient."""
-    width = settings.train_dtype_bytes
+    width = demand.train_dtype_bytes
     return 4 + (width if width < 4 else 0)
 
 
@@ -394,27 +397,27 @@ def head_bytes(shape: ModelShape, batch: MicroBatch, keep: bool) -> int:
 
     More than one piece of a head that is trained: also the gradient of a piece, and the old sum.
     """
-    settings = batch.settings
-    width = settings.train_dtype_bytes
-    scored = batch.rows * settings.lengths[1]
+    demand = batch.demand
+    width = demand.train_dtype_bytes
+    scored = batch.rows * demand.lengths[1]
     every = scored * shape.vocab_size
-    made = min(every, piece_of_logits(settings))
+    made = min(every, piece_of_logits(demand))
     matrix = shape.vocab_size * shape.hidden_size * width
-    sums = 2 * matrix if settings.train_type == "full" and made < every else 0
-    queue = 2 if settings.platform == "cpu" else 1
-    logits = queue * made * _logit_bytes(settings) + (every if keep else queue * made) * width
-    if settings.entropy_bonus:
-        logits += 4 * made * (3 if settings.platform == "cpu" else 1)
+    sums = 2 * matrix if demand.train_type == "full" and made < every else 0
+    queue = 2 if demand.platform == "cpu" else 1
+    logits = queue * made * _logit_bytes(demand) + (every if keep else queue * made) * width
+    if demand.entropy_bonus:
+        logits += 4 * made * (3 if demand.platform == "cpu" else 1)
     return logits + 2 * scored * shape.hidden_size * width + sums
 
 
-def _rollout_rows(shape: ModelShape, settings: Settings, left: float, row: int) -> int:
+def _rollout_rows(shape: ModelShape, demand: Demand, left: float, row: int) -> int:
     """All completions of the update if they fit, else whole groups, else single rows."""
-    most = max(1, min(settings.completions, MAX_LOGITS // shape.vocab_size))
-    if settings.rollout_batch_size:
-        return min(settings.rollout_batch_size, most)
+    most = max(1, min(demand.completions, MAX_LOGITS // shape.vocab_size))
+    if demand.rollout_batch_size:
+        return min(demand.rollout_batch_size, most)
     rows = max(1, min(most, int(left // row)))
-    return rows - rows % settings.num_generations if rows > settings.num_generations else rows
+    return rows - rows % demand.num_generations if rows > demand.num_generations else rows
 
 
 def in_flight_bytes(shape: ModelShape, batch: MicroBatch, parts: tuple[int, int, int]) -> int:
@@ -424,10 +427,10 @@ def in_flight_bytes(shape: ModelShape, batch: MicroBatch, parts: tuple[int, int,
     other estimates.
     """
     kept, temporary, logits = parts
-    if batch.settings.platform != "cuda":
+    if batch.demand.platform != "cuda":
         return 0
-    recomputed = batch.settings.gradient_checkpointing
-    layers = batch.settings.trained_layers(shape.layers)
+    recomputed = batch.demand.gradient_checkpointing
+    layers = batch.demand.trained_layers(shape.layers)
     everything = temporary * layers if recomputed else kept
     most = QUEUE_BYTES if recomputed else 5 * GB + 2 * temporary
     return int(min(most, everything // 10 + logits))
@@ -435,54 +438,54 @@ def in_flight_bytes(shape: ModelShape, batch: MicroBatch, parts: tuple[int, int,
 
 def _plan_of(plan: Plan, batch: MicroBatch, keep: bool = False) -> Plan:
     """The plan of the gradient phase with such micro-batches."""
-    shape, settings, trainable = plan.shape, plan.settings, plan.trainable_parameters
-    factor = settings.measured_factor
+    shape, demand, trainable = plan.shape, plan.demand, plan.trainable_parameters
+    factor = demand.measured_factor
     parts = (*block_bytes(shape, batch), head_bytes(shape, batch, keep))
     kept, temporary, logits = (round(part * factor) for part in parts)
-    width = settings.train_dtype_bytes if settings.train_type == "full" else 4
+    width = demand.train_dtype_bytes if demand.train_type == "full" else 4
     plan = replace(
         plan,
         gradients=width * trainable,
-        summed_gradients=4 * trainable if batch.rows < settings.completions else 0,
+        summed_gradients=4 * trainable if batch.rows < demand.completions else 0,
         activations=kept,
         temporaries=temporary,
         logits=logits,
-        piece_logits=piece_of_logits(settings),
+        piece_logits=piece_of_logits(demand),
         keep_logits=keep,
         in_flight=in_flight_bytes(shape, batch, (kept, temporary, logits)),
-        micro_batch_tokens=settings.micro_batch_tokens or batch.tokens,
+        micro_batch_tokens=demand.micro_batch_tokens or batch.tokens,
     )
-    if keep or settings.platform != "cuda":
+    if keep or demand.platform != "cuda":
         return plan
     # Where there is room, the queue also holds the logits of the pieces that follow.
-    scored = batch.rows * settings.lengths[1] * shape.vocab_size
-    others = round(max(0, scored - plan.piece_logits) * _logit_bytes(settings) * factor)
+    scored = batch.rows * demand.lengths[1] * shape.vocab_size
+    others = round(max(0, scored - plan.piece_logits) * _logit_bytes(demand) * factor)
     room = int(HEADROOM * plan.budget_bytes) - plan.by_phase["gradient"]
     return replace(plan, in_flight=plan.in_flight + max(0, min(others, room)))
 
 
 def _with_largest_micro_batch(plan: Plan) -> Plan:
     """The most rows whose bytes and tokens fit: at least one, at most the whole update."""
-    settings = plan.settings
-    wanted, completions = settings.micro_batch_tokens, settings.completions
-    cap = CPU_MICRO_BATCH_TOKENS if settings.platform == "cpu" else MAX_MICRO_BATCH_TOKENS
+    demand = plan.demand
+    wanted, completions = demand.micro_batch_tokens, demand.completions
+    cap = CPU_MICRO_BATCH_TOKENS if demand.platform == "cpu" else MAX_MICRO_BATCH_TOKENS
     limit = wanted or cap
 
     def of(rows: int) -> Plan:
-        batch = _micro_batch(settings, rows)
+        batch = _micro_batch(demand, rows)
         kept = _plan_of(plan, batch, keep=True)
-        spare = kept.fits and not settings.gradient_checkpointing
+        spare = kept.fits and not demand.gradient_checkpointing
         return kept if spare else _plan_of(plan, batch)
 
     def fits(rows: int) -> bool:
-        tokens = _micro_batch(settings, rows).tokens
+        tokens = _micro_batch(demand, rows).tokens
         return tokens <= limit and (bool(wanted) or of(rows).fits)
 
     # Monotone but for the last step: a whole update needs no sum.
     if fits(completions):
         return of(completions)
     most = 1 + bisect.bisect_left(range(2, completions), True, key=lambda r: not fits(r))
-    group = settings.num_generations  # which is cut evenly where it has to be
+    group = demand.num_generations  # which is cut evenly where it has to be
     even = of(most // group * group or math.ceil(group / math.ceil(group / most)))
     largest = of(most)
     return replace(
@@ -490,13 +493,12 @@ def _with_largest_micro_batch(plan: Plan) -> Plan:
     )
 
 
-def build(shape: ModelShape, settings: Settings) -> Plan:
+def build(shape: ModelShape, demand: Demand) -> Plan:
     """The plan without suggestions."""
-    constant = _constant_parts(shape, settings)
-    plan = Plan(shape, settings, **constant, budget_bytes=settings.budget_bytes)
-    cache, logits = _row_bytes(shape, settings)
-    left = HEADROOM * settings.budget_bytes - plan.resident
-    rows = _rollout_rows(shape, settings, left, cache + logits)
+    plan = _constant_parts(shape, demand)
+    cache, logits = _row_bytes(shape, demand)
+    left = HEADROOM * demand.budget_bytes - plan.resident
+    rows = _rollout_rows(shape, demand, left, cache + logits)
     plan = _with_largest_micro_batch(plan)
     plan = replace(
         plan, kv_cache=rows * cache, rollout_logits=rows * logits, rollout_batch_size=rows
@@ -507,28 +509,41 @@ def build(shape: ModelShape, settings: Settings) -> Plan:
 def _views(plan: Plan) -> int:
     """Bytes of the views that rollouts/merged_layers.py makes of the policy that samples: half of
     the room is for merged weights, half for joined ones."""
-    shape, settings, half = plan.shape, plan.settings, plan.spare_for_rollouts / 2
-    width = settings.train_dtype_bytes
-    whole = shape.parameters * width
+    shape, demand, half = plan.shape, plan.demand, plan.spare_for_rollouts / 2
+    whole = shape.parameters * demand.train_dtype_bytes
     quantized = shape.quantized_bits is not None
-    unpacked = quantized and settings.platform != "metal" and whole <= half
-    packed = not unpacked and (quantized or settings.quantize_for_rollouts)
-    kv = shape.kv_heads * shape.head_dim
-    together = shape.heads * shape.head_dim + 2 * kv
-    if shape.experts == 1:
-        together += 2 * shape.intermediate_size
-    joined = together * shape.hidden_size * shape.layers * (QUANTIZED_BITS / 8 if packed else width)
-    matrices = sum(inputs * outputs for inputs, outputs in projections(vars(shape)))
-    merged = whole if unpacked else matrices * settings.trained_layers(shape.layers) * width
-    merges = settings.train_type != "full" and not packed and merged <= half
-    low_rank = settings.train_type == "lora" and packed  # other adapted layers are not alike
-    adapted = settings.train_type != "full" and not merges and not low_rank
-    joins = settings.platform != "metal" and not adapted and joined <= half
+    unpacked = quantized and demand.platform != "metal" and whole <= half
+    packed = not unpacked and (quantized or demand.quantize_for_rollouts)
+    merged = whole if unpacked else _merged_bytes(shape, demand)
+    merges = demand.train_type != "full" and not packed and merged <= half
+    joined = _joined_bytes(shape, QUANTIZED_BITS / 8 if packed else demand.train_dtype_bytes)
+    joins = _joins(demand, merges, packed) and joined <= half
     return int(merged * merges + joined * joins)
 
 
-def make_plan(shape: ModelShape, **settings: Any) -> Plan:
-    """Plan the memory of a run; the keywords are the fields of `Settings`.
+def _merged_bytes(shape: ModelShape, demand: Demand) -> int:
+    """Of all matrices with adapters."""
+    matrices = sum(inputs * outputs for inputs, outputs in projections(vars(shape)))
+    return matrices * demand.trained_layers(shape.layers) * demand.train_dtype_bytes
+
+
+def _joined_bytes(shape: ModelShape, width: float) -> float:
+    """Of the matrices that have an input in common, of so many bytes a weight."""
+    together = shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
+    if shape.experts == 1:
+        together += 2 * shape.intermediate_size
+    return together * shape.hidden_size * shape.layers * width
+
+
+def _joins(demand: Demand, merges: bool, packed: bool) -> bool:
+    """Whether such matrices are alike, also where they have adapters beside them."""
+    low_rank = demand.train_type == "lora" and packed  # other adapted layers are not alike
+    alike = demand.train_type == "full" or merges or low_rank
+    return demand.platform != "metal" and alike
+
+
+def make_plan(shape: ModelShape, **demand: Any) -> Plan:
+    """Plan the memory of a run; the keywords are the fields of `Demand`.
 
     Batch sizes left at 0 are chosen: as many rows as fit the budget, in whole groups where one
     fits, and a micro-batch of as many sequences as fit, up to MAX_MICRO_BATCH_TOKENS (on
@@ -538,7 +553,7 @@ def make_plan(shape: ModelShape, **settings: Any) -> Plan:
         TypeError: unknown or missing keyword.
         ValueError: an unknown train_type, full fine-tuning of a quantized model, a size below 1.
     """
-    wanted = Settings(**settings)
+    wanted = Demand(**demand)
     if wanted.train_type not in ("full", "lora", "dora"):
         raise ValueError(f"train_type must be full, lora or dora, not {wanted.train_type!r}")
     if wanted.train_type == "full" and shape.quantized_bits is not None:

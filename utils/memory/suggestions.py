@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..base.errors import readable
 from ..model.shape import ModelShape
-from .plan import HEADROOM, QUANTIZED_BITS, Plan, Settings, build, make_plan
+from .plan import HEADROOM, QUANTIZED_BITS, Demand, Plan, build, make_plan
 
 
 class Case(NamedTuple):
@@ -15,7 +15,7 @@ class Case(NamedTuple):
 
     text: str
     shape: ModelShape
-    settings: Settings
+    demand: Demand
 
 
 Remedy = Callable[[Case], Iterator[Case]]
@@ -23,29 +23,29 @@ Remedy = Callable[[Case], Iterator[Case]]
 
 
 def _changed(case: Case, text: str, **changes: Any) -> Case:
-    return Case(text, case.shape, replace(case.settings, **changes))
+    return Case(text, case.shape, replace(case.demand, **changes))
 
 
 def _halvings(case: Case, key: str, field: str, least: int) -> Iterator[Case]:
-    value = getattr(case.settings, field) // 2
+    value = getattr(case.demand, field) // 2
     while value >= least:
         yield _changed(case, f"{key} = {value}", **{field: value})
         value //= 2
 
 
 def _with_8_bit_moments(case: Case) -> Iterator[Case]:
-    if case.settings.moment_bytes > 3:
+    if case.demand.moment_bytes > 3:
         yield _changed(case, "moment_bits = 8", moment_bytes=2.03)
 
 
 def _without_masters(case: Case) -> Iterator[Case]:
-    s = case.settings
+    s = case.demand
     if s.train_type == "full" and s.train_dtype_bytes == 2 and s.master_bytes == 2:
         yield _changed(case, "master_weights = false", master_bytes=0)
 
 
 def _as_lora(case: Case) -> Iterator[Case]:
-    if case.settings.train_type == "full":
+    if case.demand.train_type == "full":
         yield _changed(case, 'train_type = "lora"', train_type="lora", trainable_parameters=None)
 
 
@@ -58,31 +58,31 @@ def _as_four_bit(case: Case) -> Iterator[Case]:
         lora = next(_as_lora(case), case)
         text = "a 4-bit model (uv run python utils/convert_model.py --hf-path MODEL --quantize)"
         prefix = f"{lora.text} on " if lora is not case else ""
-        yield Case(prefix + text, shape, lora.settings)
+        yield Case(prefix + text, shape, lora.demand)
 
 
 def _with_automatic_batches(case: Case) -> Iterator[Case]:
-    if case.settings.rollout_batch_size or case.settings.micro_batch_tokens:
+    if case.demand.rollout_batch_size or case.demand.micro_batch_tokens:
         text = "rollout_batch_size = 0 and micro_batch_tokens = 0"
         yield _changed(case, text, rollout_batch_size=0, micro_batch_tokens=0)
 
 
 def _with_checkpointing(case: Case) -> Iterator[Case]:
-    if not case.settings.gradient_checkpointing:
+    if not case.demand.gradient_checkpointing:
         yield _changed(case, "gradient_checkpointing = true", gradient_checkpointing=True)
 
 
 def _without_reference(case: Case) -> Iterator[Case]:
-    if case.settings.has_reference and case.settings.train_type == "full":
+    if case.demand.has_reference and case.demand.train_type == "full":
         yield _changed(case, "kl_coeff = 0", has_reference=False)
 
 
 def _with_other_rollout_copy(case: Case) -> Iterator[Case]:
     """Quantizing shrinks a copy that is needed anyway, and adds one where there was none."""
-    other = not case.settings.quantize_for_rollouts
+    other = not case.demand.quantize_for_rollouts
     text = f"quantize_for_rollouts = {str(other).lower()}"
     yield _changed(case, text, quantize_for_rollouts=other)
-    if case.settings.sync_every_updates > 1:
+    if case.demand.sync_every_updates > 1:
         yield _changed(case, "sync_every_updates = 1", sync_every_updates=1)
 
 
@@ -110,7 +110,7 @@ _REMEDIES: tuple[Remedy, ...] = (
 
 
 def _fits(case: Case) -> bool:
-    return build(case.shape, case.settings).fits
+    return build(case.shape, case.demand).fits
 
 
 def _apply(case: Case, remedies: Sequence[Remedy]) -> tuple[Case, list[str]]:
@@ -120,8 +120,8 @@ def _apply(case: Case, remedies: Sequence[Remedy]) -> tuple[Case, list[str]]:
     for remedy in remedies:
         if _fits(case):
             break
-        before = build(case.shape, case.settings).needed
-        smaller = [c for c in remedy(case) if build(c.shape, c.settings).needed < before]
+        before = build(case.shape, case.demand).needed
+        smaller = [c for c in remedy(case) if build(c.shape, c.demand).needed < before]
         if smaller:
             case = next(filter(_fits, smaller), smaller[-1])
             texts.append(case.text)
@@ -132,7 +132,7 @@ def _combined(start: Case) -> str:
     """A set of remedies that fits and from which none can be dropped, the costliest first."""
     case, texts = _apply(start, _REMEDIES)
     if not _fits(case):
-        needed = readable(build(case.shape, case.settings).needed / HEADROOM)
+        needed = readable(build(case.shape, case.demand).needed / HEADROOM)
         return f"a smaller model: even with {' and '.join(texts)} this one needs {needed}"
     chosen = list(_REMEDIES)
     for remedy in reversed(_REMEDIES):
@@ -144,18 +144,18 @@ def _combined(start: Case) -> str:
     return " and ".join(texts)
 
 
-def suggestions(shape: ModelShape, settings: Settings) -> tuple[str, ...]:
+def suggestions(shape: ModelShape, demand: Demand) -> tuple[str, ...]:
     """Settings that make a run fit: each alone, or a set of them where none is enough."""
-    start = Case("", shape, settings)
+    start = Case("", shape, demand)
     single: list[str] = []
     for remedy in _REMEDIES:
         single += [case.text for case in islice(filter(_fits, remedy(start)), 1)]
     return tuple(single) or (_combined(start),)
 
 
-def planned(shape: ModelShape, **settings: Any) -> Plan:
+def planned(shape: ModelShape, **demand: Any) -> Plan:
     """`make_plan`, with what would make it fit where it does not."""
-    plan = make_plan(shape, **settings)
+    plan = make_plan(shape, **demand)
     if plan.fits:
         return plan
-    return replace(plan, suggestions=suggestions(shape, plan.settings))
+    return replace(plan, suggestions=suggestions(shape, plan.demand))

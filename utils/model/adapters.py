@@ -3,46 +3,50 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..base.errors import UserError, reason
+from ..settings.run_settings import Settings
+from .shape import JsonObject
 
 
-def add_adapters(config: Any, loaded: Any) -> None:
-    """Freeze the base and put LoRA or DoRA layers on it, new ones or those of `adapter_path`."""
+def add_adapters(config: Settings, model: nn.Module, train_type: str) -> tuple[JsonObject, str]:
+    """Freeze the base and put LoRA or DoRA layers on it, new ones or those of `adapter_path`.
+
+    Returns their adapter_config.json, and which of both they are.
+    """
     from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-    model = loaded.model
     model.freeze()
     mx.random.seed(config.seed)
     if config.adapter_path:
-        loaded.adapter_config, loaded.train_type = read_adapter_config(config)
+        adapter_config, train_type = read_adapter_config(config)
         try:
             load_adapters(model, config.adapter_path)
         except Exception as error:  # mlx-lm on untrusted files: it raises anything
             raise UserError(f"adapter_path {config.adapter_path}: {reason(error)}") from error
-        return
-    parameters = {
+        return adapter_config, train_type
+    parameters: JsonObject = {
         "rank": config.lora_rank,
         "scale": config.lora_scale,
         "dropout": config.lora_dropout,
     }
     if config.lora_keys:
         parameters["keys"] = check_lora_keys(model, config.lora_keys)
-    linear_to_lora_layers(model, config.lora_layers, parameters, loaded.train_type == "dora")
-    loaded.adapter_config = {
-        "fine_tune_type": loaded.train_type,
+    linear_to_lora_layers(model, config.lora_layers, parameters, train_type == "dora")
+    adapter_config = {
+        "fine_tune_type": train_type,
         "num_layers": config.lora_layers,
         "lora_parameters": parameters,
         "model": config.model_name,
     }
+    return adapter_config, train_type
 
 
-def check_lora_keys(model: Any, keys: list[str]) -> list[str]:
+def check_lora_keys(model: nn.Module, keys: list[str]) -> list[str]:
     modules = model.layers[-1].named_modules()
     known = {name for name, m in modules if hasattr(m, "weight") and m.weight.ndim > 1}
     missing = [key for key in keys if key not in known]
@@ -53,7 +57,7 @@ def check_lora_keys(model: Any, keys: list[str]) -> list[str]:
     return keys
 
 
-def read_adapter_config(config: Any) -> tuple[dict[str, Any], str]:
+def read_adapter_config(config: Settings) -> tuple[JsonObject, str]:
     path = Path(config.adapter_path) / "adapter_config.json"
     try:
         adapter_config = json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +86,7 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return base
 
 
-def narrow_adapters(model: Any) -> None:
+def narrow_adapters(model: nn.Module) -> None:
     """Let LoRA layers compute in the type of their base; their weights and gradients stay float32.
 
     mlx-lm's cast their input and write their output in float32: more than what the base does. One

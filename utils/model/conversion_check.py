@@ -3,16 +3,24 @@
 Nothing here imports MLX at module level: `--help` of the converter has to stay quick.
 """
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.errors import RunError
 from ..data import files
+from ..data.tokenizer import Tokenizer
 from ..device import runtime
 from . import loading
+from .shape import ModelConfig
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
 
 PROMPT = "Two and two make"
 FIXED_TEXT = (
@@ -41,15 +49,15 @@ class Reading(NamedTuple):
 class Loaded(NamedTuple):
     """A text or vision model in one form."""
 
-    model: Any
-    tokenizer: Any
-    forward: Callable[[Any], Any]
+    model: nn.Module
+    tokenizer: Tokenizer
+    forward: Callable[[mx.array], mx.array]
     """ids (1, T) -> logits (1, T, vocabulary)"""
     generate: Callable[[int], str]
     """number of tokens -> what follows the prompt"""
 
 
-def load_text_model(folder: Path, trust: bool, model_config: dict[str, Any]) -> Loaded:
+def load_text_model(folder: Path, trust: bool, model_config: ModelConfig) -> Loaded:
     from mlx_lm import generate, load
 
     model, tokenizer, *_ = load(
@@ -68,7 +76,7 @@ def load_text_model(folder: Path, trust: bool, model_config: dict[str, Any]) -> 
     )
 
 
-def load_vision_model(folder: Path, trust: bool, model_config: dict[str, Any]) -> Loaded:
+def load_vision_model(folder: Path, trust: bool, model_config: ModelConfig) -> Loaded:
     """Without an image, its language model reads and writes alone."""
     from mlx_vlm import generate, load
 
@@ -81,9 +89,7 @@ def load_vision_model(folder: Path, trust: bool, model_config: dict[str, Any]) -
     )
 
 
-def read_fixed_text(
-    folder: Path, trust: bool, vision: bool, model_config: dict[str, Any]
-) -> Reading:
+def read_fixed_text(folder: Path, trust: bool, vision: bool, model_config: ModelConfig) -> Reading:
     """Load a model; let it read and write. In float32 on the CPU, as the trainer runs there."""
     import mlx.core as mx
     import numpy as np
@@ -109,7 +115,7 @@ def read_fixed_text(
 
 
 def read_source(
-    folder: Path, trust: bool, vision: bool, model_config: dict[str, Any]
+    folder: Path, trust: bool, vision: bool, model_config: ModelConfig
 ) -> Reading | None:
     """How the source reads the fixed text; None if it does not fit into memory."""
     import mlx.core as mx

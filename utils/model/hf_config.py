@@ -1,12 +1,12 @@
 """Read what transformers 5 writes into config.json the way mlx-lm understands it."""
 
 import inspect
-from typing import Any
 
 from ..base.errors import UserError
+from .shape import JsonObject, ModelConfig
 
 
-def translate_config(config: dict[str, Any]) -> dict[str, Any]:
+def translate_config(config: ModelConfig) -> ModelConfig:
     """Settings to add, so that mlx-lm reads a config.json of transformers 5 rightly.
 
     That version nests rope_theta and the like in `rope_parameters`. Architectures of mlx-lm that
@@ -21,17 +21,28 @@ def translate_config(config: dict[str, Any]) -> dict[str, Any]:
     if "rope_parameters" in known:
         return {}
     added = flatten_rope(rope)
-    layers = config.get("layer_types") or []
-    if "rope_local_base_freq" in added and "full_attention" in layers:
-        # gemma3: every so many layers one attends to everything.
-        added["sliding_window_pattern"] = layers.index("full_attention") + 1
-    unknown = "rope_local_base_freq" in added and "rope_local_base_freq" not in known
-    if unknown and added["rope_local_base_freq"] != added["rope_theta"]:
-        raise UserError(f"mlx-lm's {config['model_type']} has no rope_parameters per kind of layer")
+    if "rope_local_base_freq" in added:
+        added |= sliding_pattern(config)
+        if "rope_local_base_freq" not in known:
+            refuse_two_ropes(config, added)
     return {k: v for k, v in added.items() if k in known and config.get(k) is None}
 
 
-def flatten_rope(rope: dict[str, Any]) -> dict[str, Any]:
+def refuse_two_ropes(config: ModelConfig, added: ModelConfig) -> None:
+    """Raise UserError where the architecture knows only one and the layers have two."""
+    if added["rope_local_base_freq"] != added["rope_theta"]:
+        raise UserError(f"mlx-lm's {config['model_type']} has no rope_parameters per kind of layer")
+
+
+def sliding_pattern(config: ModelConfig) -> ModelConfig:
+    """gemma3: every so many layers one attends to everything."""
+    layers = config.get("layer_types") or []
+    if "full_attention" not in layers:
+        return {}
+    return {"sliding_window_pattern": layers.index("full_attention") + 1}
+
+
+def flatten_rope(rope: JsonObject) -> ModelConfig:
     """`rope_parameters`, of all layers or by kind of layer, under the names of transformers 4."""
     whole = rope.get("full_attention", rope)
     flat = {k: v for k, v in whole.items() if k in ("rope_theta", "partial_rotary_factor")}

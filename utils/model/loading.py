@@ -1,18 +1,26 @@
 """Models from a folder or the hub, with what must be refused or added before training."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..base.errors import RunError, UserError, panics_as_errors, reason
 from ..base.script import ROOT
 from ..base.text import in_one_line
 from ..data import files
+from ..data.tokenizer import Tokenizer
 from ..settings import checks
+from ..settings.run_settings import Settings
 from . import fingerprints, hf_config
 from . import shape as model_shape
+from .shape import JsonObject, ModelConfig
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
 
 HOW_TO_MAKE = {
     "utils/mlx_model": "uv run python utils/convert_model.py "
@@ -83,7 +91,9 @@ def check_model(name: str) -> None:
         read_shape(folder)
 
 
-def read_model(config: Any, local: Path | None) -> tuple[Any, Any, dict, Path]:
+def read_model(
+    config: Settings, local: Path | None
+) -> tuple[nn.Module, Tokenizer, ModelConfig, Path]:
     import mlx_lm
     from mlx_lm.utils import hf_repo_to_path
 
@@ -108,11 +118,11 @@ def read_model(config: Any, local: Path | None) -> tuple[Any, Any, dict, Path]:
     return *mlx_lm.load(str(folder), model_config=added, **options), folder
 
 
-def is_quantized(model: Any) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     return any(hasattr(module, "bits") for _, module in model.named_modules())
 
 
-def choose_train_type(config: Any, model: Any) -> str:
+def choose_train_type(config: Settings, model: nn.Module) -> str:
     """Resolve train_type "auto", and refuse what MLX would silently not train."""
     quantized = is_quantized(model)
     if quantized and config.train_type == "full":
@@ -126,7 +136,7 @@ def choose_train_type(config: Any, model: Any) -> str:
     return resolve_train_type(config, quantized)
 
 
-def resolve_train_type(config: Any, quantized: bool) -> str:
+def resolve_train_type(config: Settings, quantized: bool) -> str:
     """What "auto" means for this model; settings that it leaves without effect are refused."""
     if config.train_type != "auto":
         return config.train_type
@@ -139,14 +149,14 @@ def resolve_train_type(config: Any, quantized: bool) -> str:
 class LoadedModel:
     """A model with all that saving it again takes."""
 
-    model: Any
-    tokenizer: Any
-    config: dict[str, Any]
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: ModelConfig
     folder: Path
     train_type: str
     fingerprint: str = ""
     """Of the files (utils/model/fingerprints.py)."""
-    adapter_config: dict[str, Any] = field(default_factory=dict)
+    adapter_config: JsonObject = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
@@ -161,7 +171,7 @@ class LoadedModel:
         return next((n for n in found if type(n) is int and n > 0), 2**31)
 
 
-def cast(model: Any, dtype: str) -> None:
+def cast(model: nn.Module, dtype: str) -> None:
     """To `dtype`; "auto" is float32 on the CPU, where other types are slower, not faster."""
     import mlx.core as mx
 
@@ -171,7 +181,7 @@ def cast(model: Any, dtype: str) -> None:
         model.set_dtype(getattr(mx, dtype))
 
 
-def try_out(model: Any, tokenizer: Any) -> None:
+def try_out(model: nn.Module, tokenizer: Tokenizer) -> None:
     """One text and one token: what a folder says wrongly shows now, not in the midst of a run.
 
     Raises:
@@ -189,7 +199,7 @@ def try_out(model: Any, tokenizer: Any) -> None:
         raise ValueError(f"it scores {scores.shape[-1]} tokens, but embeds {embeddings(model)}")
 
 
-def embeddings(model: Any) -> int:
+def embeddings(model: nn.Module) -> int:
     """Rows of the embedding table: MLX reads foreign memory for an id from there on."""
     import mlx.nn as nn
 
@@ -217,7 +227,7 @@ def beyond_context(loaded: LoadedModel, name: str, tokens: int, read: int) -> st
     return f"{tokens:,} tokens are more than the {loaded.context:,} that {name} was made for"
 
 
-def load_model(config: Any) -> LoadedModel:
+def load_model(config: Settings) -> LoadedModel:
     """Load model and tokenizer, cast to `dtype`, and make the trainable part trainable.
 
     Raises:
@@ -247,7 +257,7 @@ def load_model(config: Any) -> LoadedModel:
     fingerprint = fingerprints.of_model(folder)
     loaded = LoadedModel(model, tokenizer, model_config, folder, train_type, fingerprint)
     if train_type != "full":
-        add_adapters(config, loaded)
+        loaded.adapter_config, loaded.train_type = add_adapters(config, model, train_type)
         narrow_adapters(model)
     fast.switch_on(model)
     model.eval()  # new adapters come with their dropout on

@@ -20,6 +20,10 @@ DTYPE_BITS = {
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
 DTYPE_NAMES = {4: "F32", 2: "BF16"}
+JsonObject = dict[str, Any]
+"""Of a file: each value is checked where it is read."""
+ModelConfig = JsonObject
+"""What a config.json holds."""
 
 
 class Tensor(NamedTuple):
@@ -51,7 +55,7 @@ class ModelShape:
     activation: str = "silu"
 
 
-def _size(config: dict[str, Any], source: str, *names: str, default: int | None = None) -> int:
+def _size(config: ModelConfig, source: str, *names: str, default: int | None = None) -> int:
     """The first of `names` (families differ) that the configuration sets."""
     value = next((config[name] for name in names if config.get(name) is not None), default)
     if type(value) is not int or not 1 <= value < 2**31:
@@ -59,17 +63,22 @@ def _size(config: dict[str, Any], source: str, *names: str, default: int | None 
     return value
 
 
-def _table(config: dict[str, Any], source: str, *names: str) -> dict[str, Any]:
+def _table(config: ModelConfig, source: str, *names: str) -> JsonObject:
     """The first of `names` that the configuration sets, an object; empty when none is."""
-    value: Any = next((config[name] for name in names if config.get(name)), {})
+    value: object = next((config[name] for name in names if config.get(name)), {})
     if not isinstance(value, dict):
         raise ValueError(f"{source}: {names[0]} must be an object, got {shown(value)}")
     return value
 
 
-def _dimensions(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """The fields of ModelShape that the configuration gives, with the usual fallbacks."""
-    config = {**config, **_table(config, source, "text_config")}
+def _text_config(config: ModelConfig, source: str) -> ModelConfig:
+    """The configuration of the language model, which stands deeper in one that also sees."""
+    return {**config, **_table(config, source, "text_config")}
+
+
+def _dimensions(config: ModelConfig, source: str) -> dict[str, int]:
+    """The sizes in ModelShape that the configuration gives, with the usual fallbacks."""
+    config = _text_config(config, source)
 
     def size(*names: str, default: int | None = None) -> int:
         return _size(config, source, *names, default=default)
@@ -86,11 +95,15 @@ def _dimensions(config: dict[str, Any], source: str) -> dict[str, Any]:
         "vocab_size": size("vocab_size"),
         "experts": size("num_experts", "num_local_experts", default=1),
         "experts_per_token": size("num_experts_per_tok", default=1),
-        "activation": str(config.get("hidden_act") or config.get("hidden_activation") or "silu"),
     }
 
 
-def _parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+def _activation(config: ModelConfig, source: str) -> str:
+    config = _text_config(config, source)
+    return str(config.get("hidden_act") or config.get("hidden_activation") or "silu")
+
+
+def _parse_json(text: str | bytes, source: str) -> JsonObject:
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -102,13 +115,13 @@ def _parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     if not path.is_file():
         raise ValueError(f"{path}: missing")
     return _parse_json(path.read_bytes(), str(path))
 
 
-def _tensor(name: str, entry: Any, source: str) -> tuple[int, int, Tensor]:
+def _tensor(name: str, entry: JsonObject, source: str) -> tuple[int, int, Tensor]:
     """(start, end, tensor) of a header entry whose shape and offsets agree."""
     try:
         start, end = entry["data_offsets"]
@@ -123,24 +136,29 @@ def _tensor(name: str, entry: Any, source: str) -> tuple[int, int, Tensor]:
     return start, end, Tensor(dtype, shape, end - start)
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: 8 bytes of length, a JSON header, then the data.
-
-    Raises ValueError saying what is wrong with the file.
-    """
-    size = path.stat().st_size
+def _header(path: Path) -> tuple[JsonObject, int]:
+    """What stands before the weights: 8 bytes of length, then JSON; and where that ends."""
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-        if length is None or length > min(size - 8, MAX_HEADER_BYTES):
+        if length is None or length > min(path.stat().st_size - 8, MAX_HEADER_BYTES):
             raise ValueError(f"{path}: truncated, or not a safetensors file (no complete header)")
-        header = _parse_json(file.read(length), str(path))
+        return _parse_json(file.read(length), str(path)), 8 + length
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises ValueError saying what is wrong with the file.
+    """
+    header, end_of_header = _header(path)
     header.pop("__metadata__", None)
     entries = {name: _tensor(name, entry, str(path)) for name, entry in header.items()}
     places = sorted((start, end) for start, end, _ in entries.values())
     if any(a[1] > b[0] for a, b in pairwise(places)):
         raise ValueError(f"{path}: tensors overlap, so the file is damaged")
-    missing = 8 + length + max((end for _, end in places), default=0) - size
+    last = max((end for _, end in places), default=0)
+    missing = end_of_header + last - path.stat().st_size
     if missing > 0:
         raise ValueError(f"{path}: truncated, {missing:,} bytes of weights are missing")
     return {name: tensor for name, (_, _, tensor) in entries.items()}
@@ -165,7 +183,7 @@ def shards(model_dir: Path) -> list[Path]:
     return shards
 
 
-def _packed_bits(config: dict[str, Any], path: str, source: str) -> int:
+def _packed_bits(config: ModelConfig, path: str, source: str) -> int:
     """Bits per weight of the quantized layer at `path`; layers may differ from the default."""
     quantization = _table(config, source, "quantization", "quantization_config")
     own = quantization.get(path)
@@ -176,7 +194,7 @@ def _packed_bits(config: dict[str, Any], path: str, source: str) -> int:
     return bits
 
 
-def _count_parameters(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> int:
+def _count_parameters(config: ModelConfig, tensors: dict[str, Tensor], source: str) -> int:
     total = 0
     for name, tensor in tensors.items():
         path, _, kind = name.rpartition(".")
@@ -188,7 +206,7 @@ def _count_parameters(config: dict[str, Any], tensors: dict[str, Tensor], source
     return total
 
 
-def _shape(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> ModelShape:
+def _shape(config: ModelConfig, tensors: dict[str, Tensor], source: str) -> ModelShape:
     head = [name for name in tensors if "lm_head." in name]
     tied = bool(config.get("tie_word_embeddings", not head))
     if tied:  # some checkpoints store the head although it is the embedding; mlx_lm drops it
@@ -206,6 +224,7 @@ def _shape(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> M
         bytes_by_dtype=by_dtype,
         quantized_bits=_packed_bits(config, "", source) if quantized else None,
         tied=tied,
+        activation=_activation(config, source),
         **sizes,
     )
 
@@ -270,7 +289,7 @@ def projections(size: dict[str, int]) -> list[tuple[int, int]]:
     )
 
 
-def shape_from_config(config: dict[str, Any], dtype_bytes: float) -> ModelShape:
+def shape_from_config(config: ModelConfig, dtype_bytes: float) -> ModelShape:
     """Shape by arithmetic for llama- and qwen-like models, for tables without weights.
 
     dtype_bytes: bytes per weight, 0.5625 for 4 bits with groups of 64. Raises ValueError for a
@@ -295,5 +314,6 @@ def shape_from_config(config: dict[str, Any], dtype_bytes: float) -> ModelShape:
         bytes_by_dtype={DTYPE_NAMES.get(int(dtype_bytes), "U32"): on_disk},
         quantized_bits=int(dtype_bytes * 8) if dtype_bytes < 2 else None,
         tied=tied,
+        activation=_activation(config, "config"),
         **size,
     )

@@ -10,7 +10,9 @@ import binascii
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
+
+from ..data.tokenizer import Messages
 
 CHAT_TOKENS = (
     "<|bos|>",
@@ -44,8 +46,8 @@ def _check_tokens(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> No
     """Refuse tables on which tiktoken panics or decoding fails later. Raises ValueError."""
     if missing := [name for name in CHAT_TOKENS if name not in special_tokens]:
         raise ValueError(f"special_tokens lacks {', '.join(missing)}")
-    if missing_bytes := [i for i in range(256) if bytes([i]) not in ranks]:
-        raise ValueError(f"the ranks lack {len(missing_bytes)} of the 256 single bytes")
+    if missing_bytes := sum(bytes([i]) not in ranks for i in range(256)):
+        raise ValueError(f"the ranks lack {missing_bytes} of the 256 single bytes")
     if b"" in ranks:
         raise ValueError("the ranks hold an empty token")
     ids = [*ranks.values(), *special_tokens.values()]
@@ -53,7 +55,7 @@ def _check_tokens(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> No
         raise ValueError(f"the {len(ids)} tokens need the ids 0 to {len(ids) - 1}, each once")
 
 
-def _merge_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _merge_system(messages: Messages) -> Messages:
     """nanochat knows no system role: its text opens the first user message."""
     roles = [message["role"] for message in messages]
     if roles[:2] == ["system", "user"]:
@@ -110,7 +112,7 @@ class TiktokenTokenizerWrapper:
 
     def apply_chat_template(
         self,
-        messages: list[dict[str, str]],
+        messages: Messages,
         tokenize: bool = True,
         add_generation_prompt: bool = True,
         return_dict: bool = False,
@@ -121,6 +123,11 @@ class TiktokenTokenizerWrapper:
         """
         if return_dict:
             raise ValueError("return_dict is not supported: there is only one sequence of ids")
+        ids = self.conversation_ids(messages, add_generation_prompt)
+        return ids if tokenize else self.decode(ids)
+
+    def conversation_ids(self, messages: Messages, add_generation_prompt: bool) -> list[int]:
+        """The same as ids. Raises ValueError as that does."""
         ids = [self.bos_token_id]
         for message in _merge_system(messages):
             start = self.special_tokens[f"<|{message['role']}_start|>"]
@@ -128,7 +135,7 @@ class TiktokenTokenizerWrapper:
             ids += [start, *self.encode(message["content"]), end]
         if add_generation_prompt:
             ids.append(self.special_tokens["<|assistant_start|>"])
-        return ids if tokenize else self.decode(ids)
+        return ids
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the two files that `from_pretrained` reads into `folder`, creating it."""
@@ -137,7 +144,7 @@ class TiktokenTokenizerWrapper:
         ordered = sorted(self.ranks.items(), key=lambda item: item[1])
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ordered]
         (folder / "tokenizer.tiktoken").write_text("".join(lines))
-        config: dict[str, Any] = {"pattern": self.pattern, "special_tokens": self.special_tokens}
+        config = {"pattern": self.pattern, "special_tokens": self.special_tokens}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod

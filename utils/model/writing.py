@@ -1,18 +1,27 @@
 """Model folders that `mlx_lm.load` reads, and adapters in its format."""
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..base.text import shown
+from ..data.tokenizer import Tokenizer
+from .shape import JsonObject, ModelConfig
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from .loading import LoadedModel
 
 SINGLE = "model.safetensors"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """In one piece: a kill leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.partial")
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -21,7 +30,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_model(
-    folder: Path, model: Any, tokenizer: Any, config: dict, source: Path, *, donate: bool = False
+    folder: Path,
+    model: "nn.Module",
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    source: Path,
+    *,
+    donate: bool = False,
 ) -> None:
     """A complete model folder that `mlx_lm.load` reads: weights, config, tokenizer, custom code.
 
@@ -40,7 +55,7 @@ def write_model(
         shutil.copy(file, folder)
 
 
-def write_lazy_weights(folder: Path, model: Any) -> None:
+def write_lazy_weights(folder: Path, model: "nn.Module") -> None:
     """model*.safetensors of 1 GB with their index; leaves the model without weights."""
     import mlx.core as mx
     from mlx.utils import tree_map
@@ -60,7 +75,7 @@ def write_lazy_weights(folder: Path, model: Any) -> None:
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_adapters(folder: Path, model: Any, adapter_config: dict[str, Any]) -> None:
+def write_adapters(folder: Path, model: "nn.Module", adapter_config: JsonObject) -> None:
     """Adapters in mlx-lm's format: `mlx_lm.load(base, adapter_path=folder)`, `mlx_lm.fuse`."""
     import mlx.core as mx
 
@@ -80,17 +95,52 @@ def write_stop_strings(folder: Path, stop_strings: list[str], eos_ids: Iterable[
     write_json(path, settings | ({"stop_strings": stop_strings} if stop_strings else {}))
 
 
-def flat(tree: Any) -> dict[str, Any]:
+def flat(tree: object) -> "dict[str, mx.array]":
     """Dotted name -> array."""
     from mlx.utils import tree_flatten
 
     return dict(tree_flatten(tree))
 
 
-def load_weights(model: Any, weights: dict[str, Any]) -> None:
+def load_weights(model: "nn.Module", weights: "dict[str, mx.array]") -> None:
     """MLX takes a matrix of another shape, and reads beyond it where ids are looked up in it."""
     known = flat(model.parameters())
     for name, value in weights.items():
         if name not in known or value.shape != known[name].shape:
             raise ValueError(f"{shown(name)} of shape {value.shape} is no part of the model")
     model.load_weights(list(weights.items()), strict=False)
+
+
+def write_trained(
+    folder: Path,
+    loaded: "LoadedModel",
+    model: "nn.Module",
+    config: ModelConfig,
+    stop_strings: list[str],
+    *,
+    donate: bool = False,
+) -> None:
+    """A model folder of what `loaded` has become; `donate` as in `write_model`."""
+    tokenizer = loaded.tokenizer
+    write_model(folder, model, tokenizer, config, loaded.folder, donate=donate)
+    write_stop_strings(folder, stop_strings, tokenizer.eos_token_ids)
+
+
+def write_fused(
+    folder: Path, loaded: "LoadedModel", model: "nn.Module", stop_strings: list[str]
+) -> None:
+    """Write the model with its adapters merged, at full precision.
+
+    Merged into 4-bit weights again, most of what was learnt would be rounded away.
+    """
+    from mlx.utils import tree_unflatten
+    from mlx_lm.utils import dequantize_model
+
+    fused = copy.deepcopy(model)
+    merged = [(n, m.fuse(dequantize=True)) for n, m in fused.named_modules() if "lora_a" in m]
+    fused.update_modules(tree_unflatten(merged))
+    fused = dequantize_model(fused)
+    config = dict(loaded.config)
+    config.pop("quantization", None)
+    config.pop("quantization_config", None)
+    write_trained(folder, loaded, fused, config, stop_strings, donate=True)

@@ -1,0 +1,1 @@
+"""What utils/pretrain.py trains: data, the model, LitGPT's options, tiny-math."""

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,6 +21,8 @@ from ..base.errors import UserError
 from ..base.say import say
 
 END = "<|endoftext|>"
+TokenPair = tuple[list[int], list[int]]
+"""Of a prompt and of its completion."""
 
 
 @dataclass
@@ -127,23 +128,23 @@ def read_pairs(path: str, option: str) -> list[tuple[str, str]]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} = {path!r} cannot be read: {error}") from None
-    pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-        texts = [
-            row.get(key) if isinstance(row, dict) else None for key in ("prompt", "completion")
-        ]
-        if not all(isinstance(text, str) for text in texts) or not texts[1]:
-            raise UserError(f'{path}, line {number}: needs the texts "prompt" and "completion"')
-        pairs.append((str(texts[0]), str(texts[1])))
+    numbered = enumerate(lines, start=1)
+    pairs = [_pair(line, f"{path}, line {number}") for number, line in numbered if line.strip()]
     if not pairs:
         raise UserError(f"{option} = {path!r}: holds no line")
     return pairs
+
+
+def _pair(line: str, where: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    texts = row if isinstance(row, dict) else {}
+    prompt, completion = texts.get("prompt"), texts.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
+        raise UserError(f'{where}: needs the texts "prompt" and "completion"')
+    return prompt, completion
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
@@ -164,21 +165,34 @@ def pair_rows(
     """
     if use_chat_template and not tokenizer.chat_template:
         raise UserError("use_chat_template = true: the tokenizer has no chat template")
+    encoded = _encoded_pairs(tokenizer, pairs, use_chat_template)
+    fitting = [(head, tail) for head, tail in encoded if len(head) + len(tail) <= length + 1]
+    if not fitting:
+        raise UserError(f"{option}: every row is longer than max_seq_length = {length} tokens")
+    if left_out := len(pairs) - len(fitting):
+        say(f"{option}: {left_out} of {len(pairs)} rows are longer than {length} tokens: left out")
+    return _padded(fitting, length, tokenizer.eos_token_id)
+
+
+def _encoded_pairs(
+    tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]], use_chat_template: bool
+) -> list[TokenPair]:
+    """Prompt, and completion with the end of text, of each pair."""
     prompts = [chat_prompt(tokenizer, p) if use_chat_template else p for p, _ in pairs]
     end = tokenizer.eos_token_id
     heads = list(encode(tokenizer, prompts))
     if not use_chat_template:  # an empty prompt, too, needs a token before the completion
         heads = [[end, *head] for head in heads]
     tails = [[*ids, end] for ids in encode(tokenizer, [text for _, text in pairs])]
-    fitting = [(h, t) for h, t in zip(heads, tails, strict=True) if len(h) + len(t) <= length + 1]
-    if not fitting:
-        raise UserError(f"{option}: every row is longer than max_seq_length = {length} tokens")
-    if left_out := len(pairs) - len(fitting):
-        say(f"{option}: {left_out} of {len(pairs)} rows are longer than {length} tokens: left out")
-    width = min(length, _rounded(max(len(h) + len(t) for h, t in fitting) - 1))
-    tokens = np.full((len(fitting), width + 1), end, dtype=np.int32)
-    mask = np.zeros((len(fitting), width), dtype=bool)
-    for row, (head, tail) in enumerate(fitting):
+    return list(zip(heads, tails, strict=True))
+
+
+def _padded(pairs: list[TokenPair], length: int, end: int) -> Rows:
+    """Rows as long as the longest pair, rounded up to 32 or `length`, filled up with `end`."""
+    width = min(length, _rounded(max(len(head) + len(tail) for head, tail in pairs) - 1))
+    tokens = np.full((len(pairs), width + 1), end, dtype=np.int32)
+    mask = np.zeros((len(pairs), width), dtype=bool)
+    for row, (head, tail) in enumerate(pairs):
         tokens[row, : len(head) + len(tail)] = head + tail
         mask[row, len(head) - 1 : len(head) + len(tail) - 1] = True
     return Rows(tokens, mask)
@@ -212,7 +226,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=sys.stderr.isatty(),  # elsewhere it prints empty lines
     )
     core.train_from_iterator(texts, trainer)
-    settings: dict[str, Any] = {"eos_token": END, "pad_token": END}
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, clean_up_tokenization_spaces=False, **settings
+        tokenizer_object=core, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
     )

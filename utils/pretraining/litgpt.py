@@ -7,7 +7,10 @@ own names for the sizes of a model. `docs/litgpt.md` goes through every one of t
 from typing import Any
 
 from ..base.errors import UserError
+from ..model.shape import ModelConfig
 
+Table = dict[str, Any]
+"""Options by name, as they stand in a file; a table may hold others."""
 # Table of the file -> the options whose flat name here differs from their name in the table.
 TABLES: dict[str, dict[str, str]] = {
     "data": {"class_path": "data_class_path"},
@@ -40,13 +43,13 @@ TYPES = {
 }
 
 
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: Table, prefix: str = "") -> Table:
     """The options of nested tables under their flat names; other keys stay as they are.
 
     Raises:
         UserError: an option stands twice.
     """
-    flat: dict[str, Any] = {}
+    flat: Table = {}
     renamed = TABLES.get(prefix.rstrip("."), {})
     for key, value in data.items():
         if prefix + key in TABLES and isinstance(value, dict):
@@ -59,7 +62,7 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def model_config(table: dict[str, Any]) -> dict[str, Any]:
+def model_config(table: Table) -> ModelConfig:
     """config.json for mlx-lm from LitGPT's model options; another table is returned as it is.
 
     Raises:
@@ -72,27 +75,37 @@ def model_config(table: dict[str, Any]) -> dict[str, Any]:
     kind = table.pop("mlp_class_name", "LLaMAMLP")
     if kind not in TYPES:
         raise UserError(f"[model] mlp_class_name = {kind!r}: known are {', '.join(TYPES)}")
-    for key, value in ONLY.items():
-        if (found := table.pop(key, value)) != value:
-            raise UserError(f"[model] {key} = {found!r}: mlx-lm's {TYPES[kind][0]} has {value!r}")
-    if unknown := sorted(set(table) - {*MODEL_NAMES, "vocab_size"}):
-        raise UserError(f"[model] {unknown[0]}: unknown; known: {sorted(MODEL_NAMES)}")
-    _check_sizes(table)
-    vocab_size = table.pop("vocab_size", 0)
-    if vocab_size:
-        table.setdefault("padded_vocab_size", vocab_size)
-    if table.get("padded_vocab_size", 0) < vocab_size:
-        raise UserError("[model] padded_vocab_size is smaller than vocab_size")
-    table.setdefault("n_query_groups", table["n_head"])  # LitGPT's default; mlx-lm's differs
     model_type, architecture = TYPES[kind]
-    config: dict[str, Any] = {"model_type": model_type, "architectures": [architecture]}
+    _check_names(table, model_type)
+    _check_sizes(table)
+    _pad_vocabulary(table)
+    table.setdefault("n_query_groups", table["n_head"])  # LitGPT's default; mlx-lm's differs
+    config: ModelConfig = {"model_type": model_type, "architectures": [architecture]}
     config |= {MODEL_NAMES[key]: value for key, value in table.items()}
     config = {"rms_norm_eps": 1e-5, "rope_theta": 10000} | config  # LitGPT's defaults
     config.setdefault("tie_word_embeddings", False)  # as LitGPT's GPT: a head of its own
     return config | ({"name": name} if name else {})
 
 
-def _check_sizes(table: dict[str, Any]) -> None:
+def _check_names(table: Table, model_type: str) -> None:
+    """Take out what the architecture has anyway; refuse what it has not, and unknown names."""
+    for key, value in ONLY.items():
+        if (found := table.pop(key, value)) != value:
+            raise UserError(f"[model] {key} = {found!r}: mlx-lm's {model_type} has {value!r}")
+    if unknown := sorted(set(table) - {*MODEL_NAMES, "vocab_size"}):
+        raise UserError(f"[model] {unknown[0]}: unknown; known: {sorted(MODEL_NAMES)}")
+
+
+def _pad_vocabulary(table: Table) -> None:
+    """Only the padded size goes on: it is that of the embedding."""
+    vocab_size = table.pop("vocab_size", 0)
+    if vocab_size:
+        table.setdefault("padded_vocab_size", vocab_size)
+    if table.get("padded_vocab_size", 0) < vocab_size:
+        raise UserError("[model] padded_vocab_size is smaller than vocab_size")
+
+
+def _check_sizes(table: Table) -> None:
     for key in ("n_embd", "n_layer", "n_head"):
         if key not in table:
             raise UserError(f"[model] {key} is missing")

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,12 +13,13 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
 
 from ..base.errors import UserError
+from ..model.shape import ModelConfig
 
 # Keys of config.json that transformers or this repository read, and mlx-lm does not.
 EXTRA = {"architectures", "torch_dtype", "max_position_embeddings", "name"}
 
 
-def architecture(config: dict[str, Any]) -> tuple[Any, Any]:
+def architecture(config: ModelConfig) -> tuple[ModuleType, object]:
     """mlx-lm's module of the model type, and its arguments.
 
     Raises:
@@ -38,7 +39,7 @@ def architecture(config: dict[str, Any]) -> tuple[Any, Any]:
         raise UserError(f"[model] is incomplete for {kind!r}: {error}") from None
 
 
-def new_model(config: dict[str, Any], seed: int) -> nn.Module:
+def new_model(config: ModelConfig, seed: int) -> nn.Module:
     """A model with fresh float32 weights; raises what `architecture` raises."""
     module, args = architecture(config)
     mx.random.seed(seed)
@@ -47,7 +48,7 @@ def new_model(config: dict[str, Any], seed: int) -> nn.Module:
     return model
 
 
-def load_folder(folder: str) -> tuple[nn.Module, dict[str, Any]]:
+def load_folder(folder: str) -> tuple[nn.Module, ModelConfig]:
     """Model and config.json of a folder.
 
     Raises:
@@ -75,7 +76,7 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(module, SwitchLinear) for module in model.modules())
 
 
-def parameter_counts(model: nn.Module, config: dict[str, Any]) -> tuple[int, int]:
+def parameter_counts(model: nn.Module, config: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that take part in one token (experts not chosen do not)."""
     idle = 0
     chosen = config.get("num_experts_per_tok", 1) / config.get("num_local_experts", 1)

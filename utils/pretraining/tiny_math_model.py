@@ -16,14 +16,12 @@ devices, and on a CPU the command takes hours instead of minutes.
 import dataclasses
 import itertools
 import json
-import math
 import platform
 import random
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,8 +36,13 @@ from transformers import PreTrainedTokenizerFast
 
 from ..base.errors import UserError
 from ..base.say import say
+from ..model.shape import ModelConfig
 from . import tiny_math
 from .model import new_model
+from .ranges import check_numbers
+
+Figures = dict[str, dict[str, float]]
+"""Of an evaluation: kind of questions -> metric -> share."""
 
 
 @dataclasses.dataclass
@@ -60,7 +63,7 @@ class TinyMathConfig:
     """Tokens of the tokenizer; a multiple of 64, so that the embedding quantizes."""
     tokenizer_samples: int = 6000
     """Problems whose text the tokenizer is trained on."""
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: ModelConfig = dataclasses.field(default_factory=dict)
     """The table [model]: config.json of a model type that mlx-lm knows."""
     global_batch_size: int = 256
     """Sequences per optimizer step."""
@@ -80,9 +83,9 @@ class TinyMathConfig:
     """Peak learning rate of stage 2."""
     finish_warmup_steps: int = 50
     """Steps of linear warm-up of stage 2."""
-    one_step: dict[str, Any] = dataclasses.field(default_factory=lambda: {"good": 1.0})
+    one_step: dict[str, float] = dataclasses.field(default_factory=lambda: {"good": 1.0})
     """The table [one_step]: weight of each kind of demonstration in stage 2, one-step problems."""
-    two_step: dict[str, Any] = dataclasses.field(default_factory=lambda: {"good": 1.0})
+    two_step: dict[str, float] = dataclasses.field(default_factory=lambda: {"good": 1.0})
     """The table [two_step]: the same for two-step problems."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
@@ -104,13 +107,8 @@ class TinyMathConfig:
     """Steps between updates of the figures on the progress bar."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            free = field.name in ("seed", "finish_steps", "weight_decay", "eval_interval")
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                low = "0 or more" if free else "more than 0"
-                if not math.isfinite(value) or value < 0 or (value == 0 and not free):
-                    raise UserError(f"{field.name} = {value!r}: must be {low}")
+        may_be_zero = {"seed", "finish_steps", "weight_decay", "eval_interval"}
+        check_numbers(vars(self), may_be_zero)
         if self.vocab_size % 64 or self.vocab_size < 320:
             raise UserError(
                 f"vocab_size = {self.vocab_size}: must be a multiple of 64 from 320 (256 bytes, "
@@ -137,7 +135,7 @@ class TinyMathConfig:
             )
 
 
-def _check_mixture(name: str, mixture: dict[str, Any]) -> None:
+def _check_mixture(name: str, mixture: dict[str, float]) -> None:
     for kind, weight in mixture.items():
         if kind not in tiny_math.DEMONSTRATIONS:
             known = ", ".join(tiny_math.DEMONSTRATIONS)
@@ -195,7 +193,7 @@ def mixed_examples(
     return [(p, tiny_math.demonstrate(p, mixtures[len(p.ops)], rng)) for p in problems]
 
 
-def build_model(config: TinyMathConfig) -> tuple[nn.Module, dict[str, Any]]:
+def build_model(config: TinyMathConfig) -> tuple[nn.Module, ModelConfig]:
     """A model with fresh float32 weights and its config.json."""
     sizes = {"vocab_size": config.vocab_size, "tie_word_embeddings": True}
     model_config = {**config.model, **sizes, "torch_dtype": "float32"}
@@ -290,7 +288,7 @@ def evaluate(
     data: tiny_math.TinyMath,
     config: TinyMathConfig,
     temperature: float,
-) -> dict[str, dict[str, float]]:
+) -> Figures:
     """Figures on all test questions, on those with seen pairs and on the held-out ones."""
     repeats = config.eval_samples if temperature else 1
     problems = data.test * repeats
@@ -306,7 +304,7 @@ def evaluate(
     return {name: summarize(part) for name, part in parts.items()}
 
 
-def report(title: str, figures: dict[str, dict[str, float]]) -> None:
+def report(title: str, figures: Figures) -> None:
     for part, values in figures.items():
         line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         say(f"{title:<24} {part:<15} {line}")
@@ -317,10 +315,10 @@ def train_both_stages(
     tokenizer: PreTrainedTokenizerFast,
     data: tiny_math.TinyMath,
     config: TinyMathConfig,
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Figures]]:
     """Train `model` in place and return the figures after each stage."""
 
-    def greedy() -> dict[str, dict[str, float]]:
+    def greedy() -> Figures:
         return evaluate(model, tokenizer, data, config, temperature=0.0)
 
     def now_and_then(step: int) -> None:
@@ -332,7 +330,7 @@ def train_both_stages(
     )
     pool = make_pool(tokenizer, good_examples(data, config.pool_size))
     fit(model, pool, config, schedule, config.max_steps, "stage 1", now_and_then)
-    figures: dict[str, Any] = {"stage 1": final_figures(model, tokenizer, data, config, "stage 1")}
+    figures = {"stage 1": final_figures(model, tokenizer, data, config, "stage 1")}
     if config.finish_steps:
         schedule = learning_rate_schedule(
             config.finish_learning_rate, config.finish_warmup_steps, config.finish_steps
@@ -349,7 +347,7 @@ def final_figures(
     data: tiny_math.TinyMath,
     config: TinyMathConfig,
     stage: str,
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, Figures]:
     mx.random.seed(config.seed)
     figures = {}
     for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
@@ -361,9 +359,9 @@ def final_figures(
 def save(
     folder: Path,
     model: nn.Module,
-    model_config: dict[str, Any],
+    model_config: ModelConfig,
     tokenizer: PreTrainedTokenizerFast,
-    record: dict[str, Any],
+    record: dict[str, object],
 ) -> None:
     """Weights, config.json, generation_config.json and pretrain.json, for `mlx_lm.load`."""
     stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

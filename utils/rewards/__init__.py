@@ -1,0 +1,1 @@
+"""From completions to numbers: built-in functions, those of users, servers, models."""

@@ -8,9 +8,10 @@ import math
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 from ..base.errors import UserError
+from .importing import Rewards
 from .scoring_models import RewardModel
 from .servers import Judge, RemoteReward
 
@@ -18,12 +19,10 @@ LONGEST = 1000  # characters that math-verify is to read
 WORDS = re.compile(r"[^\W\d_]{2,}(\s+[^\W\d_]+)*")
 
 
-def table(
-    extract_answer: Callable[[str], str], correctness: Callable[..., list]
-) -> dict[str, Callable[..., Any]]:
+def table(extract_answer: Callable[[str], str], correctness: Callable[..., list]) -> Rewards:
     """The built-in rewards of this folder by name, with the script's reading of answers."""
 
-    def math_reward_func(completions: list, answer: list[str], **_: Any) -> list[float | None]:
+    def math_reward_func(completions: list, answer: list[str], **_: object) -> list[float | None]:
         """1.0 for an equivalent answer, None where the expected one can't be read."""
         import_math_verify()  # complains before anything is loaded
         texts = [c[0]["content"] for c in completions]
@@ -40,7 +39,7 @@ def table(
         max_value_wrong: float = -0.5,
         min_value_correct: float = 0.5,
         max_value_correct: float = 1.0,
-        **_: Any,
+        **_: object,
     ) -> list[float]:
         """Cosine in the length: short right answers earn most, short wrong ones least."""
         right = correctness(completions=completions, answer=answer)
@@ -70,7 +69,7 @@ def cosine_scaled(length: int, max_len: int, at_end: float, at_start: float) -> 
 
 
 def length_reward_func(
-    completion_ids: list, max_len: int = 0, target: int = 0, penalty: float = -1.0, **_: Any
+    completion_ids: list, max_len: int = 0, target: int = 0, penalty: float = -1.0, **_: object
 ) -> list[float]:
     """0 up to `target` tokens, then linearly down to `penalty` at max_len."""
     if not 0 <= target < max_len:
@@ -80,7 +79,7 @@ def length_reward_func(
 
 
 def soft_overlong_reward_func(
-    completion_ids: list, max_len: int = 0, cache: int = 0, **_: Any
+    completion_ids: list, max_len: int = 0, cache: int = 0, **_: object
 ) -> list[float]:
     """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13): 0 up to max_len - cache, then
     down to -1 at max_len. `cache` 0 is a fifth of max_len, as in the paper."""
@@ -92,7 +91,7 @@ def soft_overlong_reward_func(
 
 
 def repetition_reward_func(
-    completion_ids: list, ngram_size: int = 3, max_penalty: float = -1.0, **_: Any
+    completion_ids: list, ngram_size: int = 3, max_penalty: float = -1.0, **_: object
 ) -> list[float]:
     """max_penalty x the share of token n-grams that repeat an earlier one (arXiv:2502.03373, C.2).
 
@@ -138,7 +137,7 @@ def equivalent(given: str, expected: str) -> bool | None:
     return bool(math_verify.verify(target, answer, timeout_seconds=limit))
 
 
-def import_math_verify() -> Any:
+def import_math_verify() -> ModuleType:
     try:
         import math_verify
     except ImportError:

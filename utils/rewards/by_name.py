@@ -3,12 +3,15 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 from ..base.errors import UserError
-from .calls import described, waits
+from ..settings.run_settings import Settings
+from .calls import Reward, described, waits
 from .importing import Rewards, load_reward
+from .workers import InWorkers, new_pool
+
+Parameters = dict[str, object]
 
 # Parameters of built-in rewards that settings fill: the first unless reward_kwargs does.
 FROM_SETTINGS = {"max_len": "max_new_tokens"}
@@ -20,7 +23,7 @@ ONLY_SETTINGS = {
 }
 
 
-def load_rewards(config: Any, builtin: Rewards) -> Rewards:
+def load_rewards(config: Settings, builtin: Rewards) -> Rewards:
     """The functions of `reward_funcs` by the names given there, with their `reward_kwargs`.
 
     Raises:
@@ -38,10 +41,8 @@ def load_rewards(config: Any, builtin: Rewards) -> Rewards:
     return rewards
 
 
-def in_workers(config: Any, rewards: Rewards, builtin: Rewards) -> Rewards:
+def in_workers(config: Settings, rewards: Rewards, builtin: Rewards) -> Rewards:
     """Own functions that would keep this process waiting, as calls to other processes."""
-    from .workers import InWorkers, new_pool
-
     own = [spec for spec in rewards if spec not in builtin and not waits(rewards[spec])]
     if not own:
         raise UserError("reward_workers has no effect: reward_funcs names no own function to call")
@@ -53,51 +54,63 @@ def in_workers(config: Any, rewards: Rewards, builtin: Rewards) -> Rewards:
     return {s: InWorkers(s, rewards[s], kwargs.get(s, {}), pool, limit) for s in own}
 
 
-def with_parameters(
-    spec: str, function: Callable[..., Any], config: Any, is_builtin: bool
-) -> Callable[..., Any]:
+def with_parameters(spec: str, function: Reward, config: Settings, is_builtin: bool) -> Reward:
     """The function with parameters bound; a class is made an instance, once."""
-    parameters = inspect.signature(function).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    names = {parameter.name for parameter in parameters}
+    parameters = inspect.signature(function).parameters
     given = config.reward_kwargs.get(spec, {})
-    settable = dict(defaults)
-    if inspect.isclass(function):  # what it needs may come from reward_kwargs alone
-        settable = {p.name: None if p.default is p.empty else p.default for p in parameters}
-    for name in ONLY_SETTINGS if is_builtin else ():
-        settable.pop(name, None)
+    allowed = settable(function, is_builtin)
     for name, value in given.items():
-        check_parameter(spec, name, value, settable)
+        check_parameter(spec, name, value, allowed)
     if is_builtin:  # its defaults too, or a column of that name would be taken for the parameter
         settings = FROM_SETTINGS | ONLY_SETTINGS
-        named = {n: getattr(config, s) for n, s in settings.items() if n in names}
-        given = {**defaults, **named, **given}
+        filled = {n: getattr(config, s) for n, s in settings.items() if n in parameters}
+        given = {**defaults(function), **filled, **given}
     try:
-        if inspect.isclass(function):
-            made: Any = function(**given)
-            return made
-        bound = functools.partial(function, **given) if given else function
-        if is_builtin:
-            bound(completions=[], completion_ids=[], answer=[])  # refuses impossible values
+        return bound(function, given, is_builtin)
     except UserError as error:
         raise UserError(f"reward {spec}: {error}") from None
     except Exception as error:  # also of someone else's class
         reason = str(error) if is_builtin else described(error)
         raise UserError(f"reward {spec}: {reason}") from error
-    return bound
 
 
-def check_parameter(spec: str, name: str, value: Any, defaults: dict[str, Any]) -> None:
-    if name not in defaults:
-        near = difflib.get_close_matches(name, defaults, n=1)
-        known = f"it has {', '.join(defaults)}" if defaults else "it has none with a default"
+def defaults(function: Reward) -> Parameters:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def settable(function: Reward, is_builtin: bool) -> Parameters:
+    """What `reward_kwargs` may set, with the defaults; None where there is none."""
+    found = defaults(function)
+    if inspect.isclass(function):  # what it needs may come from reward_kwargs alone
+        found = {name: found.get(name) for name in inspect.signature(function).parameters}
+    hidden = ONLY_SETTINGS if is_builtin else {}
+    return {name: default for name, default in found.items() if name not in hidden}
+
+
+def bound(function: Reward, given: Parameters, is_builtin: bool) -> Reward:
+    if inspect.isclass(function):
+        return cast(Reward, function(**given))
+    made = functools.partial(function, **given) if given else function
+    if is_builtin:
+        made(completions=[], completion_ids=[], answer=[])  # refuses impossible values
+    return made
+
+
+def check_parameter(spec: str, name: str, value: object, known: Parameters) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        has = f"it has {', '.join(known)}" if known else "it has none with a default"
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"reward_kwargs: reward {spec} has no parameter {name!r} ({known}){hint}")
-    default = defaults[name]
-    kinds: Any = (int, float) if isinstance(default, float) else type(default)
-    if default is not None and (
-        not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
-    ):
+        raise UserError(f"reward_kwargs: reward {spec} has no parameter {name!r} ({has}){hint}")
+    default = known[name]
+    if default is not None and not is_like(value, default):
         raise UserError(
             f"reward_kwargs: {name} of {spec} must be like its default {default!r}, not {value!r}"
         )
+
+
+def is_like(value: object, default: object) -> bool:
+    """Whether it is of that kind; an integer is like a float, a bool like nothing else."""
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)

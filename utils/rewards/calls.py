@@ -13,11 +13,11 @@ import math
 import numbers
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat, cast
 
 import numpy as np
 
@@ -25,8 +25,12 @@ from ..base.errors import RunError, UserError
 from ..base.text import shown
 
 Values = list[float]
+Completions = list[list[dict[str, str]]]
+"""Conversations of one message each, as TRL gives them to reward functions."""
 Reward = Callable[..., Any]
 """A reward function with TRL's interface, as the module says: whatever its author wrote."""
+Columns = dict[str, list]
+"""What functions get by name: one value per completion."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Extras:
     """What a function logs beside its values."""
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    columns: dict[str, list] = field(default_factory=dict)
+    columns: Columns = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
         """A number for the training record, where calls of an update are averaged."""
@@ -71,7 +75,7 @@ class Part:
 
 
 class RewardCalls:
-    """Calls functions; afterwards `metrics` and `extras` hold what they logged.
+    """Calls functions; afterwards `logged` holds what they logged.
 
     Coroutines of `async` functions run together in a loop of another thread (a notebook's thread
     has a loop already), which lives as long as this object, while the other functions are called.
@@ -80,14 +84,13 @@ class RewardCalls:
     def __init__(self, timeout: float = 180.0) -> None:
         self.timeout = timeout
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.metrics: dict[str, float] = {}
-        self.extras: dict[str, list] = {}
+        self.logged = Extras()
         self.parts: dict[str, list[Part]] = {}  # what was begun, by function
 
     def __call__(
         self,
-        functions: dict[str, Callable[..., Any]],
-        columns: dict[str, list],
+        functions: dict[str, Reward],
+        columns: Columns,
         state: TrainerState | None = None,
         pulse: Callable[[], None] = lambda: None,
     ) -> dict[str, np.ndarray]:
@@ -117,15 +120,13 @@ class RewardCalls:
             part.values.cancel()
         self.parts = {}
 
-    def ahead(
-        self, functions: dict[str, Callable], columns: dict[str, list], state: TrainerState
-    ) -> None:
+    def ahead(self, functions: dict[str, Reward], columns: Columns, state: TrainerState) -> None:
         """Begin on the first rows of the next call, with those functions that take any rows."""
         for name, function in takes_parts(functions).items():
             self.begin(name, function, columns, state)
 
     def begin(
-        self, name: str, function: Callable, columns: dict[str, list], state: TrainerState | None
+        self, name: str, function: Reward, columns: Columns, state: TrainerState | None
     ) -> None:
         """Call a function on the rows that it has not got yet."""
         parts = self.parts.setdefault(name, [])
@@ -137,7 +138,12 @@ class RewardCalls:
             parts.append(Part(count, values, extras))
 
     def answer(
-        self, name: str, function: Callable, columns: dict, state: Any, extras: Extras
+        self,
+        name: str,
+        function: Reward,
+        columns: Columns,
+        state: TrainerState | None,
+        extras: Extras,
     ) -> Future:
         """What the function says, now or later."""
         offered = {
@@ -159,8 +165,8 @@ class RewardCalls:
         return done
 
     async def limited(
-        self, name: str, result: Awaitable, limit: float | None, columns: dict
-    ) -> Any:
+        self, name: str, result: Awaitable, limit: float | None, columns: Columns
+    ) -> object:
         deadline = asyncio.timeout(limit)
         try:
             async with deadline:
@@ -176,7 +182,7 @@ class RewardCalls:
             threading.Thread(target=self.loop.run_forever, daemon=True, name="rewards").start()
         return self.loop
 
-    def keep(self, parts: dict[str, list["Part"]], count: int) -> None:
+    def keep(self, parts: dict[str, list[Part]], count: int) -> None:
         together = Extras()
         for name in parts:
             own = Extras()
@@ -190,18 +196,15 @@ class RewardCalls:
                     )
             together.add(Extras(own.metrics))
             together.columns |= own.columns
-        self.metrics = {
-            f"metric/{name}": float(np.mean(values)) for name, values in together.metrics.items()
-        }
-        self.extras = together.columns
+        self.logged = together
 
 
-def takes_parts(functions: dict[str, Callable]) -> dict[str, Callable]:
+def takes_parts(functions: dict[str, Reward]) -> dict[str, Reward]:
     """Those that answer later, and the same whether they get all completions or one prompt's."""
     return {n: f for n, f in functions.items() if getattr(f, "per_prompt", False)}
 
 
-def waits(function: Callable) -> bool:
+def waits(function: Reward) -> bool:
     """Whether a call gives control back at once and its answer later."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - an object whose method is async
@@ -219,7 +222,7 @@ def finish(futures: list[Future], pulse: Callable[[], None]) -> None:
         pulse()
 
 
-def accepted(function: Callable, offered: dict[str, Any]) -> dict[str, Any]:
+def accepted(function: Reward, offered: Mapping[str, object]) -> dict[str, object]:
     """Of the keywords, those that the function takes and that are not bound already."""
     bound = getattr(function, "keywords", {})
     parameters = inspect.signature(function).parameters.values()
@@ -229,19 +232,19 @@ def accepted(function: Callable, offered: dict[str, Any]) -> dict[str, Any]:
     return {name: offered[name] for name in names if name in offered}
 
 
-def failure(name: str, error: Exception, columns: dict[str, list]) -> RunError:
+def failure(name: str, error: Exception, columns: Columns) -> RunError:
     if isinstance(error, RunError | UserError):  # ours: says all that there is to say
         return RunError(f"reward {name}: {error}")
     return RunError(f"reward {name} raised {described(error)}{given(columns)}")
 
 
-def too_long(name: str, timeout: float, columns: dict[str, list]) -> RunError:
+def too_long(name: str, timeout: float, columns: Columns) -> RunError:
     return RunError(
         f"reward {name} took longer than reward_timeout = {timeout:g} seconds{given(columns)}"
     )
 
 
-def given(columns: dict[str, list]) -> str:
+def given(columns: Columns) -> str:
     """What a function was called with, shortened."""
     texts = [completion[0]["content"] for completion in columns["completions"]]
     examples = [f"\n  {shortened(text, 200)}" for text in texts[:2]]
@@ -264,7 +267,7 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def checked(name: str, values: Any, columns: dict[str, list]) -> Values:
+def checked(name: str, values: object, columns: Columns) -> Values:
     """One finite number per completion; NaN for None.
 
     Raises:
@@ -280,7 +283,7 @@ def checked(name: str, values: Any, columns: dict[str, list]) -> Values:
     if len(values) != len(texts):
         raise RunError(f"reward {name} returned {len(values)} values{given(columns)}")
     for value, text in zip(values, texts, strict=True):
-        if value is not None and not math.isfinite(as_float(value)):
+        if not is_value(value):
             raise RunError(
                 f"reward {name} returned {shown(value)}, not a finite number or "
                 f"None, for the completion:\n{text[:2000]}"
@@ -288,17 +291,21 @@ def checked(name: str, values: Any, columns: dict[str, list]) -> Values:
     return [math.nan if value is None else as_float(value) for value in values]
 
 
-def as_float(value: Any) -> float:
+def is_value(value: object) -> bool:
+    return value is None or math.isfinite(as_float(value))
+
+
+def as_float(value: object) -> float:
     """A number of Python, numpy or an array library (an array without dimensions); else NaN."""
     if not isinstance(value, numbers.Real | np.bool_) and getattr(value, "ndim", 1) != 0:
         return math.nan
     try:
-        return float(value)
+        return float(cast(SupportsFloat, value))
     except (TypeError, ValueError, OverflowError):  # no single number, or beyond any float
         return math.nan
 
 
-def joined(name: str, parts: list[Part], columns: dict[str, list]) -> Values:
+def joined(name: str, parts: list[Part], columns: Columns) -> Values:
     """The checked values of all parts."""
     if len(parts) == 1:
         return checked(name, parts[0].values.result(), columns)

@@ -5,21 +5,21 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from ..base.errors import UserError
 from ..base.text import shown
 from ..model import fingerprints
-from .calls import described
+from ..settings.run_settings import Settings
+from .calls import Reward, described
 
-Rewards = dict[str, Callable[..., Any]]
+Rewards = dict[str, Reward]
 CODE: dict[str, str] = {}
 """SHA-256 of each file that own functions are from, as it was when it was imported."""
 
 
-def load_reward(spec: str, builtin: Rewards) -> Callable[..., Any]:
+def load_reward(spec: str, builtin: Rewards) -> Reward:
     """A built-in name, `module:function` or `file.py:function`.
 
     Raises:
@@ -46,7 +46,7 @@ def load_reward(spec: str, builtin: Rewards) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def import_reward_module(spec: str, source: str) -> Any:
+def import_reward_module(spec: str, source: str) -> ModuleType:
     if source.endswith(".py") and not Path(source).is_file():
         raise UserError(f"reward {spec!r}: file {source} does not exist")
     name = f"reward_file:{Path(source).resolve()}"  # a name that hides no other module
@@ -71,7 +71,7 @@ def import_reward_module(spec: str, source: str) -> Any:
     return module
 
 
-def code(config: Any) -> dict[str, str]:
+def code(config: Settings) -> dict[str, str]:
     """What own functions of `reward_funcs` are from, with its SHA-256."""
     named = (spec.rpartition(":")[0] for spec in config.reward_funcs)
     return {source: CODE[source] for source in named if source in CODE}

@@ -10,11 +10,15 @@ verifier, arXiv:2408.15240). mlx-lm must know the architecture.
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
+
+import mlx.core as mx
+import mlx.nn as nn
 
 from ..base.errors import RunError, UserError, panics_as_errors, reason
-from ..base.text import filled
+from ..base.text import Json, filled
 from ..data import files
+from ..gradient import head as head_module
 from ..model import hf_config, loading
 
 QUESTION = """Question:
@@ -27,6 +31,22 @@ Proposed answer:
 {completion}
 
 Is the proposed answer correct? Reply with Yes or No."""
+
+
+Head = tuple[mx.array, mx.array]
+"""Float32 (labels, H) weight and (labels,) bias."""
+
+
+class Tokenizer(Protocol):
+    """What is read of one of mlx-lm's."""
+
+    has_chat_template: bool
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def apply_chat_template(
+        self, messages: list, *, tokenize: bool, add_generation_prompt: bool
+    ) -> str: ...
 
 
 class RewardModel:
@@ -44,6 +64,10 @@ class RewardModel:
     Raises:
         UserError: no such model, or one that can't score.
     """
+
+    model: nn.Module | None
+    tokenizer: Tokenizer
+    head: Head | None
 
     def __init__(
         self,
@@ -94,6 +118,7 @@ class RewardModel:
             with panics_as_errors():
                 loaded = load_scorer(self.folder, self.head_name, self.trust)
             self.model, self.tokenizer, self.head = loaded
+            self.vocabulary = loading.embeddings(loaded[0])
         except Exception as error:  # other libraries on untrusted files: they raise anything
             raise UserError(f"model {self.name} cannot be loaded: {reason(error)}") from error
         if not self.tokenizer.has_chat_template:
@@ -104,8 +129,6 @@ class RewardModel:
 
     def release(self) -> None:
         """Give the memory back, if it is wanted."""
-        import mlx.core as mx
-
         if self.unload:
             self.model = self.head = None
             mx.clear_cache()
@@ -114,7 +137,7 @@ class RewardModel:
         ids = self.tokenizer.encode(word, add_special_tokens=False)
         if not ids:
             raise UserError(f"{word!r} is no token of {self.name}")
-        files.check_ids(self.name, ids, loading.embeddings(self.model))
+        files.check_ids(self.name, ids, self.vocabulary)
         return ids[0]
 
     def asked(self, question: str, answer: str, completion: str) -> str:
@@ -134,25 +157,21 @@ class RewardModel:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def scores(self, rows: list[list[int]]) -> list[float]:
-        import mlx.core as mx
-
-        files.check_ids(self.name, chain(*rows), loading.embeddings(self.model))
+        files.check_ids(self.name, chain(*rows), self.vocabulary)
         values = [0.0] * len(rows)
         for batch in batches([len(row) for row in rows], self.batch_tokens):
             lengths = mx.array([len(rows[i]) for i in batch])
             longest = max(len(rows[i]) for i in batch)
             tokens = mx.array([rows[i] + [0] * (longest - len(rows[i])) for i in batch])  # (B, T)
-            for i, value in zip(batch, self.score(tokens, lengths).tolist(), strict=True):
+            found = cast(list[float], self.score(tokens, lengths).tolist())
+            for i, value in zip(batch, found, strict=True):
                 values[i] = value
             mx.clear_cache()
         return values
 
-    def score(self, tokens: Any, lengths: Any) -> Any:
+    def score(self, tokens: mx.array, lengths: mx.array) -> mx.array:
         """(B,) scores of (B, T) tokens of which (B,) count: the rest is padding at the end."""
-        import mlx.core as mx
-
-        from ..gradient import head as head_module
-
+        assert self.model is not None
         hidden = head_module.hidden_states(self.model, tokens)
         last = hidden[mx.arange(len(lengths)), lengths - 1]  # (B, H)
         if self.head is not None:
@@ -175,26 +194,25 @@ def find_folder(name: str) -> Path:
         raise RunError(f"reward_model = {name!r} cannot be loaded from the hub: {error}") from error
 
 
-def load_scorer(folder: Path, head: str, trust: bool) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and the head's float32 (weight, bias); None where there is no head."""
-    import mlx.core as mx
+def load_scorer(folder: Path, head: str, trust: bool) -> tuple[nn.Module, Tokenizer, Head | None]:
+    """Model, tokenizer and the head; None where there is none."""
     from mlx_lm import utils
 
     config = utils.load_config(folder)
     names = [name for file in folder.glob("model*.safetensors") for name in mx.load(str(file))]
-    found: dict[str, Any] = {}
+    found: dict[str, mx.array] = {}
     added = hf_config.translate_config(config)
     if f"{head}.weight" in names:
         added["tie_word_embeddings"] = True  # a classifier has no vocabulary head to load
     elif "SequenceClassification" in str(config.get("architectures")):
         raise ValueError(f"it is a classifier without {head}.weight: set head")
 
-    def with_head(config: dict[str, Any]) -> tuple[Any, Any]:
+    def with_head(config: dict[str, Json]) -> tuple[type[nn.Module], type]:
         """The architecture's class, which takes the head's weights out before all must fit."""
         base, arguments = utils._get_classes(config)
 
         class Scorer(base):  # type: ignore[misc, valid-type]
-            def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 for part in ("weight", "bias"):
                     if f"{head}.{part}" in weights:
                         found[part] = weights.pop(f"{head}.{part}")

@@ -14,14 +14,21 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..base.errors import RunError, UserError
-from ..base.text import filled, shown, without_secrets
+from ..base.text import Json, filled, shown, without_secrets
+
+if TYPE_CHECKING:
+    import httpx2
 
 RETRIED = (408, 429, *range(500, 600))  # statuses that another attempt may change
 LONGEST_PAUSE = 30.0
 VARIABLE = re.compile(r"\$\{?(\w+)")
+
+
+Body = dict[str, Json]
+"""Of a request."""
 
 
 class Endpoint:
@@ -45,18 +52,16 @@ class Endpoint:
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         if retries < 0 or backoff < 0:
             raise UserError(f"retries = {retries} and backoff = {backoff} must be at least 0")
-        self.headers = {}
         self.secrets = [s for url in self.urls for s in secrets_of(url)]
         self.secrets += [os.environ[name] for url in urls for name in VARIABLE.findall(url)]
+        self.headers = {}
         if api_key_env:
-            key = os.environ.get(api_key_env, "")
-            if not key:
-                raise UserError(f"api_key_env: the environment variable {api_key_env} is not set")
+            key = key_of(api_key_env)
             self.headers["Authorization"] = f"Bearer {key}"
             self.secrets.append(key)
-        self.loop: Any = None
+        self.loop: asyncio.AbstractEventLoop | None = None
 
-    async def post(self, body: dict[str, Any], first: int = 0) -> tuple[Any, str]:
+    async def post(self, body: Body, first: int = 0) -> tuple[Json, str]:
         """The JSON that the service answers, asked at the URL number `first`, then the next ones;
         and the URL that answered, as it may be shown.
 
@@ -77,7 +82,7 @@ class Endpoint:
             f"{time.monotonic() - begin:.1f} s"
         )
 
-    async def ask(self, url: str, body: dict[str, Any]) -> tuple[Any, str]:
+    async def ask(self, url: str, body: Body) -> tuple["httpx2.Response | None", str]:
         """One attempt: a response, or None and why another attempt may help."""
         import httpx2
 
@@ -92,7 +97,7 @@ class Endpoint:
             return None, f"status {response.status_code}: {self.hidden(response.text[:200])!r}"
         return response, ""
 
-    def content(self, shown_url: str, response: Any) -> Any:
+    def content(self, shown_url: str, response: "httpx2.Response") -> Json:
         text = self.hidden(response.text[:200])
         if response.status_code != 200:
             raise RunError(f"{shown_url} answered status {response.status_code}: {text!r}")
@@ -101,7 +106,7 @@ class Endpoint:
         except (ValueError, RecursionError):
             raise RunError(f"{shown_url} answered no JSON: {text!r}") from None
 
-    def client(self) -> Any:
+    def client(self) -> "httpx2.AsyncClient":
         """Connections stay open between calls, as long as the event loop is the same."""
         import httpx2
 
@@ -115,6 +120,13 @@ class Endpoint:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
+
+
+def key_of(variable: str) -> str:
+    key = os.environ.get(variable, "")
+    if not key:
+        raise UserError(f"api_key_env: the environment variable {variable} is not set")
+    return key
 
 
 def checked_url(url: str) -> str:
@@ -242,7 +254,7 @@ class Judge:
         retries: int = 5,
         backoff: float = 1.0,
         api_key_env: str = "",
-        extra: dict[str, Any] | None = None,
+        extra: dict[str, Json] | None = None,
     ) -> None:
         """
         Args:

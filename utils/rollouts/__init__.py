@@ -1,0 +1,1 @@
+"""From a policy and prompts to completions: caches, compiled steps, drawing, ends."""

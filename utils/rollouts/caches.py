@@ -11,18 +11,26 @@ Three kinds, whichever the model's own caches allow:
 import functools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..base.say import say
-from ..device.marks import DecodeCache
+from ..device.marks import DecodeCache, Rotated
 
 STEP = 256  # positions by which a cache grows, as mlx-lm's; utils/memory/plan.py counts on it
 PREFILL_TOKENS = 16_384  # of all prompts in one forward pass; longer ones are read in pieces
+NOTHING = mx.zeros((0, 0, 0, 0))  # what a cache holds before its first token
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Layer = Any
+"""One layer's cache: ours, or one of mlx-lm's, whose kinds have no method in common."""
+Cache = list[Layer]
 
 
-def batches(model: Any, count: int, group: int, size: int) -> Iterator[range]:
+def batches(model: nn.Module, count: int, group: int, size: int) -> Iterator[range]:
     """Cut `count` rows, `group` of each prompt, into batches of at most `size` rows.
 
     Rows of different prompts are apart where the model's caches can't hold them together.
@@ -37,14 +45,14 @@ def batches(model: Any, count: int, group: int, size: int) -> Iterator[range]:
         start = end
 
 
-def _can_batch(model: Any) -> bool:
+def _can_batch(model: nn.Module) -> bool:
     """Whether rows of prompts of different lengths can be in one batch."""
     from mlx_lm.models.cache import make_prompt_cache
 
     return all(map(_is_mergeable, make_prompt_cache(model))) and _takes_masks(model)
 
 
-def _takes_masks(model: Any) -> bool:
+def _takes_masks(model: nn.Module) -> bool:
     """Whether a batch with padding goes through; only shapes are checked, nothing is computed."""
     try:
         rows = [0, 1] * 11  # no number of heads, with which these could be confused
@@ -57,7 +65,7 @@ def _takes_masks(model: Any) -> bool:
     return True
 
 
-def _is_mergeable(layer: Any) -> bool:
+def _is_mergeable(layer: Layer) -> bool:
     parts = getattr(layer, "caches", None)  # of a CacheList
     if parts is not None:
         return all(map(_is_mergeable, parts))
@@ -70,7 +78,7 @@ def _is_mergeable(layer: Any) -> bool:
 _say_once = functools.cache(say)
 
 
-def prefill(model: Any, prompts: list[list[int]], rows: list[int], max_tokens: int) -> list[Any]:
+def prefill(model: nn.Module, prompts: list[list[int]], rows: list[int], max_tokens: int) -> Cache:
     """The cache, one per layer, of `rows` (indices into `prompts`).
 
     It holds all but the last token of each prompt, and has room for `max_tokens` from there on.
@@ -89,7 +97,7 @@ def prefill(model: Any, prompts: list[list[int]], rows: list[int], max_tokens: i
     return layers
 
 
-def keep_rows(cache: list[Any], keep: list[int]) -> None:
+def keep_rows(cache: Cache, keep: list[int]) -> None:
     """Drop all rows but `keep` (indices in order) from every layer."""
     index = mx.array(keep)
     shared = cache[0].rows if isinstance(cache[0], RolloutCache) else None
@@ -100,21 +108,22 @@ def keep_rows(cache: list[Any], keep: list[int]) -> None:
         elif hasattr(layer, "filter"):
             layer.filter(index)
         else:  # the batch is the first axis of everything that a cache holds
-            vars(layer).update({name: _taken(value, index) for name, value in vars(layer).items()})
+            held = layer.__dict__
+            held.update({name: _taken(value, index) for name, value in held.items()})
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """The function compiled where that pays: fewer launches on a GPU; nothing to gain on a CPU."""
     return function if mx.default_device() == mx.cpu else mx.compile(function)
 
 
-def _taken(value: Any, index: Any) -> Any:
+def _taken(value: object, index: mx.array) -> object:
     if isinstance(value, (list, tuple)):
         return type(value)(_taken(part, index) for part in value)
-    return value[index] if getattr(value, "ndim", 0) > 1 else value
+    return value[index] if isinstance(value, mx.array) and value.ndim > 1 else value
 
 
-def _read(model: Any, cache: list[Any], prompts: list[list[int]]) -> None:
+def _read(model: nn.Module, cache: Cache, prompts: list[list[int]]) -> None:
     """Run the model over right-padded token lists, if they have any; only caches are evaluated."""
     longest = max(map(len, prompts))
     tokens = mx.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
@@ -130,8 +139,8 @@ def _read(model: Any, cache: list[Any], prompts: list[list[int]]) -> None:
 
 
 def _row_caches(
-    model: Any, layers: list[Any], prompts: list[list[int]], rows: list[int], max_tokens: int
-) -> list[Any]:
+    model: nn.Module, layers: Cache, prompts: list[list[int]], rows: list[int], max_tokens: int
+) -> Cache:
     # Padding comes later than its prompt, so no token of the prompt sees it.
     _read(model, layers, [prompt[:-1] for prompt in prompts])
     index = mx.array(rows)
@@ -145,25 +154,32 @@ def _row_caches(
     return caches
 
 
-def _merged_caches(model: Any, prompts: list[list[int]], rows: list[int]) -> list[Any]:
+def _merged_caches(model: nn.Module, prompts: list[list[int]], rows: list[int]) -> Cache:
     from mlx_lm.models.cache import make_prompt_cache
 
     caches = [make_prompt_cache(model) for _ in prompts]
-    lengths = [len(prompt) - 1 for prompt in prompts]
-    padding = [max(lengths) - length for length in lengths]
+    ragged = len({*map(len, prompts)}) > 1
     # Not every recurrent model keeps padding out of its state: those read one prompt at a time.
-    alone = any(padding) and not all(hasattr(layer, "offset") for layer in caches[0])
+    alone = ragged and not all(hasattr(layer, "offset") for layer in caches[0])
     for prompt, cache in zip(prompts, caches, strict=True) if alone else ():
         _read(model, cache, [prompt[:-1]])
     merged = [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
     if not alone:
-        for layer in merged if any(padding) else ():
-            layer.prepare(lengths=lengths, right_padding=padding)
-        _read(model, merged, [prompt[:-1] for prompt in prompts])
-        for layer in merged if any(padding) else ():
-            layer.finalize()
+        _read_together(model, merged, prompts)
     keep_rows(merged, rows)
     return merged
+
+
+def _read_together(model: nn.Module, merged: Cache, prompts: list[list[int]]) -> None:
+    """Read prompts of any lengths into caches that hold them all."""
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    padding = [max(lengths) - length for length in lengths]
+    padded = merged if any(padding) else []
+    for layer in padded:
+        layer.prepare(lengths=lengths, right_padding=padding)
+    _read(model, merged, [prompt[:-1] for prompt in prompts])
+    for layer in padded:
+        layer.finalize()
 
 
 class Rows:
@@ -176,10 +192,10 @@ class Rows:
     def __init__(self, lengths: list[int], max_tokens: int) -> None:
         self.limit = max(lengths) + max_tokens  # no position beyond it will be used
         # Only in a step that is compiled for every position (utils/rollouts/compiled_step.py):
-        self.position: Any = None  # (B,) of the tokens
-        self.offset_at_position: Any = None  # (B,) the same without padding
+        self.position: mx.array | None = None  # (B,) of the tokens
+        self.offset_at_position: mx.array | None = None  # (B,) the same without padding
         self.all_seen = mx.array(True)  # stands for the mask of all that they see
-        self.rotated: dict[int, Any] = {}  # by id, see noting_rotations in device/cuda
+        self.rotated: dict[int, Rotated] = {}  # by id, see noting_rotations in device/cuda
         self._set(lengths)
 
     def _set(self, lengths: list[int]) -> None:
@@ -189,18 +205,17 @@ class Rows:
         padding = [self.width - length for length in lengths]
         self.ends, self.padding = mx.array([lengths, padding]) + 0
         mx.async_eval(self.ends, self.padding)  # or compiled steps would compute them each time
-        self._visible: Any = None  # (B, 1, 1, limit)
-        self._offset: Any = None
-        self._offset_end = -1
+        self._visible: mx.array | None = None  # (B, 1, 1, limit)
+        self._offset, self._offset_end = self.padding, -1
 
-    def be_at(self, position: Any) -> None:
+    def be_at(self, position: mx.array | None) -> None:
         """A step that is compiled for every position begins, or ends with None."""
         self.position = position
         self.offset_at_position = None if position is None else position - self.padding
 
-    def offset(self, end: int) -> Any:
+    def offset(self, end: int) -> mx.array | int:
         """RoPE position of the token at position `end`: one for all, or (B,) where rows differ."""
-        if self.position is not None:
+        if self.offset_at_position is not None:
             return self.offset_at_position
         if not self.padded:
             return end
@@ -208,7 +223,7 @@ class Rows:
             self._offset, self._offset_end = end - self.padding, end
         return self._offset
 
-    def mask(self, end: int, window: int | None) -> Any:
+    def mask(self, end: int, window: int | None) -> mx.array | None:
         """(B, 1, 1, end + 1) what the token at position `end` sees; None: everything.
 
         With a `window`, only so many tokens up to this one.
@@ -220,12 +235,12 @@ class Rows:
         visible = self._visible[..., : end + 1]
         return visible if window is None else visible & self._near(end, end + 1, window)
 
-    def _unpadded(self, count: int) -> Any:
+    def _unpadded(self, count: int) -> mx.array:
         position, ends = mx.arange(count), self.ends[:, None]
         seen = (position < ends) | (position >= ends + self.padding[:, None])
         return seen[:, None, None]
 
-    def _near(self, end: int, count: int, window: int) -> Any:
+    def _near(self, end: int, count: int, window: int) -> mx.array:
         """Distance in tokens: from behind the padding, a prompt is so much nearer."""
         position, padding = mx.arange(count), self.padding[:, None, None, None]
         behind = position < self.ends[:, None, None, None]
@@ -242,30 +257,33 @@ class Rows:
 class RolloutCache(DecodeCache):
     """One layer's keys and values of the rows of a batch; takes one token at a time."""
 
+    rows: Rows
+
     def __init__(self, rows: Rows) -> None:
         self.rows, self.end = rows, rows.width  # `end` positions are in use
-        self.keys: Any = None  # (B, heads, positions, head size)
-        self.values: Any = None
+        self.keys = self.values = NOTHING
 
     @property
-    def offset(self) -> Any:
+    def offset(self) -> mx.array | int:
         return self.rows.offset(self.end)
 
-    def make_mask(self, count: int, return_array: bool = False, window_size: Any = None) -> Any:
+    def make_mask(
+        self, count: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | None:
         assert count == 1
         if self.rows.position is None:
             return self.rows.mask(self.end, window_size)
         everything = window_size is None or self.rows.limit <= window_size
         return self.rows.all_seen if everything else None
 
-    def make_room(self, keys: Any, values: Any) -> None:
+    def make_room(self, keys: mx.array, values: mx.array) -> None:
         """Room for one token more, of keys and values like these, if there is none."""
-        if self.keys is None or self.end == self.keys.shape[2]:
+        if self.end >= self.keys.shape[2]:
             room = min(STEP, max(1, self.rows.limit - self.end))
             self.keys = _grown(self.keys, keys, room)
             self.values = _grown(self.values, values, room)
 
-    def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store (B, heads, 1, head size) at the next position; returns all positions in use.
 
         In a step compiled for every position, device/cuda/attention.py stores them, and takes
@@ -278,18 +296,18 @@ class RolloutCache(DecodeCache):
         self.keys[:, :, end - 1 : end], self.values[:, :, end - 1 : end] = keys, values
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def keep(self, index: Any, gap: slice) -> None:
+    def keep(self, index: mx.array, gap: slice) -> None:
         """Keep the rows of `index`, and cut out the positions of `gap`."""
         self.keys, self.values = (_cut(x, index, gap) for x in (self.keys, self.values))
         self.end -= gap.stop - gap.start
 
 
-def _grown(stored: Any, new: Any, room: int) -> Any:
+def _grown(stored: mx.array, new: mx.array, room: int) -> mx.array:
     zeros = mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype)
-    return zeros if stored is None else mx.concatenate([stored, zeros], axis=2)
+    return mx.concatenate([stored, zeros], axis=2) if stored.size else zeros
 
 
-def _cut(x: Any, index: Any, gap: slice) -> Any:
+def _cut(x: mx.array, index: mx.array, gap: slice) -> mx.array:
     if gap.start < gap.stop:
         x = mx.concatenate([x[:, :, : gap.start], x[:, :, gap.stop :]], axis=2)
     return x[index]

@@ -9,21 +9,27 @@ token, on which shapes depend in a plain step, is an array.
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..base.say import say
 from ..device import fast, runtime
-from .caches import RolloutCache, keep_rows
+from .caches import Cache, RolloutCache, keep_rows
 
 ALIKE = 0.1  # difference of the logits over their spread, both as norms: rounding gives 0.01
 _usable: dict[str, bool] = {}  # by model and its sizes
 
+Step = Callable[[mx.array], mx.array]
+"""The next (B, 1) tokens of a batch -> their (B, 1, V) logits."""
+Stored = list[tuple[mx.array, mx.array]]
+"""Keys and values of each layer."""
 
-def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
-    """The model on the next (B, 1) tokens of the rows in `cache`, which keeps them: (B, 1, V)."""
-    own = isinstance(cache[0], RolloutCache) and cache[0].keys is not None
+
+def forward(model: nn.Module, cache: Cache) -> Step:
+    """The model on the next tokens of the rows in `cache`, which keeps them."""
+    own = isinstance(cache[0], RolloutCache) and cache[0].keys.size > 0
     if not own or runtime.platform_name() != "cuda" or fast.part("cuda") is None:
         return partial(model, cache=cache)
     kind = f"{type(model)} {getattr(model, 'args', '')}"
@@ -36,7 +42,7 @@ def forward(model: Any, cache: list[Any]) -> Callable[[Any], Any]:
     return CompiledStep(model, cache) if _usable[kind] else partial(model, cache=cache)
 
 
-def part_to_leave(forward: Callable[[Any], Any]) -> float:
+def part_to_leave(forward: Step) -> float:
     """The part of a batch that has to have ended before rows leave it.
 
     Caches are copied then, and steps that are compiled are compiled anew.
@@ -44,7 +50,7 @@ def part_to_leave(forward: Callable[[Any], Any]) -> float:
     return 1 / 2 if isinstance(forward, CompiledStep) else 1 / 8
 
 
-def _disagreement(model: Any, cache: list[Any]) -> str:
+def _disagreement(model: nn.Module, cache: list[RolloutCache]) -> str:
     """Why compiled steps are not the plain ones, for the shortest and the longest prompt, if so.
 
     They are not where a model needs the position as a number, or has an attention of its own.
@@ -66,7 +72,7 @@ def _disagreement(model: Any, cache: list[Any]) -> str:
     return "" if alike else f"the logits differ by {apart:.2g}, and spread by {spread:.2g}"
 
 
-def _two_steps(forward: Callable[[Any], Any], cache: list[Any]) -> Any:
+def _two_steps(forward: Step, cache: list[RolloutCache]) -> mx.array:
     """The second sees what the first has stored."""
     count = len(cache[0].rows.lengths)
     # All different: attention to tokens that are alike is the same, whichever it is to.
@@ -78,8 +84,8 @@ def _two_steps(forward: Callable[[Any], Any], cache: list[Any]) -> Any:
     return mx.concatenate(logits)
 
 
-def _norm(x: Any) -> float:
-    return float((x * x).sum().item() ** 0.5)
+def _norm(x: mx.array) -> float:
+    return cast(float, (x * x).sum().item()) ** 0.5
 
 
 class CompiledStep:
@@ -89,15 +95,15 @@ class CompiledStep:
     must be made from the logits of the step before, or nothing would wait for it.
     """
 
-    def __init__(self, model: Any, cache: list[Any]) -> None:
+    def __init__(self, model: nn.Module, cache: list[RolloutCache]) -> None:
         self.cache = cache
         # Of functions, not of methods: in a circle of references, the cache would stay in memory
         # until Python looks for circles.
         self.compiled = mx.compile(partial(_at_position, model, cache))
-        self.position: Any = None  # (B,) of the next tokens, alike
+        self.position = mx.zeros((0,), mx.int32)  # (B,) of the next tokens, alike
         self.stands_for = -1, 0  # the position in it, and B
 
-    def __call__(self, tokens: Any) -> Any:
+    def __call__(self, tokens: mx.array) -> mx.array:
         for layer in self.cache:
             layer.make_room(layer.keys, layer.values)
         rows, end, count = self.cache[0].rows, self.cache[0].end, len(tokens)
@@ -117,8 +123,12 @@ class CompiledStep:
 
 
 def _at_position(
-    model: Any, cache: list[Any], tokens: Any, position: Any, stored: list[Any]
-) -> Any:
+    model: nn.Module,
+    cache: list[RolloutCache],
+    tokens: mx.array,
+    position: mx.array,
+    stored: Stored,
+) -> tuple[mx.array, mx.array, Stored]:
     cache[0].rows.be_at(position)
     _store(cache, stored)
     cuda = fast.part("cuda")
@@ -128,10 +138,10 @@ def _at_position(
     return logits, position + 1, _stored(cache)
 
 
-def _stored(cache: list[Any]) -> list[Any]:
+def _stored(cache: list[RolloutCache]) -> Stored:
     return [(layer.keys, layer.values) for layer in cache]
 
 
-def _store(cache: list[Any], stored: list[Any]) -> None:
+def _store(cache: list[RolloutCache], stored: Stored) -> None:
     for layer, (keys, values) in zip(cache, stored, strict=True):
         layer.keys, layer.values = keys, values

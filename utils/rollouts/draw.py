@@ -1,7 +1,5 @@
 """Draw tokens by their weights, each row with a random key of its own."""
 
-from typing import Any
-
 import mlx.core as mx
 
 BLOCK = 128
@@ -37,7 +35,7 @@ def passed(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
 CANDIDATES = 1024  # on the CPU, where finding so many costs a twentieth of sorting 150,000
 
 
-def threshold(weights: Any, top_p: float) -> Any:
+def threshold(weights: mx.array, top_p: float) -> mx.array:
     """(B, V) weights >= 0 -> (B, 1) the smallest weight in each row's nucleus.
 
     The nucleus is the smallest set of largest weights that has the share `top_p` of their total.
@@ -49,7 +47,7 @@ def threshold(weights: Any, top_p: float) -> Any:
     return _cut(weights, weights.sum(axis=-1, keepdims=True), top_p)[0]
 
 
-def _cut(weights: Any, total: Any, top_p: float) -> tuple[Any, Any]:
+def _cut(weights: mx.array, total: mx.array, top_p: float) -> tuple[mx.array, mx.array]:
     """The cut from a row's largest weights, (B, K), and whether it lies among them."""
     ascending = mx.sort(weights, axis=-1)
     outside = (1 - top_p) * total

@@ -1,16 +1,22 @@
 """Where a completion ends, by its tokens and the text that they make, and who looks for it when."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from ..data.completions import Completion
+from ..data.tokenizer import Tokenizer
+
 
 class StopRule:
-    """Decides on the host where a completion ends: at an EOS token, or within a stop string."""
+    """Decides on the host where a completion ends: at an EOS token, or within a stop string.
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
+    `prefix` is the text that completions begin with, which was given and not sampled.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str], prefix: str = "") -> None:
+        self.tokenizer, self.prefix = tokenizer, prefix
         self.eos_ids = set(tokenizer.eos_token_ids)
         self.stop_strings = stop_strings
         # A stop string of n bytes can't be spread over more than n tokens.
@@ -40,7 +46,7 @@ class StopRule:
         return any(stop in text for stop in self.stop_strings)
 
     def text(self, ids: list[int]) -> str:
-        """What rewards read: without the EOS token, cut right after the first stop string."""
+        """What was said: without the EOS token, cut right after the first stop string."""
         text = self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
         cuts = [text.index(s) + len(s) for s in self.stop_strings if s in text]
         return text[: min(cuts)] if cuts else text
@@ -55,18 +61,29 @@ def block_steps() -> int:
     return 2 if mx.default_device() == mx.cpu else 8
 
 
+@dataclass
+class _Row:
+    """A completion that is being sampled."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+
+
 class Reader:
-    """Reads sampled tokens into completions, one block behind the device, which so never waits.
+    """Reads sampled tokens, one block behind the device, which so never waits, into `count`
+    completions.
 
     Rows leave the batch once this `part_to_leave` of it has ended.
     """
 
-    def __init__(self, stop: StopRule, completions: Sequence[Any], part_to_leave: float) -> None:
+    def __init__(self, stop: StopRule, count: int, part_to_leave: float) -> None:
         self.stop, self.part_to_leave, self.block = stop, part_to_leave, block_steps()
-        self.completions = self.live = list(completions)
-        self.unread: tuple[list[Any], Any, Any] | None = None
+        self.rows = [_Row() for _ in range(count)]
+        self.live = list(self.rows)
+        self.unread: tuple[list[_Row], mx.array, mx.array] | None = None
 
-    def read(self, block: Sequence[tuple[Any, Any]]) -> list[int]:
+    def read(self, block: Sequence[tuple[mx.array, mx.array]]) -> list[int]:
         """Take a block of (B,) tokens and their (B,) log-probs, and read the one before.
 
         Returns the indices of the rows that stay in the batch; none if all have ended.
@@ -76,32 +93,39 @@ class Reader:
         mx.async_eval(ids, logprobs)  # now: later it would queue behind the next block
         self._read_unread()
         self.unread = self.live, ids, logprobs
-        going = [i for i, completion in enumerate(self.live) if not completion.finish_reason]
+        going = [i for i, row in enumerate(self.live) if not row.ended]
         if len(going) > len(self.live) * (1 - self.part_to_leave):
             return list(range(len(self.live)))
         self.live = [self.live[i] for i in going]
         return going
 
-    def finish(self) -> None:
-        """Read the last block; what has not ended by itself ends by its length."""
+    def completions(self) -> list[Completion]:
+        """Read the last block. What has not ended by itself has ended by its length."""
         self._read_unread()
-        for completion in self.completions:
-            completion.finish_reason = completion.finish_reason or "length"
-            completion.text = self.stop.text(completion.ids)
+        return [
+            Completion(
+                row.ids,
+                row.logprobs,
+                mask=[1] * len(row.ids),
+                finish_reason="stop" if row.ended else "length",
+                text=self.stop.prefix + self.stop.text(row.ids),
+            )
+            for row in self.rows
+        ]
 
     def _read_unread(self) -> None:
         if self.unread is None:
             return
         live, ids, logprobs = self.unread
-        for completion, new, new_logprobs in zip(
-            live, ids.tolist(), logprobs.tolist(), strict=True
-        ):
-            if completion.finish_reason:
+        new_ids: list[list[int]] = ids.tolist()  # type: ignore[assignment]
+        new_logprobs: list[list[float]] = logprobs.tolist()  # type: ignore[assignment]
+        for row, new, new_values in zip(live, new_ids, new_logprobs, strict=True):
+            if row.ended:
                 continue
-            checked = len(completion.ids)
-            completion.ids += new
-            completion.logprobs += new_logprobs
-            end = self.stop.length(completion.ids, checked)
+            checked = len(row.ids)
+            row.ids += new
+            row.logprobs += new_values
+            end = self.stop.length(row.ids, checked)
             if end is not None:
-                del completion.ids[end:], completion.logprobs[end:]
-                completion.finish_reason = "stop"
+                del row.ids[end:], row.logprobs[end:]
+                row.ended = True

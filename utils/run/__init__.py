@@ -1,0 +1,1 @@
+"""A run from its folder to its end: state, log, checkpoints, evaluation, what the user reads."""

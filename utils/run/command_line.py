@@ -1,4 +1,4 @@
-"""The command line of mlx-grpo.py: its arguments, the folder of a run, how an error is told."""
+"""The command line of mlx-grpo.py: its arguments, and how an error is told."""
 
 import argparse
 import dataclasses
@@ -8,15 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import RunError, UserError
-from ..base.say import say
-from ..base.script import ROOT
 from ..base.text import redact
-from ..device import runtime
 from ..settings import checks, reading
-from . import checkpoints, ending, folders, introduction, trackers
+from ..settings.run_settings import Settings
+from . import ending, trackers
 
 
 def command_line(script: str, config: str | None, overrides: Sequence[str]) -> str:
@@ -70,11 +67,13 @@ def hint_for(unknown: Sequence[str], config_class: type) -> str:
     return f"; settings go behind --set: --set {name}={value}"
 
 
-def check_surroundings(config: Any) -> None:
+def check_surroundings(config: Settings) -> None:
     """Expand `~` in paths, and refuse what has no effect here, no file, or no package."""
     checks.refuse_dead_settings(config, config.train_type)
     for name in ("model_name", "dataset", "output_dir", "adapter_path", "resume", "chat_template"):
-        setattr(config, name, os.path.expanduser(getattr(config, name)))
+        given = getattr(config, name)
+        if given.startswith("~"):
+            setattr(config, name, os.path.expanduser(given))
     of_run = Path(config.output_dir, config.resume)
     if config.resume not in ("", "auto") and not Path(config.resume).exists() and of_run.is_dir():
         config.resume = str(of_run)
@@ -82,34 +81,6 @@ def check_surroundings(config: Any) -> None:
     if template not in ("", "plain") and not Path(template).is_file():
         raise UserError(f"chat_template = {template!r} is neither a file nor plain")
     trackers.check_available(config.report_to)
-
-
-def start(
-    config: Any, command: str, build_trainer: Callable[[Any, str], Any], blas: str | None
-) -> int:
-    """Train in the run's folder, which is locked, new or gone on with. Returns the exit code."""
-    output_dir = Path(config.output_dir)
-    with checkpoints.RunLock(output_dir) as lock:
-        folders.check_output(output_dir, command, config)
-        if config.resume == "auto" and folders.is_finished(output_dir, config):
-            say(f"finished  the run in {output_dir} was complete: see {output_dir / 'final'}")
-            return 0
-        resume_from = folders.to_resume(output_dir, config.resume) if config.resume else None
-        if note := runtime.keep_compiled_kernels():
-            say(f"speed     {note}")
-        trainer = build_trainer(config, command)
-        introduction.introduce(trainer, blas)
-        if resume_from:
-            checkpoints.load(resume_from, trainer)
-        records = checkpoints.open_run(trainer, lock, resume_from, ROOT)
-        names, recorded = (config.report_to, output_dir, config.run_name), reading.recorded(config)
-        since = trainer.update_step if records else checkpoints.reported(trainer) + 1
-        trainer.log.tracker = trackers.make_tracker(*names, recorded, since=since, records=records)
-        try:
-            exit_code: int = trainer.train()
-        finally:
-            trainer.log.tracker.close()
-    return exit_code
 
 
 def exit_code_of(work: Callable[[], int], debug: bool) -> int:

@@ -11,31 +11,30 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import FrameType, TracebackType
 
 from ..base.errors import DiskError, RunError, UserError
 from ..base.say import say
 from ..base.text import redact
 from ..model import writing
 from . import checkpoints, folders
+from .run import Interrupted, Run, Trainer
+from .state import Record
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 SLEPT = 60.0  # seconds by which the wall clock may run ahead before it is worth a line
 
-
-class Interrupted(Exception):
-    """A signal asked the run to stop: the unfinished update is dropped."""
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class Guard:
     """Stands around the main loop: knows when it is over, and saves what a stop would lose."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.run = trainer, trainer.run
         self.exit_code = 0
         self.signal = signal.SIGINT
         self.reason = ""
@@ -43,14 +42,14 @@ class Guard:
     def __enter__(self) -> "Guard":
         self.handlers = listen(self.on_signal)
         self.start, self.wall = time.perf_counter(), time.time()
-        self.before = self.trainer.elapsed
+        self.before = self.run.state.elapsed
         return self
 
-    def on_signal(self, number: int, _: object) -> None:
+    def on_signal(self, number: int, _: FrameType | None) -> None:
         """The first asks the trainer to stop cleanly, the second leaves at once."""
-        if self.trainer.interrupted:
+        if self.run.interrupted:
             raise KeyboardInterrupt(number)
-        self.trainer.interrupted = True
+        self.run.interrupted = True
         self.signal = signal.Signals(number)
         with contextlib.suppress(RuntimeError):  # it came in the middle of another line
             say("stopping  and saving the last finished update; once more leaves at once")
@@ -72,18 +71,17 @@ class Guard:
 
     def is_over(self) -> bool:
         """Whether there is no update left to do; if it ends early, `reason` says why."""
-        a, trainer = self.trainer.args, self.trainer
-        if trainer.update_step >= trainer.total_updates:
+        a, log = self.run.args, self.run.log
+        if self.run.state.update_step >= self.trainer.total_updates:
             return True
         if a.max_hours and time.perf_counter() - self.start >= a.max_hours * 3600:
             self.reason = f"max_hours = {a.max_hours:g} reached"  # of this process
-        if a.early_stopping_patience and (best := best_of(trainer.log.history)):
-            since = len(trainer.log.history) - 1 - trainer.log.history.index(best)
+        if a.early_stopping_patience and (best := best_of(log.history)):
+            since = len(log.history) - 1 - log.history.index(best)
             if since >= a.early_stopping_patience:
-                score = trainer.log.score_text(best["em"])
                 self.reason = (
                     f"early_stopping_patience: {since} evaluations without a better one than "
-                    f"{score} at update {best['update']}"
+                    f"{log.score_text(best['em'])} at update {best['update']}"
                 )
         return bool(self.reason)
 
@@ -103,19 +101,19 @@ class Guard:
             return True
         if isinstance(error, RunError | UserError):
             return False
-        raise unexpected(error, self.trainer.output_dir) from error
+        raise unexpected(error, self.run.folder) from error
 
 
-def best_of(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+def best_of(history: list[Record]) -> Record | None:
     """The first of the best evaluations."""
     return max((r for r in history if not math.isnan(r["em"])), key=score_of, default=None)
 
 
-def score_of(record: dict[str, Any]) -> float:
+def score_of(record: Record) -> float:
     return float(record["em"])
 
 
-def listen(handler: Any) -> dict[signal.Signals, Any]:
+def listen(handler: Handler) -> dict[signal.Signals, Handler]:
     """Install a handler for all ways to ask a process to end; returns those that were there.
 
     `nohup` has SIGHUP ignored, and it stays so. Only a program's main thread gets signals.
@@ -130,7 +128,7 @@ def listen(handler: Any) -> dict[signal.Signals, Any]:
 def signals_raise() -> Iterator[None]:
     """While there is nothing to save yet, every signal is a KeyboardInterrupt."""
 
-    def leave(number: int, _: object) -> None:
+    def leave(number: int, _: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
 
     handlers = listen(leave)
@@ -147,7 +145,7 @@ def left_at_once(stop: KeyboardInterrupt) -> int:
     return 128 + number
 
 
-def put_back(handlers: dict[signal.Signals, Any]) -> None:
+def put_back(handlers: dict[signal.Signals, Handler]) -> None:
     """Put back the handlers that `listen` replaced."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -164,92 +162,86 @@ def unexpected(error: Exception, folder: Path) -> RunError:
     return RunError(f"unexpected {type(error).__name__}: {error} (traceback in {path})")
 
 
-def keep(trainer: Any, stop: Exception | None = None) -> None:
+def keep(trainer: Trainer, stop: Exception | None = None) -> None:
     """Save where the run was between two updates, unless that was done; say how to go on.
 
     `stop`: what ends the run, which its last line will say.
     """
-    position = trainer.position
-    if not position:
+    run = trainer.run
+    if run.between is None:
         return say("stopped   before the first update was finished: nothing to save")
-    update = position["update_step"]
-    path = trainer.output_dir / f"checkpoint-{position['step']}"
+    update, path = run.between.update_step, run.checkpoint()
     if isinstance(stop, DiskError) and stop.path == path:
         say(f"stopped   after update {update}, which could not be saved")
-        return say_newest(trainer)
+        return run.say_newest()
     try:
-        if trainer.saved_at != update:
-            if trainer.update_step != update:
+        if run.saved_at != update:
+            if run.moved:
                 raise RunError("its weights have moved on")
             checkpoints.save(path, trainer)
-            trainer.saved_at = update
-            a = trainer.args
-            folders.prune(trainer.output_dir, a.save_total_limit, a.max_ckpt_gb)
+            run.saved_at = update
+            run.prune()
     except RunError as error:
         say(f"stopped   after update {update}, which could not be saved: {error}")
-        return say_newest(trainer)
+        return run.say_newest()
     say(f"stopped   after update {update}, saved in {path}. To continue:")
-    return say(f"          {trainer.command} --resume")
+    return say(f"          {run.command} --resume")
 
 
-def say_newest(trainer: Any) -> None:
-    found = folders.found(trainer.output_dir)
-    if found:
-        say(f"          {found[-1]} is untouched. To continue from there:")
-        say(f"          {trainer.command} --resume")
-
-
-def finish(trainer: Any, early: str) -> None:
+def finish(trainer: Trainer, early: str) -> None:
     """Evaluate once more and write `final/`, a model folder that mlx_lm loads by itself.
 
     `early`: why the run ends before its schedule does; then it can be continued.
     """
-    if early and trainer.step:
+    run, state = trainer.run, trainer.run.state
+    if early and state.step:
         keep(trainer)  # before the records that are there only because it stops
-    if trainer.log.pending:
-        trainer.log.training(trainer.step, trainer.elapsed)
+    if state.pending:
+        run.log.training(run.meter.report())
     adapters = trainer.loaded.train_type != "full"
-    if not early and adapters and trainer.saved_at != trainer.update_step:
+    if adapters and not early and run.saved_at != state.update_step:
         # Fusing takes memory that training did not: the adapters first.
-        trainer.save_checkpoint(trainer.output_dir / f"checkpoint-{trainer.step}")
-    if not evaluated(trainer):
+        trainer.save_checkpoint(run.checkpoint())
+    if not evaluated(run):
         trainer.evaluate("test")
-    final = trainer.output_dir / "final"
-    with folders.written_aside(final) as folder:
+    with folders.written_aside(run.folder / "final") as folder:
+        checkpoints.write_final(folder, trainer)
         if adapters:
-            checkpoints.write_fused(folder, trainer)
             compare_fused(trainer, folder)
-        else:
-            checkpoints.write_trained_model(folder, trainer, trainer.model, trainer.loaded.config)
-        ended = {"updates": trainer.update_step, "of": trainer.total_updates, "reason": early}
+        ended = {"updates": state.update_step, "of": trainer.total_updates, "reason": early}
         writing.write_json(folder / folders.ENDED, ended)
-    trainer.log.summary(trainer.update_step)
-    if trainer.args.closing_note:
-        say(f"note      {trainer.args.closing_note}")
-    say(f"saved     {final}")
-    say(f"reason    {early}" if early else f"finished  {all_updates(trainer.total_updates)}")
+    say_the_end(run, early, trainer.total_updates)
+
+
+def say_the_end(run: Run, early: str, total: int) -> None:
+    run.log.summary(run.state.update_step)
+    if run.args.closing_note:
+        say(f"note      {run.args.closing_note}")
+    say(f"saved     {run.folder / 'final'}")
+    say(f"reason    {early}" if early else f"finished  {all_updates(total)}")
 
 
 def all_updates(number: int) -> str:
     return "the only update" if number == 1 else f"all {number:,} updates"
 
 
-def evaluated(trainer: Any) -> bool:
+def evaluated(run: Run) -> bool:
     """Whether the policy as it is now has an evaluation, as after one that ends the run early."""
-    return any(record["update"] == trainer.update_step for record in trainer.log.history[-1:])
+    return any(record["update"] == run.state.update_step for record in run.log.history[-1:])
 
 
-def compare_fused(trainer: Any, folder: Path) -> None:
+def compare_fused(trainer: Trainer, folder: Path) -> None:
     """Evaluate the model that was written, if there is memory for it beside the run."""
     from mlx_lm.utils import load_model
 
     if not trainer.eval_dataset:
         return
-    if not trainer.plan.fits_with_final:
-        say(f"fused     not evaluated: {trainer.plan.final_bytes / 1e9:.1f} GB more do not fit")
+    args, plan = trainer.args, trainer.memory.plan
+    if not plan.fits_with_final:
+        say(f"fused     not evaluated: {plan.final_bytes / 1e9:.1f} GB more do not fit")
         return
-    fused, _ = load_model(folder, trust_remote_code=trainer.args.trust_remote_code)
+    fused, _ = load_model(folder, trust_remote_code=args.trust_remote_code)
     fused.eval()
-    score = trainer.evaluate_em(trainer.eval_dataset, trainer.args.eval_samples, model=fused)
-    unfused = trainer.log.history[-1]["em"]
+    score = trainer.evaluate_em(trainer.eval_dataset, args.eval_samples, model=fused)
+    unfused = trainer.run.log.history[-1]["em"]
     say(f"fused     scores {score:.3f}, base with adapters {unfused:.3f}")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import (
     DiskError,
@@ -23,6 +22,7 @@ from ..base.say import say
 from ..model import fingerprints
 from ..model.writing import write_json
 from ..settings.on_resume import refuse_changes
+from ..settings.run_settings import Settings
 from . import trackers
 from .lock import RunLock
 
@@ -49,9 +49,9 @@ def written_aside(path: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for file in (*temporary.rglob("*"), temporary):
-                _flush(file)
+                flush(file)
             take_place(temporary, path)
-            _flush(path.parent)
+            flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -85,7 +85,7 @@ def put_back(folder: Path, pattern: str = "*") -> None:
             say(f"restored  {path}, which a killed run was about to replace")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Onto the disk itself: on macOS, fsync leaves the data in the drive's cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -132,12 +132,16 @@ def differences(folder: Path, sizes: dict[str, int], sums: dict[str, str]) -> It
             yield f"{name} is missing"
         elif path.stat().st_size != size:
             yield f"{name} has {path.stat().st_size} bytes instead of {size}"
+    yield from changed_files(folder, sums)
+
+
+def changed_files(folder: Path, sums: dict[str, str]) -> Iterator[str]:
     paths = [folder / name for name in sums]
     with ThreadPoolExecutor() as pool:
         try:
-            for name, checksum in zip(sums, pool.map(fingerprints.of_file, paths), strict=True):
-                if checksum != sums[name]:
-                    yield f"{name} has changed since it was written"
+            pairs = zip(sums, pool.map(fingerprints.of_file, paths), strict=True)
+            changed = (name for name, checksum in pairs if checksum != sums[name])
+            yield from (f"{name} has changed since it was written" for name in changed)
         except OSError as error:
             yield f"it cannot be read: {error.strerror or error}"
 
@@ -173,7 +177,7 @@ def to_resume(output_dir: Path, resume: str) -> Path | None:
     """
     with disk_errors_named(output_dir):
         put_back(output_dir)
-    folder = newest_whole(output_dir) if resume == "auto" else named(resume)
+    folder = newest_whole(output_dir) if resume == "auto" else named_checkpoint(resume)
     if folder is not None:
         check_log(folder)
     return folder
@@ -184,7 +188,7 @@ def refuse_no_checkpoint(resume: str) -> None:
         raise UserError(f"resume = {resume!r} is not a checkpoint folder (no {STATE} in it)")
 
 
-def named(resume: str) -> Path:
+def named_checkpoint(resume: str) -> Path:
     refuse_no_checkpoint(resume)
     if complaint := damage(Path(resume)):
         raise UserError(
@@ -220,7 +224,7 @@ def check_log(folder: Path) -> None:
         trackers.read_log(log, size)
 
 
-def is_finished(output_dir: Path, config: Any) -> bool:
+def is_finished(output_dir: Path, config: Settings) -> bool:
     """Whether the run there has come to the end of its schedule.
 
     Raises:
@@ -270,7 +274,7 @@ def in_folder(path: Path, folder: Path) -> bool:
     return path.resolve().parent == folder.resolve()
 
 
-def check_output(output_dir: Path, command: str, config: Any) -> None:
+def check_output(output_dir: Path, command: str, config: Settings) -> None:
     """Refuse an output folder that can't be written or holds another run. Writes nothing.
 
     Raises:
@@ -279,22 +283,32 @@ def check_output(output_dir: Path, command: str, config: Any) -> None:
     if output_dir.resolve().parent == output_dir.resolve():
         raise UserError(f"output_dir {output_dir} is the root of the file system: name a folder")
     old = remains_of_run(output_dir)
-    for name in ("model_name", "adapter_path", "dataset") if config.overwrite else ():
-        source = Path(getattr(config, name) or "/").resolve()
-        if any(source.is_relative_to(path.resolve()) for path in old):
-            raise UserError(f"overwrite would delete {name} = {source}: choose another output_dir")
-    elsewhere = config.resume not in ("", "auto") and not in_folder(Path(config.resume), output_dir)
-    if old and elsewhere and not config.overwrite:
-        refuse_no_checkpoint(config.resume)
-        raise UserError(
-            f"output_dir {output_dir} holds another run than {config.resume}: choose another one"
-        )
-    if old and not (config.overwrite or config.resume):
+    if config.overwrite:
+        refuse_to_delete_sources(old, config)
+    elif old and not config.resume:
         ways = f"Replace it:\n  {command} --set overwrite=true"
         if found(output_dir) and not reached_its_end(output_dir):
             ways = f"Continue it:\n  {command} --resume\nor r{ways[1:]}"
         raise UserError(f"output_dir {output_dir} already holds a run ({old[0].name}). {ways}")
+    elif old and config.resume != "auto":
+        refuse_other_run(output_dir, config.resume)
     refuse_unwritable(output_dir, "output_dir")
+
+
+def refuse_to_delete_sources(old: list[Path], config: Settings) -> None:
+    for name in ("model_name", "adapter_path", "dataset"):
+        source = Path(getattr(config, name) or "/").resolve()
+        if any(source.is_relative_to(path.resolve()) for path in old):
+            raise UserError(f"overwrite would delete {name} = {source}: choose another output_dir")
+
+
+def refuse_other_run(output_dir: Path, resume: str) -> None:
+    """Raises UserError where the checkpoint is none of the run in this folder."""
+    if not in_folder(Path(resume), output_dir):
+        refuse_no_checkpoint(resume)
+        raise UserError(
+            f"output_dir {output_dir} holds another run than {resume}: choose another one"
+        )
 
 
 def refuse_unwritable(folder: Path, key: str) -> None:

@@ -1,66 +1,96 @@
-"""What a person sees while it runs: lines, the progress bar, Ctrl-C."""
+"""What a person is told before a run begins: every choice that was not their own."""
 
-from typing import Any
+from collections.abc import Iterator
+
+import mlx.core as mx
 
 from ..base.errors import readable
 from ..base.say import say
 from ..base.text import counted
 from ..device import runtime
+from ..memory.this_machine import trainable_parameters
+from ..model.loading import beyond_context
+from ..rollouts.merged_layers import cost_of_quantizing
+from .run import Trainer
 
 
-def longest_sequence(trainer: Any) -> tuple[int, int]:
+def introduce(trainer: Trainer, blas: str | None) -> None:
+    """Say what is about to happen; `blas` is what `runtime.preload_blas` returned."""
+    for topic in (model, speed, context, data, sampling, quantizing, plan):
+        for line in topic(trainer, blas):
+            say(line)
+
+
+def model(trainer: Trainer, _: str | None) -> Iterator[str]:
+    a, kind = trainer.args, trainer.loaded.train_type
+    count = trainable_parameters(trainer.model)
+    device = "CPU" if mx.default_device() == mx.cpu else mx.device_info()["device_name"]
+    yield f"model     {a.model_name}: {kind}, {count:,} parameters train, on {device}"
+    if kind != "full":
+        note = "; learning_rate is for full fine-tuning" if "learning_rate" in a.explicit else ""
+        yield f"          learning rate {a.lora_learning_rate:g} (lora_learning_rate{note})"
+    if kind != "full" and a.train_type == "auto" and not a.adapter_path:
+        yield "          the model is quantized, so adapters are trained on it (train_type = lora)"
+
+
+def speed(_: Trainer, blas: str | None) -> Iterator[str]:
+    if mx.default_device() == mx.cpu and (advice := runtime.blas_advice(blas)):
+        yield f"speed     {advice}"
+
+
+def context(trainer: Trainer, _: str | None) -> Iterator[str]:
+    tokens, read = longest_sequence(trainer)
+    if note := beyond_context(trainer.loaded, trainer.args.model_name, tokens, read):
+        yield f"context   {note}: the longest prompt and completion"
+
+
+def longest_sequence(trainer: Trainer) -> tuple[int, int]:
     """Tokens of the longest prompt and completion, and the positions that reading them may take:
     none for the last token, but some for padding."""
-    a, new, length = trainer.args, trainer.sampling.max_tokens, trainer.scorer.shapes.length
-    evaluated = trainer.sampling_with(0.0, a.eval_max_new_tokens).max_tokens
+    a, length = trainer.args, trainer.scorer.shapes.length
+    new = trainer.sampling.max_tokens
+    evaluated = trainer.how(0.0, trainer.args.eval_max_new_tokens).max_tokens
     taken = [(trainer.train_dataset, new), (trainer.eval_dataset, evaluated)]
     if a.eval_every_updates and a.eval_subset_size:
         taken.append((trainer.train_dataset, evaluated))
-    tokens = max(len(row["prompt_ids"]) + count for rows, count in taken for row in rows)
-    before = max(len(row["prompt_ids"]) for row in trainer.train_dataset) - 1
+    tokens = max(len(q["prompt_ids"]) + count for questions, count in taken for q in questions)
+    before = max(len(question["prompt_ids"]) for question in trainer.train_dataset) - 1
     return tokens, max(tokens - 1, before + length(new), length(before + new))
 
 
-def introduce(trainer: Any, blas: str | None) -> None:
-    """Say what is about to happen, and every choice that was not the user's own."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    from ..model import loading  # imports more than a command that only prints needs
-
-    a, kind = trainer.args, trainer.loaded.train_type
-    weights: Any = tree_flatten(trainer.model.trainable_parameters())
-    count = sum(value.size for _, value in weights)
-    device = "CPU" if mx.default_device() == mx.cpu else mx.device_info()["device_name"]
-    say(f"model     {a.model_name}: {kind}, {count:,} parameters train, on {device}")
-    if kind != "full":
-        note = "; learning_rate is for full fine-tuning" if "learning_rate" in a.explicit else ""
-        say(f"          learning rate {a.lora_learning_rate:g} (lora_learning_rate{note})")
-    if kind != "full" and a.train_type == "auto" and not a.adapter_path:
-        say("          the model is quantized, so adapters are trained on it (train_type = lora)")
-    advice = runtime.blas_advice(blas) if device == "CPU" else None
-    if advice:
-        say(f"speed     {advice}")
-    if note := loading.beyond_context(trainer.loaded, a.model_name, *longest_sequence(trainer)):
-        say(f"context   {note}: the longest prompt and completion")
+def data(trainer: Trainer, _: str | None) -> Iterator[str]:
+    a = trainer.args
     asked = min(a.eval_samples, len(trainer.eval_dataset))
     names = ", ".join(part["dataset"] for part in a.dataset_mix) or a.dataset
     questions = counted(len(trainer.train_dataset), "question")
-    say(f"data      {names}: {questions}, {asked:,} for evaluation")
-    if a.top_k or a.top_p < 1 or a.min_p:
-        say("sampling  top_k, top_p and min_p bias the gradient: what they cut off is never learnt")
-    from ..rollouts import merged_layers  # imports MLX, before which a BLAS may have to be loaded
+    yield f"data      {names}: {questions}, {asked:,} for evaluation"
 
-    if trainer.quantizes and (cost := merged_layers.cost_of_quantizing(trainer)):
-        say(f"speed     {cost}")
-    updates = counted(trainer.total_updates, "update")
+
+def sampling(trainer: Trainer, _: str | None) -> Iterator[str]:
+    a = trainer.args
+    if a.top_k or a.top_p < 1 or a.min_p:
+        bias = "top_k, top_p and min_p bias the gradient: what they cut off is never learnt"
+        yield f"sampling  {bias}"
+
+
+def quantizing(trainer: Trainer, _: str | None) -> Iterator[str]:
+    if not trainer.quantizes:
+        return
+    a, memory = trainer.args, trainer.memory
+    rows = a.batch_size * a.gradient_accumulation_steps * a.num_generations
+    rows = min(rows, memory.plan.rollout_batch_size)
+    cost = cost_of_quantizing(trainer.model, trainer.copy_policy, rows, memory.spare_for_rollouts)
+    if cost:
+        yield f"speed     {cost}"
+
+
+def plan(trainer: Trainer, _: str | None) -> Iterator[str]:
+    a, planned = trainer.args, trainer.memory.plan
     most = min(a.batch_size * a.gradient_accumulation_steps, len(trainer.train_dataset))
-    prompts = counted(most, "prompt")
-    say(
-        f"plan      {updates} of {prompts} x {a.num_generations} completions, "
-        f"about {readable(trainer.plan.needed)}"
+    yield (
+        f"plan      {counted(trainer.total_updates, 'update')} of {counted(most, 'prompt')} x "
+        f"{a.num_generations} completions, about {readable(planned.needed)}"
     )
-    if not trainer.plan.fits:
-        say("          that may not fit this machine; what would:")
-        for suggestion in trainer.plan.suggestions:
-            say(f"            {suggestion}")
+    if not planned.fits:
+        yield "          that may not fit this machine; what would:"
+        yield from (f"            {suggestion}" for suggestion in planned.suggestions)

@@ -14,12 +14,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypedDict, cast
 
 from ..base.errors import UserError
 from ..base.say import say
 
 _own: set[Path] = set()  # a POSIX lock does not keep its own process out
+
+
+class Holder(TypedDict, total=False):
+    """Who holds or held a folder; empty when the file does not say."""
+
+    pid: int
+    host: str
+    began: str | None
+    started: str
 
 
 class RunLock:
@@ -102,8 +111,8 @@ class RunLock:
             ) from None
 
 
-def holder(file: IO[str]) -> dict[str, Any]:
-    """What the file says of who holds or held it; empty when it says nothing.
+def holder(file: IO[str]) -> Holder:
+    """What the file says.
 
     Not by its path: to close any descriptor of a file drops the locks that its process has on it.
     """
@@ -112,14 +121,15 @@ def holder(file: IO[str]) -> dict[str, Any]:
         found = json.loads(file.read())
     except ValueError:
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
+    names_one = isinstance(found, dict) and isinstance(found.get("pid"), int)
+    return cast(Holder, found) if names_one else {}
 
 
-def described(found: dict[str, Any]) -> str:
+def described(found: Holder) -> str:
     return f"process {found['pid']} on {found.get('host')} (started {found.get('started')})"
 
 
-def alive(found: dict[str, Any]) -> bool:
+def alive(found: Holder) -> bool:
     """Whether that process still runs; one on another machine counts as alive.
 
     A process number is used again after a while: the time at which the process began tells.

@@ -1,78 +1,81 @@
 """The record of a run: training_log.jsonl, trackers, and the lines that a person reads."""
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
 
 from ..base.errors import disk_errors_named
 from ..base.say import say
 from ..base.text import counted, redacted
-from ..memory.meter import Meter
+from ..data.completions import Completion
+from ..data.files import Row
+from ..settings.run_settings import Settings
 from . import trackers, warnings_of_learning
-
-if TYPE_CHECKING:  # the tools' `--help` answers without it
-    import numpy as np
+from .state import Record, State
 
 
 class RunLog:
-    """Writes training and evaluation records; `history` holds the evaluations on the test split."""
+    """Writes training and evaluation records; what it has to remember is in the run's state."""
 
-    def __init__(self, args: Any) -> None:
-        self.args = args
+    def __init__(self, args: Settings, state: State | None = None) -> None:
+        self.args, self.state = args, state or State()
         self.path = Path(args.output_dir) / "training_log.jsonl"
         self.tracker: trackers.Tracker = trackers.NullTracker()
-        self.history: list[dict[str, Any]] = []
-        self.pending: list[dict[str, Any]] = []
-        self.watched: dict[str, Any] = {}
-        self.notes: list[str] = []  # what a person should know of later; in the next record
         self.warned_of_cut = False
-        self.meter = Meter()
 
-    def write(self, record: dict[str, Any]) -> None:
+    @property
+    def history(self) -> list[Record]:
+        """The evaluations on the test split."""
+        return self.state.history
+
+    def write(self, record: Record) -> None:
         """One JSON object a line (NaN and infinity, which JSON lacks, as null); the trackers."""
         record = redacted({name: finite(value) for name, value in record.items()})
         self.append(record)
         with disk_errors_named(self.path):
             self.tracker.log(record)
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         if self.args.log_jsonl:
             with disk_errors_named(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def watch(self, records: list[dict[str, Any]]) -> None:
+    def watch(self, records: list[Record]) -> None:
         """Warn when learning has gone wrong (utils/run/warnings_of_learning.py)."""
         if not self.args.watchdog_window:
             return
-        self.watched = warnings_of_learning.watched(
-            self.watched, records, self.args.watchdog_window
+        self.state.watched = warnings_of_learning.watched(
+            self.state.watched, records, self.args.watchdog_window
         )
-        if text := self.watched["warning"]:
+        if text := self.state.watched["warning"]:
             update = records[-1]["update"]
             text = f"over the last {self.args.watchdog_window} updates, {text}"
             say(f"warning   update {update}: {text}")
-            self.notes.append(f"update {update}: {text}")
+            self.state.notes.append(f"update {update}: {text}")
 
-    def training(self, batch_step: int, seconds: float) -> None:
+    def training(self, memory: dict[str, float]) -> None:
         """Write the means of the updates since the last record, with the counters of the newest."""
-        records, self.pending = self.pending, []
-        record = {"update": None, "batch_step": batch_step, **records[-1]}
+        state = self.state
+        records, state.pending = state.pending, []
+        record: Record = {"update": None, "batch_step": state.step, **records[-1]}
         for name in record.keys() - {"update", "batch_step", "lr"}:
             values = [r[name] for r in records if r.get(name) is not None]
             if values:
                 record[name] = sum(values) / len(values)
-        if self.notes:
-            record["notes"], self.notes = self.notes, []
-        record |= {"seconds": seconds, **self.meter.report()}
+        if state.notes:
+            record["notes"], state.notes = state.notes, []
+        record |= {"seconds": state.elapsed, **memory}
         self.write(record)
 
-    def evaluation(self, record: dict[str, Any]) -> None:
+    def evaluation(self, record: Record) -> None:
         """Write and show an evaluation; warn once when over 5 % of the answers are cut off."""
         self.write(record)
         cut = record["truncation_rate"]
@@ -83,7 +86,7 @@ class RunLog:
             f"{record['split']} ({asked}, greedy{note})"
         )
         if record["split"] == "test":
-            self.history.append(record)
+            self.state.history.append(record)
         if cut > 0.05 and not self.warned_of_cut:
             self.warned_of_cut = True
             say(
@@ -103,23 +106,38 @@ class RunLog:
             say(f"result    {self.score_text(before)} -> {then} after {counted(update, 'update')}")
 
     def completions(
-        self, shown: list[tuple[dict[str, Any], Any, float]], extras: dict[str, list]
+        self, questions: Sequence[Row], rollout: "RolloutFigures", extras: dict[str, list]
     ) -> None:
         """Print sampled completions with their rewards and what reward functions say of them."""
-        for number, (row, response, reward) in enumerate(shown):
-            say(f"--- reward {reward:.2f}, {response.finish_reason}: {row['question']}")
-            say(f"{response.text}\n    (expected {row['answer']})")
+        group = rollout.completions.shape[1]
+        shown = zip(rollout.completions.flat, rollout.rewards.flat, strict=True)
+        for number, (completion, reward) in enumerate(islice(shown, self.args.log_completions)):
+            question = questions[rollout.prompts[number // group]]
+            say(f"--- reward {reward:.2f}, {completion.finish_reason}: {question['question']}")
+            say(f"{completion.text}\n    (expected {question['answer']})")
             for column, values in extras.items():
                 say(f"    {column}: {values[number]}")
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # Means over all tokens of the update; the other statistics are over those that had a gradient.
 PER_UPDATE = ("policy_reward", "clip_low", "clip_high")
 STATISTICS = (*PER_UPDATE, "importance_weight", "importance_capped", "sampler_mismatch")
+
+
+class RolloutFigures(Protocol):
+    """Of the script's Rollout: P prompts, G completions each, F reward functions."""
+
+    prompts: np.ndarray  # (P,) indices of the training set
+    completions: np.ndarray  # (P, G)
+    rewards: np.ndarray  # (P, G)
+    values: np.ndarray  # (P, G, F)
+
+    @property
+    def lengths(self) -> np.ndarray: ...  # (P, G) sampled tokens
 
 
 class TokenSums:
@@ -129,7 +147,7 @@ class TokenSums:
         self.sums: dict[str, float] = dict.fromkeys(STATISTICS, 0.0)
         self.tokens = 0.0
 
-    def add(self, sums: dict[str, Any], mask: Any) -> None:
+    def add(self, sums: dict[str, mx.array], mask: mx.array) -> None:
         """`mask`: (B, T), 1 where a token has a gradient."""
         self.tokens += float(mask.sum())
         for name, value in sums.items():
@@ -141,30 +159,33 @@ class TokenSums:
         return {n: total / counts[n] if counts[n] else None for n, total in self.sums.items()}
 
 
-def rollout_metrics(scores: Any, advantages: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
-    """What the log says of a rollout: `scores`, and the (P, G) `advantages` made of them."""
-    import numpy as np
-
-    rewards, lengths = scores.rewards, scores.lengths
-    responses = scores.responses.reshape(-1).tolist()
-    logprobs = [logprob for response in responses for logprob in response.logprobs]
+def rollout_metrics(
+    rollout: RolloutFigures, advantages: np.ndarray, names: Iterable[str]
+) -> dict[str, float]:
+    """What the log says of a rollout and the (P, G) advantages made of it."""
+    rewards, lengths = rollout.rewards, rollout.lengths
+    completions: list[Completion] = rollout.completions.reshape(-1).tolist()
+    logprobs = [
+        logprob
+        for completion in completions
+        for logprob, sampled in zip(completion.logprobs, completion.mask, strict=True)
+        if sampled
+    ]
     metrics = {
         "reward_mean": mean(rewards),
         "reward_std": mean(rewards.std(axis=1, ddof=1)),
         "groups_without_signal": (advantages == 0).all(axis=1).mean(),
         "completion_length": lengths.mean(),
         "completion_length_max": lengths.max(),
-        "truncation_rate": np.mean([r.finish_reason == "length" for r in responses]),
+        "truncation_rate": np.mean([c.finish_reason == "length" for c in completions]),
         "entropy": -mean(np.array(logprobs)),  # of the sampler, estimated from what it sampled
         "tokens": lengths.sum(),
     }
-    metrics |= {f"reward/{name}": mean(scores.values[..., n]) for n, name in enumerate(names)}
+    metrics |= {f"reward/{name}": mean(rollout.values[..., n]) for n, name in enumerate(names)}
     return {name: float(value) for name, value in metrics.items()}
 
 
 def mean(values: np.ndarray) -> float:
     """Mean of what is a number; NaN when nothing is."""
-    import numpy as np
-
     valid = values[~np.isnan(values)]
     return float(valid.mean()) if valid.size else math.nan

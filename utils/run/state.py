@@ -1,150 +1,129 @@
-"""What a run has beside the algorithm: its log and bar, evaluations, checkpoints, its position."""
+"""Everything that a run which goes on needs beside weights and optimizer."""
 
-import math
-from pathlib import Path
-from typing import Any
+import copy
+import random
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
+import mlx.core as mx
 import numpy as np
 
-from ..base.errors import RunError, UserError
-from ..rewards import for_trainer
-from ..rewards.calls import RewardCalls
-from . import checkpoints, ending, folders, progress
-from .log import RunLog
+from ..base.text import shown
+
+FORMAT = 2
+"""Of checkpoints; the first (up to git revision 3862b3f) did not say so, and is read as well."""
+
+Record = dict[str, Any]
+"""What the log says of an update or an evaluation."""
+Random = dict[str, list]
+"""States of the random generators of Python, NumPy and MLX."""
 
 
-def due(every: int, before: int, now: int) -> bool:
-    """Whether an action of every so many steps falls due between two counts (0: never)."""
-    return every > 0 and now // every > before // every
+@dataclass
+class State:
+    """Where a run is. All of it is JSON; lists and dicts change in place: see `copied`."""
 
+    step: int = 0
+    """Batches of prompts."""
+    update_step: int = 0
+    """Optimizer updates."""
+    rollout: int = 0
+    """Calls of `train_step`."""
+    drawn: int = 0
+    """Prompts that dynamic sampling took from the stream."""
+    last_sync: int = 0
+    """Update after which the sampling policy was refreshed."""
+    bad_updates: int = 0
+    """Updates in a row that were not finite."""
+    elapsed: float = 0.0
+    """Seconds."""
+    kl_coeff: float = 0.0
+    """Which `kl_target` moves."""
+    reward_moments: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Of all rewards: count, mean, sum of squared deviations."""
+    measured_factor: float = 1.0
+    """Measured over planned memory of a micro-batch."""
+    halved: dict[str, int] = field(default_factory=dict)
+    """Sizes that memory ran out with, as they are since."""
+    history: list[Record] = field(default_factory=list)
+    """Evaluations on the test split."""
+    pending: list[Record] = field(default_factory=list)
+    """Updates that wait for their record."""
+    watched: dict[str, Any] = field(default_factory=dict)
+    """What the warnings of learning go by."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of later, for the next record."""
+    unreported: tuple[tuple[int, int], list[Record]] | None = None
+    """(step, update) before an update that was done but not reported on, and its records."""
+    log_bytes: int = 0
+    random: Random = field(default_factory=dict)
 
-def subset(rows: list[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
-    """The `samples` rows (0: all) that every run is evaluated on, whatever its seed."""
-    order = np.random.default_rng(0).permutation(len(rows))
-    return [rows[i] for i in order[: samples or len(rows)]]
+    def copied(self) -> Self:
+        """As it is now: lists are copied, records are shared."""
+        other = copy.copy(self)
+        for own in fields(self):
+            value = getattr(self, own.name)
+            setattr(other, own.name, value.copy() if isinstance(value, list | dict) else value)
+        return other
 
-
-class RunState:
-    """The base of MLXGRPOTrainer. `step` counts batches of prompts, `update_step` updates."""
-
-    loaded: Any
-    reward_funcs: dict[str, Any]
-    train_dataset: list[dict[str, Any]]
-    eval_dataset: list[dict[str, Any]]
-    total_updates: int
-
-    def __init__(self, args: Any, command: str) -> None:
-        self.args, self.command = args, command
-        self.output_dir = Path(args.output_dir)
-        self.log = RunLog(args)
-        self.reward_calls = RewardCalls(args.reward_timeout)
-        self.bar = progress.no_bar()
-        self.interrupted = False
-        self.step = self.update_step = self.rollout = 0
-        self.elapsed = 0.0  # seconds
-        self.bad_updates = 0  # in a row
-        self.measured_factor = 1.0  # of memory, from the first update
-        self.shown: list[tuple] = []  # (row, completion, reward), for the terminal
-        self.saved_at = 0
-        self.position: dict[str, Any] = {}
-        self.unreported: tuple[tuple[int, int], list[dict]] | None = None
-
-    def pulse(self, phase: str) -> None:
-        """Between blocks of work: show that it goes on, and stop if a signal asked for it."""
-        self.bar.set_description_str(phase)
-        if self.interrupted:
-            raise ending.Interrupted
-
-    def mark(self, unreported: tuple[tuple[int, int], list[dict]] | None = None) -> None:
-        """Note the position between two updates: a run that is stopped goes on from here."""
-        self.unreported = unreported
-        self.position = checkpoints.position(self)
-
-    def after_update(self, before: tuple[int, int], records: list[dict[str, Any]]) -> None:
-        """Log, evaluate and save whatever falls due between the counters `before` and now.
+    def take(self, counters: dict[str, Any]) -> None:
+        """Become what a checkpoint says, in place.
 
         Raises:
-            RunError: five updates in a row were not finite.
+            KeyError: something is missing.
+            ValueError: something is not of its kind, or impossible, or of a newer version.
         """
-        a, log, (step, update) = self.args, self.log, before
-        if update == 0 and self.loaded.train_type == "full":
-            progress.warn_of_kl(records[0]["kl"])
-        log.pending += records
-        log.watch(records)
-        self.bar.update(self.update_step - update)
-        self.bar.set_postfix_str(progress.progress_text(records[-1], log))
-        if due(a.logging_steps, step, self.step):
-            log.training(self.step, self.elapsed)
-            log.completions(self.shown, self.reward_calls.extras)
-        if due(a.eval_every_updates, update, self.update_step):
-            self.evaluate("train")
-        last = self.update_step >= self.total_updates  # after it, the run ends with an evaluation
-        if due(a.eval_steps, step, self.step) and not last:
-            self.evaluate("test")
-        self.mark()
-        if due(a.save_steps, step, self.step) and self.saved_at < self.update_step:
-            self.save_checkpoint(self.output_dir / f"checkpoint-{self.step}")
-            folders.prune(self.output_dir, a.save_total_limit, a.max_ckpt_gb)
-        if self.bad_updates >= 5:
-            raise RunError(
-                "five updates in a row were not finite: lower the learning rate, or try "
-                "dtype = float32"
+        if counters.get("format", 1) not in range(1, FORMAT + 1):
+            raise ValueError(
+                f"format = {shown(counters['format'])}: it was written by a newer version, this "
+                f"one reads up to {FORMAT}"
             )
+        for own in fields(self):
+            value = counters.get("halved", {}) if own.name == "halved" else counters[own.name]
+            check(own.name, value, getattr(self, own.name))
+            setattr(self, own.name, value)
 
-    def save_checkpoint(self, path: Path) -> None:
-        """A complete model folder (or adapters in mlx-lm's format) with the trainer's state."""
-        self.mark()
-        checkpoints.save(Path(path), self)
-        self.saved_at = self.update_step
 
-    def evaluate(self, split: str = "test") -> float:
-        """Score the fixed subset of a split, log it, return the score (NaN: no questions)."""
-        train = split == "train"
-        dataset = self.train_dataset if train else self.eval_dataset
-        samples = self.args.eval_subset_size if train else self.args.eval_samples
-        if not (dataset and samples):
-            return math.nan
-        result = self.score(dataset, samples)
-        counters = {"update": self.update_step, "batch_step": self.step, "split": split}
-        self.log.evaluation(counters | result)
-        if self.args.save_best and not train:
-            checkpoints.keep_best(self)
-        return float(result["em"])
+def check(name: str, value: object, own: object) -> None:
+    """Raise ValueError where a value is not of the kind of our own."""
+    if isinstance(own, int | float):
+        right = is_count(value, isinstance(own, float), 2**63 if name == "log_bytes" else 2**31)
+    elif isinstance(own, list) and name != "reward_moments":
+        kind = str if name == "notes" else dict
+        right = isinstance(value, list) and all(isinstance(part, kind) for part in value)
+    else:
+        right = own is None or isinstance(value, type(own))
+    if not right:
+        raise ValueError(f"{name} = {shown(value)}")
 
-    def evaluate_em(self, dataset: list[dict], samples: int = 0, **how: Any) -> float:
-        """Mean exact match (or `eval_metric`) over a fixed subset of `samples` rows (0: all).
 
-        dataset: rows of `load_questions`, or of the trainer's own data sets.
-        Raises UserError if it holds no question whose prompt fits.
-        """
-        if not dataset:
-            raise UserError("there is nothing to evaluate: the data set holds no questions")
-        if "prompt_ids" not in dataset[0]:
-            dataset = self.encode(dataset, "evaluation")
-        return float(self.score(dataset, samples, **how)["em"])
+def is_count(value: object, or_part: bool, most: int) -> bool:
+    """Whether it is a whole number from 0 to below `most`, or a part of one where that may be."""
+    if type(value) is int or (or_part and isinstance(value, float)):
+        return 0 <= value < most
+    return False
 
-    def encode(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-        """Rows with `prompt_ids`, without those whose prompts are too long."""
-        raise NotImplementedError
 
-    def score(self, dataset: list[dict], samples: int = 0, **how: Any) -> dict[str, Any]:
-        """Score the answers of the policy (or of another model)."""
-        rows, responses = self.answers(dataset, samples, **how)
-        name = self.args.eval_metric
-        if name == "em":
-            scores = [self.is_right(r, row) for r, row in zip(responses, rows, strict=True)]
-        else:
-            functions = {name: self.reward_funcs[name]}
-            scores = for_trainer.call(self, functions, rows, responses)[name].tolist()
-        cut = float(np.mean([r.finish_reason == "length" for r in responses]))
-        return {"em": float(np.nanmean(scores)), "em_subset": len(rows), "truncation_rate": cut}
+def random_states() -> Random:
+    """Sampling has its own keys, but reward functions may draw."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "mlx": np.array(mx.random.state[0]).tolist(),  # type: ignore[index]
+    }
 
-    def answers(
-        self, dataset: list[dict], samples: int = 0, temperature: float = 0.0, model: Any = None
-    ) -> tuple[list[dict[str, Any]], list[Any]]:
-        """A fixed subset of `samples` rows (0: all), and one completion of each."""
-        raise NotImplementedError
 
-    def is_right(self, response: Any, row: dict[str, Any]) -> bool:
-        """Whether a completion answers the row's question."""
-        raise NotImplementedError
+def seed_random_states(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(np.random.SeedSequence(seed).generate_state(8))
+    mx.random.seed(seed)
+
+
+def restore_random_states(states: Random) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    high, low = states["mlx"]
+    mx.random.seed(high << 32 | low)

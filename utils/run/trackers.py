@@ -13,10 +13,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 from ..base.errors import UserError
-from ..base.text import shown
+from ..base.text import Json, shown
+
+Record = dict[str, Json]
+"""A line of training_log.jsonl."""
 
 WANDB_ID = "wandb_run.txt"  # in output_dir
 
@@ -27,7 +30,7 @@ PACKAGES: dict[str, str | None] = {"csv": None, "tensorboard": "tensorboardX", "
 class Tracker(Protocol):
     """Takes each record once, in order, then one `close`."""
 
-    def log(self, record: dict[str, Any]) -> None: ...
+    def log(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
 
@@ -39,7 +42,7 @@ class MissingExtra(UserError, ImportError):
 class NullTracker:
     """Keeps nothing: `report_to` is empty."""
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         pass
 
     def close(self) -> None:
@@ -52,7 +55,7 @@ class FanOut:
     def __init__(self, trackers: list[Tracker]) -> None:
         self.trackers = trackers
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         for tracker in self.trackers:
             tracker.log(record)
 
@@ -62,7 +65,7 @@ class FanOut:
                 stack.callback(tracker.close)
 
 
-def _flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(record: Record, prefix: str = "") -> Iterator[tuple[str, Json]]:
     for key, value in record.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}/")
@@ -70,7 +73,7 @@ def _flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _scalars(record: dict[str, Any]) -> dict[str, float]:
+def _scalars(record: Record) -> dict[str, float]:
     """The numbers of a record under "train/" or "eval/SPLIT/", without "update", the axis."""
     prefix = f"eval/{record['split']}/" if "split" in record else "train/"
     return {
@@ -95,7 +98,7 @@ class _CSVFile:
         csv.field_size_limit(2**31 - 1)
         return self.path.open(newline="", encoding="utf-8", errors="replace")
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: dict[str, Json]) -> None:
         if new := [key for key in row if key not in self.columns]:
             self._widen(new)
         with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -127,7 +130,7 @@ class CSVTracker:
         self.training = _CSVFile(output_dir / "metrics.csv")
         self.evaluation = _CSVFile(output_dir / "metrics_eval.csv")
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         row = {
             key: json.dumps(value) if isinstance(value, list | tuple) else value
             for key, value in _flatten(record)
@@ -140,7 +143,7 @@ class CSVTracker:
 
 def read_log(
     log: Path, size: int | None = None, last: float = math.inf
-) -> tuple[list[dict[str, Any]], int]:
+) -> tuple[list[Record], int]:
     """The records in the first `size` bytes of training_log.jsonl, up to the update `last`, and
     where they end. Behind them may be the part of a line that a crash left.
 
@@ -167,7 +170,7 @@ def read_log(
     return records, end
 
 
-def as_record(line: bytes) -> dict[str, Any] | None:
+def as_record(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -175,7 +178,7 @@ def as_record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("update"), int) else None
 
 
-def rewind(output_dir: Path, records: list[dict[str, Any]] | None, last: int) -> None:
+def rewind(output_dir: Path, records: list[Record] | None, last: int) -> None:
     """Drop the rows of the CSV files that a resumed run writes again: those not among the `records`
     of its log or, where it keeps none, those after the update `last`."""
     left = Counter((str(record["update"]), record.get("split", "")) for record in records or [])
@@ -208,7 +211,7 @@ class TensorBoardTracker:
     on; the `records` of that update that the log still has are written again.
     """
 
-    def __init__(self, output_dir: Path, since: int, records: list[dict[str, Any]]) -> None:
+    def __init__(self, output_dir: Path, since: int, records: list[Record]) -> None:
         from tensorboardX import SummaryWriter
 
         folder = output_dir / "tensorboard"
@@ -218,7 +221,7 @@ class TensorBoardTracker:
             if record["update"] >= since:
                 self.log(record)
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         for name, value in _scalars(record).items():
             self.writer.add_scalar(name, value, global_step=record["update"])
 
@@ -233,12 +236,12 @@ class WandbTracker:
     that are there already are known: to take back steps (`resume_from`) is a private preview.
     """
 
-    def __init__(self, output_dir: Path, run_name: str, config: dict[str, Any]) -> None:
+    def __init__(self, output_dir: Path, run_name: str, config: dict[str, Json]) -> None:
         import wandb
 
         output_dir.mkdir(parents=True, exist_ok=True)
         known = output_dir / WANDB_ID
-        again: dict[str, Any] = {}
+        again: dict[str, str] = {}
         if known.exists():
             again = {"id": known.read_text(encoding="utf-8").strip(), "resume": "allow"}
         self.run = wandb.init(
@@ -249,7 +252,7 @@ class WandbTracker:
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         # An update's records come in this order, and W&B's own step must grow with every call.
         place = {"": 0, "train": 1}.get(record.get("split", ""), 2)
         step = 3 * record["update"] + place
@@ -289,9 +292,9 @@ def make_tracker(
     report_to: list[str],
     output_dir: Path,
     run_name: str,
-    config: dict[str, Any],
+    config: dict[str, Json],
     since: int = 0,
-    records: list[dict[str, Any]] | None = None,
+    records: list[Record] | None = None,
 ) -> Tracker:
     """The tracker for `report_to`: any of "csv", "tensorboard", "wandb".
 

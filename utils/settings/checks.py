@@ -5,17 +5,17 @@ All of it is checked before anything is loaded; a complaint names key, value and
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 from ..base.errors import UserError
 from ..base.text import counted, shown
+from .run_settings import Loss, Settings
 
-LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "text that is not empty": (
-        lambda v: v.strip() != "",
-        "model_name output_dir dataset train_split test_split",
-    ),
+Complaints: TypeAlias = Iterator[tuple[str, bool]]  # what is wrong, and whether it is
+
+TEXTS = "model_name output_dir dataset train_split test_split"  # must not be empty
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "above 0 and finite": (
         lambda v: 0 < v < math.inf,
         "learning_rate lora_learning_rate lora_scale temperature max_grad_norm importance_cap "
@@ -59,58 +59,53 @@ CHOICES = {
     "moment_bits": (32, 8),
     "train_type": ("auto", "full", "lora", "dora"),
     "curriculum": ("none", "weights", "easy_to_hard"),
-    "loss_type": (
-        *("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gmpo", "cpgd", "cispo", "sapo"),
-        "reinforce",
-    ),
     "importance_sampling_level": ("auto", "token", "sequence"),
-    "advantage_estimator": (
-        *("group_norm", "dr_grpo", "batch", "rloo", "reinforce", "reinforce_baseline", "gdpo"),
-        *("gspo", "gmpo", "cpgd"),  # an alias is gone when this is read
-    ),
-    "kl_estimator": ("k1", "k2", "k3"),
     "kl_placement": ("loss", "reward"),
     "importance_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "lr_scheduler_type": ("cosine", "linear", "constant"),
 }
 
 
-# What each objective's paper sets where the user does not, and estimators that are names of losses.
-PAPERS: dict[str, dict[str, Any]] = {
-    "dapo": {"clip_eps_high": 0.28},
-    "gspo": {"clip_eps": 3e-4, "clip_eps_high": 4e-4},
-    "gmpo": {"clip_eps": 0.4, "clip_eps_high": 0.4},
-    "cispo": {"clip_eps_high": 4.0},
-    "cpgd": {"advantage_eps": 1e-6},
-}
+# Names of losses that LightRFT has for advantages: group_norm, with that loss.
+BROUGHT = ("clip_eps", "clip_eps_high", "importance_sampling_level", "advantage_eps")
 ALIASES = ("gspo", "gmpo", "cpgd")
-CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo")  # losses with PPO's clipped ratio
 WHITENED = ("reinforce", "reinforce_baseline", "gdpo")  # estimators that end with a normalisation
 
 
-def resolve_objective(c: Any) -> None:
-    """Replace an alias by loss and estimator, and open settings by those of the loss's paper.
+def follow_loss(c: Settings, losses: Mapping[str, Loss]) -> None:
+    """Let what the user did not set be as the loss's paper has it; an alias becomes its loss.
 
     Raises:
         UserError: an alias beside another loss_type.
     """
-    if c.advantage_estimator in ALIASES:
-        alias = c.advantage_estimator
+    alias = c.advantage_estimator
+    if alias in ALIASES:
         if "loss_type" in c.explicit and c.loss_type != alias:
             raise UserError(
                 f"advantage_estimator = {alias!r} stands for loss_type = {alias!r} with "
                 f"group_norm, but loss_type = {c.loss_type!r}: leave one of them out"
             )
-        c.loss_type, c.advantage_estimator = alias, "group_norm"
-    for name, value in PAPERS.get(c.loss_type, {}).items():
-        if name not in c.explicit:
-            setattr(c, name, value)
-    if c.importance_sampling_level == "auto" and c.loss_type == "gspo":
-        c.importance_sampling_level = "sequence"
+        vars(c).update(loss_type=alias, advantage_estimator="group_norm")
+    for name in BROUGHT if c.loss_type in losses else ():
+        value = getattr(losses[c.loss_type], name)
+        c.bring(name, getattr(type(c), name) if value is None else value)
 
 
-def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
-    """(complaint, does it apply) for settings that make no sense together."""
+def contradictions(c: Settings) -> Complaints:
+    """Settings that make no sense together; the first complaint is the one that is raised."""
+    yield from about_rewards(c)
+    yield from about_weights(c)
+    yield from about_data(c)
+    yield from about_ratios(c)
+    yield from about_kl(c)
+    yield from about_normalisation(c)
+    yield from about_evaluations(c)
+    for text in c.stop_strings:
+        yield "stop_strings holds an empty string", not text
+        yield f"stop string {text!r} is part of reasoning_prefix", text in c.reasoning_prefix
+
+
+def about_rewards(c: Settings) -> Complaints:
     yield "reward_funcs is empty: nothing would be learned", not c.reward_funcs
     yield (
         f"reward_weights has {counted(len(c.reward_weights), 'value')} for "
@@ -136,6 +131,10 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         "remote_rm_url has no effect unless reward_funcs has remote_rm",
         bool(c.remote_rm_url) and "remote_rm" not in c.reward_funcs,
     )
+
+
+def about_weights(c: Settings) -> Complaints:
+    """The weights that are trained, in full or by adapters."""
     yield (
         "adapter_path needs train_type lora or dora",
         bool(c.adapter_path) and (c.train_type == "full"),
@@ -149,6 +148,10 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         f"master_weights = false is for bfloat16 weights, so not with dtype = {c.dtype}",
         not c.master_weights and c.dtype in ("float32", "float16"),
     )
+
+
+def about_data(c: Settings) -> Complaints:
+    """What is asked, in which order, and by what the answers are judged."""
     yield (
         f"eval_metric = {c.eval_metric!r} is neither em nor one of reward_funcs",
         c.eval_metric not in ("em", *c.reward_funcs),
@@ -171,47 +174,15 @@ def contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         "dataset_mix: a weight in every table or in none (then each question comes once an epoch)",
         len(weighted) not in (0, len(c.dataset_mix)),
     )
-    yield from objective_contradictions(c)
-    yield (
-        "save_best goes by the evaluations on the test split, and eval_samples = 0 has none",
-        c.save_best and not c.eval_samples,
-    )
-    yield (
-        "early_stopping_patience counts evaluations on the test split, which need eval_samples and "
-        "eval_steps above 0",
-        c.early_stopping_patience > 0 and not (c.eval_samples and c.eval_steps),
-    )
-    for text in c.stop_strings:
-        yield "stop_strings holds an empty string", not text
-        yield f"stop string {text!r} is part of reasoning_prefix", text in c.reasoning_prefix
 
 
-def check_mix(mix: list[dict[str, Any]]) -> None:
-    """Refuse tables of dataset_mix with unknown keys or impossible values. Raises UserError."""
-    names = [part.get("dataset") for part in mix]
-    for part in mix:
-        for key, value in part.items():
-            kind = MIX_KEYS.get(key)
-            if kind is None:
-                raise UserError(f"dataset_mix: unknown key {key!r}; known: {', '.join(MIX_KEYS)}")
-            number = isinstance(value, int | kind) and not isinstance(value, bool)
-            right = isinstance(value, str) if kind is str else number and 0 < value < math.inf
-            if not right:
-                wanted = "text" if kind is str else "a number above 0"
-                raise UserError(f"dataset_mix: {key} = {value!r} must be {wanted}")
-        if not part.get("dataset"):
-            raise UserError(f"dataset_mix: a table without dataset: {part}")
-        if names.count(part["dataset"]) > 1:
-            raise UserError(f"dataset_mix: {part['dataset']!r} occurs twice")
-
-
-def objective_contradictions(c: Any) -> Iterator[tuple[str, bool]]:
-    """The same for the objective."""
+def about_ratios(c: Settings) -> Complaints:
+    """The ratio to the old policy: what clips it, and whether it is of a token or a sequence."""
     high = c.clip_eps_high or c.clip_eps
     at_sequence = c.importance_sampling_level == "sequence"
     yield (
         f"delta = {c.delta} bounds PPO's clipped ratio, which loss_type = {c.loss_type} has not",
-        bool(c.delta) and c.loss_type not in CLIPPED,
+        bool(c.delta) and not c.loss.dual_clip,
     )
     yield (
         f"delta = {c.delta} must be above 1 + clip_eps_high = {1 + high}, or it would act on good "
@@ -220,14 +191,18 @@ def objective_contradictions(c: Any) -> Iterator[tuple[str, bool]]:
     )
     yield (
         f"importance_sampling_level = sequence has no meaning for loss_type = {c.loss_type}, which "
-        + ("averages token ratios itself" if c.loss_type == "gmpo" else "has a gradient per token"),
-        at_sequence and c.loss_type in ("gmpo", "cpgd", "reinforce"),
+        f"{c.loss.per_token}",
+        at_sequence and bool(c.loss.per_token),
     )
     yield (
         "top_entropy_quantile selects tokens, but the gradient of a ratio per sequence goes to all "
         "of them: set importance_sampling_level = token, or another loss_type than gmpo",
-        c.top_entropy_quantile < 1 and (at_sequence or c.loss_type == "gmpo"),
+        c.top_entropy_quantile < 1 and (at_sequence or c.loss.per_sequence),
     )
+
+
+def about_kl(c: Settings) -> Complaints:
+    """The distance to the reference, and the weight for the distance to the sampler."""
     yield (
         "kl_estimator = k1 in the loss has a gradient of mean zero: set kl_bias_correction = true, "
         "kl_placement = reward, or k2 or k3",
@@ -244,6 +219,11 @@ def objective_contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         f"importance_floor = {c.importance_floor} is above importance_cap = {c.importance_cap}",
         c.importance_floor > c.importance_cap,
     )
+
+
+def about_normalisation(c: Settings) -> Complaints:
+    """How rewards become advantages."""
+    kl_in_reward = c.kl_coeff > 0 and c.kl_placement == "reward"
     yield (
         "reward_running_norm_minus_mean needs reward_running_norm",
         c.reward_running_norm_minus_mean and not c.reward_running_norm,
@@ -253,33 +233,86 @@ def objective_contradictions(c: Any) -> Iterator[tuple[str, bool]]:
         "advantage_estimator takes the mean out again",
         c.reward_running_norm_minus_mean and not c.reward_clip,
     )
+    has_effect = c.advantage_estimator in ("dr_grpo", "rloo") or bool(c.reward_clip) or kl_in_reward
     yield (
         f"reward_running_norm: advantage_estimator = {c.advantage_estimator} divides by a standard "
         "deviation itself; it needs dr_grpo or rloo, reward_clip, or kl_placement = reward",
-        c.reward_running_norm
-        and c.advantage_estimator not in ("dr_grpo", "rloo")
-        and not c.reward_clip
-        and not (c.kl_coeff and c.kl_placement == "reward"),
+        c.reward_running_norm and not has_effect,
     )
     yield (
         f"advantages_norm: advantage_estimator = {c.advantage_estimator} does that already",
         c.advantages_norm and c.advantage_estimator in WHITENED,
     )
+    if c.advantage_estimator == "gdpo":
+        yield from about_gdpo(c, kl_in_reward)
+
+
+def about_gdpo(c: Settings, kl_in_reward: bool) -> Complaints:
     shaping = [n for n in ("reward_clip", "reward_running_norm") if getattr(c, n)]
-    shaping += ["kl_placement = reward"] * (c.kl_coeff > 0 and c.kl_placement == "reward")
+    shaping += ["kl_placement = reward"] * kl_in_reward
     yield (
         f"{', '.join(shaping)} acts on the total reward; advantage_estimator = gdpo takes each "
         "reward function by itself",
-        bool(shaping) and c.advantage_estimator == "gdpo",
+        bool(shaping),
+    )
+    yield "advantage_estimator = gdpo needs at least two reward_funcs", len(c.reward_funcs) < 2
+
+
+def about_evaluations(c: Settings) -> Complaints:
+    yield (
+        "save_best goes by the evaluations on the test split, and eval_samples = 0 has none",
+        c.save_best and not c.eval_samples,
     )
     yield (
-        "advantage_estimator = gdpo needs at least two reward_funcs",
-        c.advantage_estimator == "gdpo" and len(c.reward_funcs) < 2,
+        "early_stopping_patience counts evaluations on the test split, which need eval_samples and "
+        "eval_steps above 0",
+        c.early_stopping_patience > 0 and not (c.eval_samples and c.eval_steps),
     )
+
+
+MIX_KEYS: dict[str, type] = {
+    "dataset": str,
+    "dataset_config": str,
+    "train_split": str,
+    "question_column": str,
+    "answer_column": str,
+    "weight": float,
+    "samples": int,
+}
+
+
+def check_mix(mix: list[dict[str, object]]) -> None:
+    """Refuse tables of dataset_mix with unknown keys or impossible values. Raises UserError."""
+    names = [part.get("dataset") for part in mix]
+    for part in mix:
+        for key, value in part.items():
+            check_mix_value(key, value)
+        if not part.get("dataset"):
+            raise UserError(f"dataset_mix: a table without dataset: {part}")
+        if names.count(part["dataset"]) > 1:
+            raise UserError(f"dataset_mix: {part['dataset']!r} occurs twice")
+
+
+def check_mix_value(key: str, value: object) -> None:
+    kind = MIX_KEYS.get(key)
+    if kind is None:
+        raise UserError(f"dataset_mix: unknown key {key!r}; known: {', '.join(MIX_KEYS)}")
+    if kind is str:
+        if not isinstance(value, str):
+            raise UserError(f"dataset_mix: {key} = {value!r} must be text")
+    elif not is_amount(value, kind):
+        raise UserError(f"dataset_mix: {key} = {value!r} must be a number above 0")
+
+
+def is_amount(value: object, kind: type) -> bool:
+    """Whether it is a whole number, or one of this kind, above 0 and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, int | kind) and 0 < value < math.inf
 
 
 # (settings, when they have no effect, why) for what was set on purpose.
-DEAD: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+DEAD: tuple[tuple[str, Callable[[Settings], bool], str], ...] = (
     (
         "kl_estimator kl_placement kl_bias_correction kl_target kl_horizon ref_sync_updates "
         "ref_sync_alpha",
@@ -290,12 +323,12 @@ DEAD: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("ref_sync_alpha", lambda c: c.ref_sync_updates == 0, "ref_sync_updates = 0"),
     (
         "clip_eps",
-        lambda c: c.loss_type in ("cispo", "sapo", "reinforce"),
+        lambda c: c.loss.clip_eps is None,
         "a loss_type without a lower clip",
     ),
     (
         "clip_eps_high",
-        lambda c: c.loss_type in ("sapo", "reinforce"),
+        lambda c: c.loss.clip_eps_high is None,
         "a loss_type without a clip",
     ),
     (
@@ -311,28 +344,42 @@ DEAD: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def check(c: Any) -> None:
-    """Check every value and combination of an MLXGRPOConfig.
+def check(c: Settings, **tables: Iterable[str]) -> None:
+    """Check every value and combination of an MLXGRPOConfig, of some of whose settings the values
+    are names in `tables`.
 
     Raises:
         UserError: the first complaint.
     """
     check_sizes(c)
-    for rule, (holds, names) in LIMITS.items():
-        for name in names.split():
-            if not holds(getattr(c, name)):
-                raise UserError(f"{name} = {shown(getattr(c, name))} must be {rule}")
-    for name, allowed in CHOICES.items():
-        if getattr(c, name) not in allowed:
-            choices = ", ".join(map(str, allowed))
-            raise UserError(f"{name} = {shown(getattr(c, name))}, allowed: {choices}")
+    estimators = (*tables.pop("advantage_estimator"), *ALIASES)
+    check_values(c, {**tables, "advantage_estimator": estimators, **CHOICES})
     check_mix(c.dataset_mix)
-    for complaint, wrong in contradictions(c):
+    refuse(contradictions(c))
+
+
+def refuse(complaints: Complaints) -> None:
+    for complaint, wrong in complaints:
         if wrong:
             raise UserError(complaint)
 
 
-def check_sizes(c: Any) -> None:
+def check_values(c: Settings, choices: Mapping[str, Iterable[str | int]]) -> None:
+    """Each setting by itself."""
+    for name in TEXTS.split():
+        if not getattr(c, name).strip():
+            raise UserError(f"{name} = {shown(getattr(c, name))} must be text that is not empty")
+    for rule, (holds, names) in LIMITS.items():
+        for name in names.split():
+            if not holds(getattr(c, name)):
+                raise UserError(f"{name} = {shown(getattr(c, name))} must be {rule}")
+    for name, allowed in choices.items():
+        if getattr(c, name) not in allowed:
+            listed = ", ".join(map(str, allowed))
+            raise UserError(f"{name} = {shown(getattr(c, name))}, allowed: {listed}")
+
+
+def check_sizes(c: Settings) -> None:
     """Numbers that MLX can index with, and names that a file system takes."""
     for name, value in vars(c).items():
         if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
@@ -343,9 +390,9 @@ def check_sizes(c: Any) -> None:
             raise UserError(f"{name} = {shown(getattr(c, name))} is too long for a file name")
 
 
-def room_for_sampling(c: Any, prefix_tokens: int) -> int:
+def room_for_sampling(c: Settings, prefix_tokens: int) -> int:
     """Tokens that may follow the reasoning prefix. Raises UserError if there are none."""
-    room: int = c.max_completion_length - prefix_tokens
+    room = c.max_completion_length - prefix_tokens
     if room < 1:
         raise UserError(
             f"max_completion_length = {c.max_completion_length} leaves no room after "
@@ -354,41 +401,43 @@ def room_for_sampling(c: Any, prefix_tokens: int) -> int:
     return room
 
 
-def refuse_dead_settings(c: Any, train_type: str) -> None:
+def refuse_dead_settings(c: Settings, train_type: str) -> None:
     """Refuse what was set on purpose and could have no effect."""
-    if c.dataset_mix and c.eval_samples and "dataset" not in c.explicit:
-        raise UserError(
-            "dataset_mix is trained on; set dataset too, on which the run is evaluated (or "
-            "eval_samples = 0)"
-        )
-    if "curriculum_column" in c.explicit and c.curriculum == "none":
-        raise UserError("curriculum_column has no effect with curriculum = none: leave it out")
-    if train_type in ("lora", "dora") and "master_weights" in c.explicit:
-        raise UserError(
-            f"master_weights has no effect with train_type = {train_type}, whose adapters are "
-            "float32: leave it out"
-        )
-    dead = sorted(name for name in c.explicit if name.startswith("lora_"))
-    if train_type == "full" and dead:
-        raise UserError(f"{', '.join(dead)} has no effect with train_type = full: leave it out")
+    refuse(dead_settings(c, train_type))
+
+
+def dead_settings(c: Settings, train_type: str) -> Complaints:
+    yield (
+        "dataset_mix is trained on; set dataset too, on which the run is evaluated (or "
+        "eval_samples = 0)",
+        bool(c.dataset_mix and c.eval_samples) and "dataset" not in c.explicit,
+    )
+    yield (
+        "curriculum_column has no effect with curriculum = none: leave it out",
+        "curriculum_column" in c.explicit and c.curriculum == "none",
+    )
+    yield (
+        f"master_weights has no effect with train_type = {train_type}, whose adapters are "
+        "float32: leave it out",
+        train_type in ("lora", "dora") and "master_weights" in c.explicit,
+    )
+    of_adapters = sorted(name for name in c.explicit if name.startswith("lora_"))
+    yield (
+        f"{', '.join(of_adapters)} has no effect with train_type = full: leave it out",
+        train_type == "full" and bool(of_adapters),
+    )
+    yield from dead_by_another(c)
+    yield (
+        "ref_sync_updates: small steps would be rounded away in the 4-bit reference of full "
+        "fine-tuning; set quantize_for_rollouts = false",
+        train_type == "full" and c.ref_sync_updates > 0 and c.quantize_for_rollouts,
+    )
+
+
+def dead_by_another(c: Settings) -> Complaints:
+    """Settings that the value of another one leaves without effect."""
+    defaults = {f.name: f.default for f in dataclasses.fields(c)}
     for names, without_effect, why in DEAD:
-        defaults = {f.name: f.default for f in dataclasses.fields(c)}
         dead = [n for n in names.split() if n in c.explicit and getattr(c, n) != defaults[n]]
-        if dead and without_effect(c):
-            raise UserError(f"{', '.join(dead)} has no effect with {why}: leave it out")
-    if train_type == "full" and c.ref_sync_updates and c.quantize_for_rollouts:
-        raise UserError(
-            "ref_sync_updates: small steps would be rounded away in the 4-bit reference of full "
-            "fine-tuning; set quantize_for_rollouts = false"
-        )
-
-
-MIX_KEYS = {
-    "dataset": str,
-    "dataset_config": str,
-    "train_split": str,
-    "question_column": str,
-    "answer_column": str,
-    "weight": float,
-    "samples": int,
-}
+        complaint = f"{', '.join(dead)} has no effect with {why}: leave it out"
+        yield complaint, bool(dead) and without_effect(c)

@@ -1,9 +1,9 @@
 """Which settings may change when a run goes on."""
 
-from typing import Any
-
 from ..base.errors import UserError
 from . import reading
+from .reading import Value
+from .run_settings import Settings
 
 MAY_CHANGE = {
     *("resume", "overwrite", "max_hours", "logging_steps", "log_jsonl", "log_completions"),
@@ -16,14 +16,14 @@ MAY_CHANGE = {
 }
 
 
-def changes(before: dict[str, Any], config: Any) -> dict[str, tuple[Any, Any]]:
+def changes(before: dict[str, Value], config: Settings) -> dict[str, tuple[Value, Value]]:
     """Setting -> (before, now) where they differ; one that was not known yet had its default."""
     before = reading.recorded(type(config)()) | before
     now = reading.recorded(config)
     return {name: (before[name], now[name]) for name in now if before[name] != now[name]}
 
 
-def refuse_changes(before: dict[str, Any], config: Any) -> None:
+def refuse_changes(before: dict[str, Value], config: Settings) -> None:
     changed = [
         f"{name} (was {old!r}, is {new!r})"
         for name, (old, new) in changes(before, config).items()

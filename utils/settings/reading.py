@@ -15,13 +15,16 @@ import tomllib
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from ..base.errors import UserError
 from ..base.script import ROOT
 from ..base.text import is_unicode, redact, redacted, shown, without_secrets
+from .run_settings import Settings
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Settings)
+Value: TypeAlias = "str | int | float | bool | list[Value] | dict[str, Value]"  # of a setting
 TABLE = "mlx_grpo"
 PRESETS = ROOT / "configs"
 KINDS: dict[type, str] = {
@@ -34,7 +37,7 @@ KINDS: dict[type, str] = {
 }
 
 
-def read_toml(path: Path, presets: Path = PRESETS) -> dict[str, Any]:
+def read_toml(path: Path, presets: Path = PRESETS) -> dict[str, object]:
     """The settings in `path`: flat keys, or the table [mlx_grpo]. The nearest of `presets` is named
     where it is missing.
 
@@ -86,9 +89,8 @@ def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T
     Raises:
         UserError: unknown key, wrong type, unreadable file; whatever `cls` itself refuses.
     """
-    types = typing.get_type_hints(cls)
-    types = {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
+    types = types_of(cls)
+    values: dict[str, Value] = {}
     if path is not None:
         for key, value in read_toml(path).items():
             kind = types[_known(key, types, str(path))]
@@ -104,14 +106,20 @@ def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T
     return result
 
 
-def replaced(config: Any, **changes: Any) -> Any:
+def types_of(cls: type) -> dict[str, type]:
+    """The type of each setting of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def replaced(config: S, **changes: Any) -> S:
     """`dataclasses.replace`, after which only what was set on purpose counts as that."""
     result = dataclasses.replace(config, **changes)
     result.explicit = config.explicit
     return result
 
 
-def _known(key: str, types: dict[str, Any], where: str) -> str:
+def _known(key: str, types: dict[str, type], where: str) -> str:
     if key in types:
         return key
     near = difflib.get_close_matches(key, [*types, TABLE], n=1)
@@ -119,7 +127,7 @@ def _known(key: str, types: dict[str, Any], where: str) -> str:
     raise UserError(f"unknown key {shown(key)} in {where}{hint}")
 
 
-def parse_text(key: str, text: str, kind: Any) -> Any:
+def parse_text(key: str, text: str, kind: type) -> Value:
     """The value of one `--set`: a TOML literal, or bare text where a string or list is wanted."""
     value = _literal(text)
     if kind is str:
@@ -133,7 +141,7 @@ def parse_text(key: str, text: str, kind: Any) -> Any:
     return check_type(key, value, kind)
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     """The value that `text` writes in TOML; `text` itself when that is not one TOML value."""
     try:
         values = tomllib.loads(f"value = {text}")
@@ -142,33 +150,35 @@ def _literal(text: str) -> Any:
     return values["value"] if len(values) == 1 else text  # a line break can smuggle in keys
 
 
-def check_type(key: str, value: Any, kind: Any) -> Any:
+def check_type(key: str, value: object, kind: type) -> Value:
     """`value` as `kind` (an int is a float too, nothing else is converted).
 
     Raises:
         UserError: the value is of another type.
     """
-    item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
-    if item is not None:
+    if typing.get_origin(kind) is list:
         if not isinstance(value, list):
             raise _wrong_type(key, value, kind)
-        return [check_type(key, part, item) for part in value]
-    if typing.get_origin(kind) is dict:
-        kind = dict
+        return [check_type(key, part, typing.get_args(kind)[0]) for part in value]
     if not is_plain(value):
         raise UserError(f"{key} = {shown(value)} holds something else than {PLAIN}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+    if not _is_of(value, typing.get_origin(kind) or kind):
         raise _wrong_type(key, value, kind)
-    return value
+    return float(value) if kind is float and isinstance(value, int) else value
+
+
+def _is_of(value: Value, kind: type) -> bool:
+    """Whether a value may stand where `kind` is wanted: true and false are no numbers."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int | float) if kind is float else kind)
 
 
 WITH_URLS = ("remote_rm_url", "reward_kwargs")
 PLAIN = "text without NUL, numbers of up to 20 digits, true, false, lists and tables of these"
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> TypeGuard[Value]:
     """Whether JSON, file names and MLX can all take it (TOML also has dates, 0xfff... and NUL)."""
     if isinstance(value, dict):
         return all(is_plain(part) for pair in value.items() for part in pair)
@@ -181,11 +191,11 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, float)
 
 
-def _wrong_type(key: str, value: Any, kind: Any) -> UserError:
+def _wrong_type(key: str, value: object, kind: type) -> UserError:
     return UserError(f"{key} = {shown(value)} must be {KINDS[typing.get_origin(kind) or kind]}")
 
 
-def recorded(config: Any) -> dict[str, Any]:
+def recorded(config: Settings) -> dict[str, Value]:
     """The settings as they are shown and written: without secrets."""
     values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(type(config))}
     urls = {name: without_secrets(values[name]) for name in WITH_URLS if name in values}

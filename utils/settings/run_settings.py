@@ -3,13 +3,51 @@
 Those of the algorithm are in mlx-grpo.py, whose MLXGRPOConfig extends this class.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+SYSTEM_PROMPT = """
+Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+"""
 
 
 @dataclass
 class RunSettings:
     """Settings of the run: data, adapters, reward calls, evaluation, logs, checkpoints, memory."""
+
+    # What is trained, asked and rewarded
+
+    model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    """Model to train: a folder, or a Hugging Face hub name."""
+    dataset: str = "openai/gsm8k"
+    """Hub name, or a .jsonl/.json/.csv/.parquet file, or a folder of such files named by split."""
+    train_type: str = "auto"
+    """full, lora, dora; auto is full, or lora when the model is quantized."""
+
+    system_prompt: str = SYSTEM_PROMPT
+    """System message; empty for none."""
+    reasoning_prefix: str = "<reasoning>\n"
+    """Text every completion starts with; given, not sampled."""
+    max_prompt_length: int = 512
+    """Longer prompts (tokens) are left out and counted, never cut."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["correctness", "xmlcount", "soft_format", "int"]
+    )
+    """Built-in names (correctness, int, strict_format, soft_format, xmlcount, math, cosine, length,
+    soft_overlong, repetition, remote_rm, reward_model, judge), or module:function, or
+    file.py:function with TRL's interface. Reward files are code: they run with your rights."""
+    reward_weights: list[float] = field(default_factory=list)
+    """One factor per reward function; empty: all 1."""
+
+    # The run
 
     output_dir: str = "outputs/Qwen-1.5B-MLX-GRPO"
     """Where logs, checkpoints and the final model go."""
@@ -142,10 +180,74 @@ class RunSettings:
 
     explicit = frozenset[str]()  # what was set on purpose
 
-    def __new__(cls, **given: Any) -> Self:
+    def __new__(cls, **given: object) -> Self:
         config = super().__new__(cls)
-        config.__dict__["explicit"] = frozenset(given)
+        own = dataclasses.fields(cls)
+        set_ = {
+            name
+            for name, value in given.items()
+            if not isinstance(value, BroughtFloat | BroughtText)
+        }
+        if len(given) == len(own):  # `dataclasses.replace` gives everything
+            set_ -= {f.name for f in own if given[f.name] == default_of(f)}
+        config.__dict__["explicit"] = frozenset(set_)
         return config
+
+    def __post_init__(self) -> None:
+        self.__dict__["complete"] = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """From outside, to assign is to set on purpose."""
+        super().__setattr__(name, value)
+        if "complete" in self.__dict__ and name != "explicit":
+            self.__dict__["explicit"] |= {name}
+            self.follow(name)
+
+    def follow(self, name: str) -> None:
+        """A setting has changed: others that go by it may."""
+
+    def bring(self, name: str, value: float | str) -> None:
+        """Give a setting the value that another one brings with it, unless it was set."""
+        if name not in self.explicit or getattr(self, name) == "auto":
+            kind = BroughtText if isinstance(value, str) else BroughtFloat
+            self.__dict__[name] = kind(value)
+
+
+class BroughtFloat(float):
+    """A number that another setting brought with it: nobody set it."""
+
+
+class BroughtText(str):
+    """The same for a text."""
+
+
+def default_of(field: dataclasses.Field) -> object:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
+class Loss(Protocol):
+    """What settings have to know of an objective: its row of LOSSES in mlx-grpo.py."""
+
+    @property
+    def clip_eps(self) -> float | None:
+        """None: it has no lower clip."""
+
+    @property
+    def clip_eps_high(self) -> float | None:
+        """None: it has no upper clip."""
+
+    @property
+    def dual_clip(self) -> bool:
+        """Whether `delta` acts."""
+
+    @property
+    def per_token(self) -> str:
+        """Why a ratio per sequence has no meaning; empty where it has one."""
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether all tokens of a sequence share one gradient, whatever the ratio is of."""
 
 
 class Settings(RunSettings):
@@ -156,15 +258,7 @@ class Settings(RunSettings):
     """
 
     if TYPE_CHECKING:
-        model_name: str
-        dataset: str
         seed: int
-        train_type: str
-        system_prompt: str
-        reasoning_prefix: str
-        max_prompt_length: int
-        reward_funcs: list[str]
-        reward_weights: list[float]
         num_generations: int
         batch_size: int
         gradient_accumulation_steps: int
@@ -207,3 +301,6 @@ class Settings(RunSettings):
         adam_beta1: float
         adam_beta2: float
         weight_decay: float
+
+        @property
+        def loss(self) -> Loss: ...

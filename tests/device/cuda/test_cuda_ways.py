@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import pytest
-from helpers import make_trainer, put_back_quantized_layers, rollout
+from helpers import make_trainer, micro_batches, rollout
 
 from utils.device import fast, runtime
 from utils.device.cuda import attention
@@ -84,7 +84,7 @@ def test_the_gradient_goes_by_tiles_on_cuda(grpo, model_dir, data_dir, tmp_path,
     sample = rollout(trainer)
     module = sys.modules[type(trainer.model).__module__]
     plain = module.scaled_dot_product_attention
-    expected = trainer.loss_and_grad(trainer.micro_batches(*sample)[0])[0][2]
+    expected = trainer.loss_and_grad(micro_batches(trainer, sample)[0])[0][2]
     calls, in_tiles = [], attention.in_tiles
 
     def counted(function, queries, keys, *rest):
@@ -93,13 +93,12 @@ def test_the_gradient_goes_by_tiles_on_cuda(grpo, model_dir, data_dir, tmp_path,
 
     monkeypatch.setattr(module, "scaled_dot_product_attention", plain)
     assert not fast.problem_of(attention.DISPATCHING)
-    put_back_quantized_layers(monkeypatch)
     monkeypatch.setattr(attention, "in_tiles", counted)
     monkeypatch.setattr(runtime, "platform_name", lambda: "cuda")
     fast.switch_on(trainer.model)
     trainer.generate_responses([0])
     assert not calls
-    got = trainer.loss_and_grad(trainer.micro_batches(*sample)[0])[0][2]
+    got = trainer.loss_and_grad(micro_batches(trainer, sample)[0])[0][2]
     assert mx.abs(got - expected).max() < 0.1  # bfloat16
     kinds = {queries == keys for queries, keys in calls}
     assert trainer.scorer.shares
@@ -108,8 +107,7 @@ def test_the_gradient_goes_by_tiles_on_cuda(grpo, model_dir, data_dir, tmp_path,
 
 @pytest.fixture
 def in_rows(monkeypatch):
-    """Products by rows as on CUDA, undone afterwards."""
-    put_back_quantized_layers(monkeypatch)
+    """Products by rows as on CUDA."""
     monkeypatch.setattr(runtime, "platform_name", lambda: "cuda")
     fast.switch_on(nn.Module())
     once = nn.QuantizedLinear.__call__

@@ -17,16 +17,16 @@ all. One H200, microseconds a layer with 12 heads on 2 of keys and values, head 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import runtime
-from ..marks import DecodeCache, GradientCache
+from ..marks import DecodeCache, GradientCache, Rotated, Rotation, Rows
 from ..patch import Way, difference, replace
 
 TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
@@ -34,6 +34,11 @@ TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
 # are loaded a turn ahead: 64 rows at 4,400 took 225 microseconds without, 132 with it.
 WORKERS, LANES, AT_ONCE = 16, 16, 4
 NUMBERS = 56  # of queries that a lane holds in registers: 7 heads of 128
+
+Attention = Callable[..., mx.array]
+"""What maps queries, keys and values to their means: mlx-lm's function, with its keywords."""
+Mask = mx.array | str | None
+"""An array, "causal", or nothing."""
 
 
 def applies() -> bool:
@@ -65,13 +70,19 @@ def problem() -> str:
 DISPATCHING = Way("attention by kernels of our own", applies, problem, switch_on)
 
 
-def dispatching(plain: Any) -> Any:
+def dispatching(plain: Attention) -> Attention:
     """mlx-lm's attention function, but for caches with rows of their own and for the gradient."""
 
     @wraps(plain)
     def attention(
-        queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None
-    ) -> Any:
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: object,
+        scale: float,
+        mask: Mask,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
         if sinks is None and (cache is None or isinstance(cache, GradientCache)):
             return in_tiles(partial(plain, cache=cache, scale=scale), queries, keys, values, mask)
         if not isinstance(cache, DecodeCache) or cache.rows.position is None:
@@ -88,53 +99,48 @@ def dispatching(plain: Any) -> Any:
     return attention
 
 
-def in_tiles(plain: Any, queries: Any, keys: Any, values: Any, mask: Any) -> Any:
+def in_tiles(
+    plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask
+) -> mx.array:
     """plain(queries, keys, values, mask=mask) of (B, heads, T, D), with T padded to whole tiles.
 
     What is added comes last: causal attention does not look there, and with a mask the queries that
     are added see everything, but what they see is dropped. One H200, 1.5B in bfloat16, gradient of
     64 completions of 200 tokens with shared prompts: 354 ms without, 340 ms with it.
     """
-    count, size = queries.shape[2:]
+    count = queries.shape[2]
     causal = isinstance(mask, str)
-    fused = queries.dtype in (mx.bfloat16, mx.float16) and size <= 128 and size % 8 == 0
-    if not fused or count % TILE == 0 or count == 1 or (causal and count != keys.shape[2]):
+    rest = -count % TILE
+    if rest == 0 or not has_tiles(queries) or (causal and count != keys.shape[2]):
         return plain(queries, keys, values, mask=mask)
-
-    def padded(x: Any) -> Any:
-        widths = [(0, 0)] * (x.ndim - 2) + [(0, -count % TILE), (0, 0)]
-        return mx.pad(x, widths, constant_values=mx.array(x.dtype == mx.bool_, x.dtype))
-
     if causal:
-        keys, values = padded(keys), padded(values)
-    elif mask is not None and mask.shape[-2] == count:
-        mask = padded(mask)
-    return plain(padded(queries), keys, values, mask=mask)[:, :, :count]
+        keys, values = padded(keys, rest), padded(values, rest)
+    elif isinstance(mask, mx.array) and mask.shape[-2] == count:
+        mask = padded(mask, rest)
+    return plain(padded(queries, rest), keys, values, mask=mask)[:, :, :count]
 
 
-def fits(*arrays: Any) -> bool:
+def has_tiles(queries: mx.array) -> bool:
+    """Whether MLX has fused kernels for them: of several tokens, in half precision."""
+    count, size = queries.shape[2:]
+    half = queries.dtype in (mx.bfloat16, mx.float16)
+    return count > 1 and half and size <= 128 and size % 8 == 0
+
+
+def padded(x: mx.array, more: int) -> mx.array:
+    """(..., T, D) with so many rows more, of zeros or, in a mask, of what may be seen."""
+    widths = [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]
+    return mx.pad(x, widths, constant_values=mx.array(x.dtype == mx.bool_, x.dtype))
+
+
+def fits(*arrays: mx.array) -> bool:
     """Whether `to_rows` takes these: on a GPU, for heads of up to 256 in steps of 16."""
     alike, size = len({(x.dtype, x.shape[-1]) for x in arrays}) == 1, arrays[0].shape[-1]
     return mx.default_device() == mx.gpu and alike and size <= 256 and size % LANES == 0
 
 
-class Rotation(NamedTuple):
-    """Arguments of `mx.fast.rope` but for the offset."""
-
-    dims: int
-    traditional: bool
-    frequencies: tuple[float, ...]  # of each pair of numbers, in radians a position
-
-
-class Rotated(NamedTuple):
-    """What a rotary embedding was applied to, and how."""
-
-    x: Any
-    rotation: Rotation
-
-
 @contextmanager
-def noting_rotations(rows: Any) -> Iterator[None]:
+def noting_rotations(rows: Rows) -> Iterator[None]:
     """Let `rows` know which arrays are rotary embeddings at its offset, and of what.
 
     `to_rows` does the same to what it loads: two kernels less a layer, and those that nobody needs
@@ -144,9 +150,9 @@ def noting_rotations(rows: Any) -> Iterator[None]:
     """
     fast: Any = mx.fast
     plain = fast.rope
-    kept = []  # or an id could come again
+    kept: list[mx.array] = []  # or an id could come again
 
-    def rope(x: Any, dims: int, **how: Any) -> Any:
+    def rope(x: mx.array, dims: int, **how: Any) -> mx.array:
         y = plain(x, dims, **how)
         rotation = rotation_of(dims, x.shape[-1], **how)
         if rotation and how["offset"] is rows.offset_at_position:
@@ -168,27 +174,36 @@ def rotation_of(
     traditional: bool,
     base: float | None,
     scale: float,
-    freqs: Any = None,
-    **_: Any,
+    freqs: mx.array | None = None,
+    **_: object,
 ) -> Rotation | None:
     """As the kernel takes it; None where the lanes of a pair are no power of two apart."""
     own, half = size // LANES, dims // 2
     if own == 0 or (own % 2 if traditional else half % own or (half // own) & (half // own - 1)):
         return None
-    periods = [base ** (n / half) for n in range(half)] if base else freqs.tolist()
+    if base:
+        periods = [base ** (n / half) for n in range(half)]
+    else:
+        assert freqs is not None, "`mx.fast.rope` takes one of the two"
+        periods = cast(list[float], freqs.tolist())
     return Rotation(dims, traditional, tuple(scale / period for period in periods))
 
 
 @functools.cache
-def on_device(numbers: tuple[float, ...]) -> Any:
+def on_device(numbers: tuple[float, ...]) -> mx.array:
     array = mx.array(numbers, mx.float32) + 0  # else it would be in the host's memory
     mx.eval(array)
     return array
 
 
 def to_rows(
-    queries: Any, keys: Any, values: Any, cache: Any, scale: float, rotation: Any = None
-) -> Any:
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: DecodeCache,
+    scale: float,
+    rotation: Rotation | None = None,
+) -> mx.array:
     """(B, heads, 1, D) queries to all that the tokens at `cache.rows.position` see.
 
     `cache` has (B, groups, N, D) keys and values. The tokens' own (B, groups, 1, D) ones are stored
@@ -214,9 +229,9 @@ def to_rows(
 
 
 @functools.cache
-def kernel(scale: float) -> Any:
+def kernel(scale: float) -> Callable[..., list[mx.array]]:
     """The kernel of `to_rows`; MLX compiles it for each type and size that it meets."""
-    return mx.fast.cuda_kernel(
+    made = mx.fast.cuda_kernel(
         name="attention_to_rows",
         input_names=[
             *("queries", "new_keys", "new_values", "keys", "values"),
@@ -227,6 +242,7 @@ def kernel(scale: float) -> Any:
         # The stored ones are, and the others are parts of what one product computes for all three.
         ensure_row_contiguous=False,
     )
+    return cast(Callable[..., list[mx.array]], made)
 
 
 # A block computes HEADS query heads of one group of a row. A worker, LANES threads of a warp, takes

@@ -5,8 +5,8 @@ own, so a decode step of (B, 1, H) unpacks all weights B times. One H200, 1.5B, 
 42.7 ms, and 11.7 ms as one matrix.
 """
 
+from collections.abc import Callable
 from functools import wraps
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,13 +14,16 @@ import mlx.nn as nn
 from .. import runtime
 from ..patch import Way, difference
 
+Apply = Callable[..., mx.array]
+"""A method of a layer, as its class has it: (layer, x) -> y."""
 
-def in_rows(plain: Any) -> Any:
+
+def in_rows(plain: Apply) -> Apply:
     """plain(layer, x) of (..., H), computed on (N, H)."""
 
     @wraps(plain)
-    def call(layer: Any, x: mx.array) -> mx.array:
-        y: mx.array = plain(layer, x.reshape(-1, x.shape[-1]))
+    def call(layer: nn.Module, x: mx.array) -> mx.array:
+        y = plain(layer, x.reshape(-1, x.shape[-1]))
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return call
@@ -35,7 +38,7 @@ def switch_on(_: nn.Module) -> None:
     """Let the quantized layers of this process, of every model and copy, go by rows."""
     if hasattr(nn.QuantizedLinear.__call__, "__wrapped__"):
         return
-    patched: list[tuple[Any, str]] = [
+    patched: list[tuple[type[nn.Module], str]] = [
         (nn.QuantizedLinear, "__call__"),
         (nn.QuantizedEmbedding, "as_linear"),
     ]

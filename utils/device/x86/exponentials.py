@@ -7,13 +7,15 @@ are MLX's own.
 
 import math
 import platform
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..patch import Way, difference, replace
+from ..swiglu import Swiglu
+from ..typed import with_gradient
 
+Pair = tuple[mx.array, mx.array]
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
@@ -37,21 +39,21 @@ def logsumexp(x: mx.array) -> mx.array:
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x of float32 arrays."""
-    both: Any = _swiglu(gate, x)
-    return both[0]
+    return _swiglu(gate, x)[0]
 
 
-@mx.custom_function
-def _swiglu(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
+def _product_and_share(gate: mx.array, x: mx.array) -> Pair:
     share = 1 / (1 + mx.power(1 / math.e, gate))
     return gate * x * share, share
 
 
-@_swiglu.vjp
-def _swiglu_gradient(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+def _swiglu_gradient(primals: Pair, cotangents: Pair, outputs: Pair) -> Pair:
     gate, x = primals
     scaled = cotangents[0] * outputs[1]
     return scaled * x * (1 + gate * (1 - outputs[1])), scaled * gate
+
+
+_swiglu = with_gradient(_product_and_share, _swiglu_gradient)
 
 
 def switch_on(model: nn.Module) -> None:
@@ -63,7 +65,7 @@ def switch_on(model: nn.Module) -> None:
 
 def problem() -> str:
     x = mx.random.normal((4, 256), key=mx.random.key(0)) * 8
-    pairs: tuple[tuple[mx.array, mx.array], ...] = (
+    pairs: tuple[Pair, ...] = (
         (mx.exp(x), exp(x)),
         (mx.logsumexp(x, axis=-1), logsumexp(x)),
         (nn.silu(x) * x, swiglu(x, x)),
@@ -74,7 +76,7 @@ def problem() -> str:
 WAYS = [Way("exponentials by power", are_slow, problem, switch_on)]
 
 
-def choosing(plain: Any) -> Any:
+def choosing(plain: Swiglu) -> Swiglu:
     """mlx-lm's function, but for float32 arrays."""
 
     def swiglu_of(gate: mx.array, x: mx.array) -> mx.array:

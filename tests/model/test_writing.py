@@ -1,0 +1,60 @@
+"""Files of models: written in one piece, in shards, and never of another shape."""
+
+import json
+import os
+
+import mlx.core as mx
+import mlx_lm
+import mlx_lm.utils
+import pytest
+from helpers import TINY, flat, tiny_model
+
+from utils.model import writing
+
+
+def test_a_json_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    writing.write_json(path, {"é": 1})
+    assert path.read_text() == '{\n  "é": 1\n}\n'
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writing.write_json(path, {"é": 2})
+    assert json.loads(path.read_text()) == {"é": 1}
+    writing.write_json(path, {"é": 3})
+    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_weights_in_several_files_are_the_model(tmp_path, monkeypatch):
+    """And the model is empty then, so that they exist once."""
+    monkeypatch.setattr(
+        mlx_lm.utils, "make_shards", lambda weights, **_: [{n: w} for n, w in weights.items()]
+    )
+    model = tiny_model()
+    expected = flat(model.parameters())
+    writing.write_lazy_weights(tmp_path, model)
+    assert all(value.size == 0 for value in flat(model.parameters()).values())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
+    assert len({*index["weight_map"].values()}) == len(expected)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    loaded = flat(mlx_lm.utils.load_model(tmp_path)[0].parameters())
+    assert all(mx.array_equal(loaded[name], value) for name, value in expected.items())
+
+
+def test_weights_of_another_shape_or_name_are_refused():
+    model, weights = tiny_model(), flat(tiny_model().parameters())
+    writing.load_weights(model, {"model.norm.weight": mx.zeros((64,))})
+    assert model.model.norm.weight.sum() == 0
+    for name, value in (
+        ("model.norm.weight", mx.zeros((65,))),
+        ("model.embed_tokens.weight", weights["model.embed_tokens.weight"][:9]),
+        ("model.layers.7.weight", mx.zeros((64,))),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.* is no part of the model"):
+            writing.load_weights(model, {name: value})

@@ -1,0 +1,92 @@
+"""What a run says of itself before it begins: how many positions its model is asked for."""
+
+import re
+
+import mlx.nn as nn
+import pytest
+from conftest import make_model
+from helpers import assert_names, digest, make_trainer, mostly_long
+
+from utils import evaluate_model
+from utils.gradient import packing
+from utils.run import introduction
+
+POSITIONS = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_ctx": 40, "n_positions": 40}
+
+
+POSITIONS |= {"layer_norm_epsilon": 1e-5, "model_type": "gpt2"}
+
+
+def test_more_tokens_than_the_model_was_made_for(typed, refused, tmp_path):
+    """Rotary positions go on, which is said; a table of positions ends, which nobody checks."""
+    rotary = make_model(tmp_path / "rotary", max_position_embeddings=40)
+    code, out, err, _ = typed(model_name=str(rotary), max_updates=1)
+    said = re.search(rf"^context   (\d+) tokens are more than the 40 that {rotary} was", out, re.M)
+    assert (code, err) == (0, "")
+    assert int(said[1]) > 40
+    code, out, *_ = typed(model_name=str(rotary), max_updates=1, max_new_tokens=2, overwrite=True)
+    assert (code, "context" in out) == (0, False)
+    table = make_model(tmp_path / "table", **POSITIONS)
+    message = refused(model_name=str(table), max_updates=1, overwrite=True)
+    assert_names(
+        message, f"{table} has 40 positions", f"take {int(said[1]) - 1}", "fewer new tokens"
+    )
+
+
+@pytest.fixture
+def positions_read(monkeypatch):
+    """Those that a model with a table of them looks up."""
+    seen, look_up = [], nn.Embedding.__call__
+
+    def call(table, ids):
+        seen.extend(ids.reshape(-1).tolist() if len(table.weight) != 384 else [])
+        return look_up(table, ids)
+
+    monkeypatch.setattr(nn.Embedding, "__call__", call)
+    return seen
+
+
+@pytest.mark.parametrize("what", ["sampling", "evaluation", "training", "padded training"])
+@pytest.mark.parametrize("new", mostly_long([30, 33], 33))
+def test_which_positions_are_read(data_dir, tmp_path, positions_read, what, new):
+    """Not that of the last token, but those of padding, whether prompts are shared or not."""
+    settings = {"max_new_tokens": new, "eval_max_new_tokens": 2, "stop_strings": []}
+    if what == "evaluation":
+        settings |= {"max_new_tokens": 2, "eval_max_new_tokens": new, "eval_samples": 10}
+    folder = make_model(tmp_path / "table", **POSITIONS | {"n_positions": 512})
+    trainer = make_trainer(folder, data_dir, tmp_path / "o", digest, **settings)
+    rows = sorted(range(24), key=lambda i: len(trainer.train_dataset[i]["prompt_ids"]))[-3:]
+    trainer.scorer.shapes = packing.Shapes(bucketed="padded" in what)
+    if what == "sampling":
+        trainer.generate_responses(rows)
+    elif what == "evaluation":
+        trainer.evaluate()
+    else:
+        trainer.train_step(rows)
+        trainer.scorer.shares = False
+        trainer.train_step(rows)
+    tokens, read = introduction.longest_sequence(trainer)
+    assert max(positions_read) == read - 1
+    assert read >= tokens if "padded" in what else read == tokens - 1
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_table_of_positions_is_used_to_its_end(
+    typed, data_dir, tmp_path, capsys, positions_read, command
+):
+    def answer(size):
+        folder = make_model(tmp_path / str(size), **POSITIONS | {"n_positions": size})
+        if command == "train":
+            code, _, err, _ = typed(model_name=str(folder), max_updates=1, overwrite=True)
+            return code, err
+        words = [str(folder), "--data", str(data_dir), "--max-tokens", "9", "--set"]
+        code = evaluate_model.main([*words, 'chat_template="plain"'])
+        return code, capsys.readouterr().err
+
+    code, message = answer(40)
+    assert code == 2
+    needed = int(re.search(r"40 positions, .* may take (\d+): set shorter", message)[1])
+    assert answer(needed)[0] == 0
+    assert command == "train" or max(positions_read) == needed - 1  # not all rows are trained
+    code, message = answer(needed - 1)
+    assert (code, f"take {needed}:" in message) == (2, True)

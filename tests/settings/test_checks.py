@@ -1,0 +1,120 @@
+"""Settings that are out of range, contradict each other, or would do nothing are refused."""
+
+import pytest
+from helpers import assert_names
+
+SETTINGS = [
+    # out of range
+    ("num_generations=1", "num_generations = 1 must be at least 2"),
+    ("temperature=0", "temperature = 0.0 must be above 0"),
+    ("learning_rate=nan", "learning_rate = nan must be above 0 and finite"),
+    ("learning_rate=-1e-6", "learning_rate = -1e-06 must be above 0"),
+    ("kl_coeff=inf", "kl_coeff = inf must be at least 0 and finite"),
+    ("warmup_ratio=10", "warmup_ratio = 10.0 must be between 0 and 1"),
+    ("top_p=0", "top_p = 0.0 must be above 0, at most 1"),
+    ("adam_beta2=1", "adam_beta2 = 1.0 must be at least 0, below 1"),
+    ("lora_layers=0", "lora_layers = 0 must be -1 (all) or at least 1"),
+    ("clip_eps=1.5", "clip_eps = 1.5 must be above 0, below 1"),
+    ("seed=18446744073709551616", "seed = 18446744073709551616 must be at least 0, below 2 ** 64"),
+    ("max_train_samples=-1", "max_train_samples = -1 must be at least 0"),
+    ("output_dir=", "output_dir = '' must be text that is not empty"),
+    ("loss_type=ppo", "loss_type = 'ppo', allowed: grpo, bnpo, dapo, dr_grpo, gspo, gmpo"),
+    ("train_type=qlora", "train_type = 'qlora', allowed: auto, full, lora, dora"),
+    ("temperature=true", "temperature = True must be a number"),
+    # contradictions
+    ("reward_funcs=[]", "reward_funcs is empty: nothing would be learned"),
+    ("reward_funcs=int,int", "reward_funcs names a function twice"),
+    ("reward_weights=1,2", "reward_weights has 2 values for 4 reward_funcs: give each"),
+    ("reward_weights=1", "reward_weights has 1 value for 4 reward_funcs"),
+    ("eval_metric=accuracy", "eval_metric = 'accuracy' is neither em nor one of reward_funcs"),
+    ("stop_strings=['']", "stop_strings holds an empty string"),
+    ("stop_strings=<reasoning>", "stop string '<reasoning>' is part of reasoning_prefix"),
+    (
+        "report_to=wandbb",
+        "report_to: 'wandbb' is unknown, allowed are csv, tensorboard, wandb",
+    ),
+    ("chat_template=no.jinja", "chat_template = 'no.jinja' is neither a file nor plain"),
+    ("resume=checkpoint-7", "resume = 'checkpoint-7' is not a checkpoint folder"),
+]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"), SETTINGS, ids=[case[0][:40] for case in SETTINGS]
+)
+def test_a_setting_out_of_range_or_against_another(refused, override, complaint):
+    assert_names(refused("--set", override), complaint)
+
+
+OBJECTIVES = [
+    (
+        "advantage_estimator=gspo loss_type=dapo",
+        "advantage_estimator = 'gspo' stands for loss_type = 'gspo' with group_norm, but",
+    ),
+    ("loss_type=sapo delta=3", "delta = 3.0 bounds PPO's clipped ratio, which loss_type = sapo"),
+    ("delta=1.1", "delta = 1.1 must be above 1 + clip_eps_high = 1.2"),
+    ("delta=1.2", "delta = 1.2 must be above 1 + clip_eps_high = 1.2"),
+    ("loss_type=dapo delta=1.25", "delta = 1.25 must be above 1 + clip_eps_high = 1.28"),
+    (
+        "loss_type=gmpo importance_sampling_level=sequence",
+        "has no meaning for loss_type = gmpo, which averages token ratios itself",
+    ),
+    (
+        "loss_type=cpgd importance_sampling_level=sequence",
+        "has no meaning for loss_type = cpgd, which has a gradient per token",
+    ),
+    ("loss_type=gspo top_entropy_quantile=0.2", "the gradient of a ratio per sequence goes to all"),
+    ("loss_type=gmpo top_entropy_quantile=0.2", "the gradient of a ratio per sequence goes to all"),
+    ("kl_coeff=0.1 kl_estimator=k1", "kl_estimator = k1 in the loss has a gradient of mean zero"),
+    (
+        "kl_coeff=0.1 kl_placement=reward kl_bias_correction=true",
+        "kl_bias_correction is about a gradient, which a penalty in the reward has not",
+    ),
+    ("importance_floor=3", "importance_floor = 3.0 is above importance_cap = 2.0"),
+    ("reward_running_norm_minus_mean=true", "needs reward_running_norm"),
+    (
+        "early_stopping_patience=2 eval_samples=5 eval_steps=0",
+        "early_stopping_patience counts evaluations on the test split, which need eval_samples",
+    ),
+    (
+        "reward_running_norm=true advantage_estimator=rloo reward_running_norm_minus_mean=true",
+        "reward_running_norm_minus_mean needs reward_clip",
+    ),
+    (
+        "reward_running_norm=true",
+        "advantage_estimator = group_norm divides by a standard deviation itself",
+    ),
+    (
+        "advantages_norm=true advantage_estimator=reinforce",
+        "advantage_estimator = reinforce does that already",
+    ),
+    ("advantage_estimator=gdpo reward_clip=1", "reward_clip acts on the total reward"),
+    (
+        "advantage_estimator=gdpo kl_coeff=0.1 kl_placement=reward",
+        "kl_placement = reward acts on the total reward",
+    ),
+    ("advantage_estimator=gdpo reward_funcs=int", "gdpo needs at least two reward_funcs"),
+    ("kl_estimator=k2 kl_target=0.1", "kl_estimator, kl_target has no effect with kl_coeff = 0"),
+    ("kl_coeff=0.1 kl_horizon=5", "kl_horizon has no effect with kl_target = 0"),
+    ("kl_coeff=0.1 ref_sync_alpha=0.5", "ref_sync_alpha has no effect with ref_sync_updates = 0"),
+    ("loss_type=cispo clip_eps=0.1", "clip_eps has no effect with a loss_type without a lower"),
+    (
+        "clip_eps=0.1 delta=3",
+        "clip_eps, delta has no effect with num_iterations = 1, where the ratio",
+    ),
+    ("loss_type=gspo clip_eps_high=0.3", "clip_eps_high has no effect with num_iterations = 1"),
+    ("loss_type=sapo clip_eps_high=1", "clip_eps_high has no effect with a loss_type without a"),
+    (
+        "advantage_estimator=rloo advantage_eps=1e-6",
+        "advantage_eps has no effect with an advantage_estimator without a group's standard",
+    ),
+    (
+        "kl_coeff=0.1 ref_sync_updates=4 train_type=full",
+        "rounded away in the 4-bit reference of full fine-tuning; set quantize_for_rollouts",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "complaint"), OBJECTIVES, ids=[o[0] for o in OBJECTIVES])
+def test_an_objective_that_makes_no_sense(refused, overrides, complaint):
+    words = [word for override in overrides.split() for word in ("--set", override)]
+    assert_names(refused(*words, quantize_for_rollouts=True), complaint)

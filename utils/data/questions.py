@@ -1,0 +1,62 @@
+"""Questions as the trainer takes them, and prompts as the model reads them."""
+
+from collections.abc import Sequence
+
+from ..settings.run_settings import Settings
+from .chat_template import chat_ids
+from .files import Row, read_dataset, sources, usable_prompts
+from .tokenizer import Tokenizer
+
+
+def extract_hash_answer(text: str) -> str | None:
+    """GSM8K's final answer: what follows the last `####`; None where it is plain."""
+    return text.rpartition("####")[2].strip() if "####" in text else None
+
+
+def load_questions(config: Settings, split: str) -> list[Row]:
+    """Rows of "train" or "test": the file's columns with `question`, `answer` (extracted; the raw
+    text is kept as `solution`) and `prompt` (chat messages).
+
+    Raises:
+        UserError: missing file, split or column, malformed or empty data.
+        RunError: the hub is out of reach.
+    """
+    each = sources(config, split)  # the settings, by data set of `dataset_mix`
+    return [as_question(own, row) for own in each for row in read_dataset(own, split)]
+
+
+def as_question(config: Settings, row: Row) -> Row:
+    """A row of the data as the trainer takes it."""
+    question, solution = row[config.question_column], row[config.answer_column]
+    answer = extract_hash_answer(str(solution))
+    messages = [{"role": "user", "content": str(question)}]
+    if config.system_prompt:
+        messages.insert(0, {"role": "system", "content": config.system_prompt})
+    return {
+        "solution": solution,
+        **row,
+        "question": question,
+        "answer": str(solution).strip() if answer is None else answer,
+        "prompt": messages,
+    }
+
+
+def encode_prompt(tokenizer: Tokenizer, config: Settings, question: Row) -> list[int]:
+    """Token ids of chat template + reasoning prefix, each tokenized apart so that no merge crosses.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or its template refuses the messages.
+    """
+    prefix = tokenizer.encode(config.reasoning_prefix, add_special_tokens=False)
+    return [*chat_ids(tokenizer, config, question["prompt"]), *prefix]
+
+
+def encode_questions(
+    tokenizer: Tokenizer, vocabulary: int, config: Settings, questions: Sequence[Row], what: str
+) -> list[Row]:
+    """Add `prompt_ids` to each; prompts over max_prompt_length are left out and counted.
+
+    `vocabulary`: the ids below this one are tokens that the model knows.
+    """
+    rows = [{**q, "prompt_ids": encode_prompt(tokenizer, config, q)} for q in questions]
+    return usable_prompts(config, rows, what, vocabulary)

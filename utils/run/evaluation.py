@@ -1,0 +1,57 @@
+"""How good the policy is: exact match, or the mean of a reward, on a fixed subset of questions."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..base.errors import UserError
+from ..data.files import Row
+from ..data.order import subset
+from ..data.questions import encode_questions
+from ..rewards.answers import extract_xml_answer, same_answer
+from . import checkpoints
+from .run import Trainer
+from .state import Record
+
+
+def evaluate(trainer: Trainer, split: str) -> float:
+    """Score the fixed subset of a split, log it, return the score (NaN: no questions)."""
+    train, run = split == "train", trainer.run
+    dataset = trainer.train_dataset if train else trainer.eval_dataset
+    samples = trainer.args.eval_subset_size if train else trainer.args.eval_samples
+    if not (dataset and samples):
+        return math.nan
+    result = score(trainer, subset(dataset, samples))
+    counters = {"update": run.state.update_step, "batch_step": run.state.step, "split": split}
+    run.log.evaluation(counters | result)
+    if trainer.args.save_best and not train:
+        checkpoints.keep_best(trainer)
+    return float(result["em"])
+
+
+def of_questions(trainer: Trainer, dataset: list[Row], samples: int, **how: Any) -> Record:
+    """Score a fixed subset of `samples` questions (0: all); `how`: see the trainer's `answers`.
+
+    Raises:
+        UserError: there is no question whose prompt fits.
+    """
+    if not dataset:
+        raise UserError("there is nothing to evaluate: the data set holds no questions")
+    if "prompt_ids" not in dataset[0]:
+        loaded = trainer.loaded
+        which = loaded.tokenizer, loaded.vocabulary, trainer.args
+        dataset = encode_questions(*which, dataset, "evaluation")
+    return score(trainer, subset(dataset, samples), **how)
+
+
+def score(trainer: Trainer, questions: list[Row], **how: Any) -> Record:
+    """The mean exact match (or `eval_metric`), of how many, and how many were cut off."""
+    completions, name = trainer.answers(questions, **how), trainer.args.eval_metric
+    if name == "em":
+        pairs = zip(completions, questions, strict=True)
+        scores = [same_answer(extract_xml_answer(c.text), q["answer"]) for c, q in pairs]
+    else:
+        scores = trainer.rewards.of(name, questions, completions).tolist()
+    cut = float(np.mean([c.finish_reason == "length" for c in completions]))
+    return {"em": float(np.nanmean(scores)), "em_subset": len(questions), "truncation_rate": cut}

@@ -1,0 +1,72 @@
+"""The folder of a run: found, locked, gone on with or made new."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..base.say import say
+from ..base.script import ROOT
+from ..device import runtime
+from ..settings import reading
+from ..settings.run_settings import Settings
+from . import checkpoints, folders, introduction, trackers
+from .lock import RunLock
+from .run import Trainer
+
+
+@dataclass
+class Place:
+    """A folder that no other run holds, and the checkpoint to go on from."""
+
+    lock: RunLock
+    resume_from: Path | None
+    finished: bool = False
+    """The run there had come to its end: there is nothing to do."""
+
+
+@contextmanager
+def locked(config: Settings, command: str) -> Iterator[Place]:
+    """The run's folder, as long as the block lasts. Nothing is written yet.
+
+    Raises:
+        UserError: another run holds it, or it can't be written or gone on with.
+    """
+    folder = Path(config.output_dir)
+    with RunLock(folder) as lock:
+        folders.check_output(folder, command, config)
+        if config.resume == "auto" and folders.is_finished(folder, config):
+            say(f"finished  the run in {folder} was complete: see {folder / 'final'}")
+            yield Place(lock, None, finished=True)
+            return
+        resume_from = folders.to_resume(folder, config.resume) if config.resume else None
+        if note := runtime.keep_compiled_kernels():
+            say(f"speed     {note}")
+        yield Place(lock, resume_from)
+
+
+@contextmanager
+def opened(trainer: Trainer, place: Place, blas: str | None) -> Iterator[None]:
+    """The trainer is introduced, brought to where its run was, and recorded while the block lasts.
+
+    Raises:
+        UserError: the checkpoint does not belong to the run, or the folder can't be written.
+    """
+    config, run = trainer.args, trainer.run
+    introduction.introduce(trainer, blas)
+    if place.resume_from:
+        checkpoints.load(place.resume_from, trainer)
+    made_of = checkpoints.sources(trainer)
+    records = checkpoints.open_run(run, made_of, place.lock, place.resume_from, ROOT)
+    run.log.tracker = trackers.make_tracker(
+        config.report_to,
+        run.folder,
+        config.run_name,
+        reading.recorded(config),
+        since=run.state.update_step if records else checkpoints.reported(run) + 1,
+        records=records,
+    )
+    try:
+        yield
+    finally:
+        run.log.tracker.close()

@@ -1,0 +1,157 @@
+"""A run: what it keeps and shows, and what falls due after an update."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.nn as nn
+
+from ..base.errors import RunError
+from ..base.say import say
+from ..data.completions import Completion
+from ..data.files import Row
+from ..gradient.adamw import AdamW
+from ..gradient.scorer import Scorer
+from ..memory.memory import Memory
+from ..memory.meter import Meter
+from ..model.loading import LoadedModel
+from ..rewards.rewards import Rewards
+from ..rollouts.sampler import Sampling
+from ..settings.run_settings import Settings
+from . import folders, progress
+from .log import RolloutFigures, RunLog
+from .state import Record, State, random_states
+
+MOST_BAD_UPDATES = 5
+
+
+def due(every: int, before: int, now: int) -> bool:
+    """Whether an action of every so many steps falls due between two counts (0: never)."""
+    return every > 0 and now // every > before // every
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop: the unfinished update is dropped."""
+
+
+class Run:
+    """The folder, the log, the progress bar, and where the run is.
+
+    `between` is the state as it was between two updates, from which a run that is stopped goes on;
+    None before the first.
+    """
+
+    def __init__(self, args: Settings, command: str, meter: Meter) -> None:
+        self.args, self.command, self.meter = args, command, meter
+        self.folder = Path(args.output_dir)
+        self.state = State(kl_coeff=args.kl_coeff)
+        self.between: State | None = None
+        self.log = RunLog(args, self.state)
+        self.bar = progress.no_bar()
+        self.interrupted = False
+        self.saved_at = 0
+        self.moved = False  # weights have changed since `between`
+
+    def pulse(self, phase: str) -> None:
+        """Between blocks of work: show that it goes on, and stop if a signal asked for it."""
+        self.bar.set_description_str(phase)
+        if self.interrupted:
+            raise Interrupted
+
+    def mark(self, unreported: tuple[tuple[int, int], list[Record]] | None = None) -> None:
+        """Note that this is between two updates: a run that is stopped goes on from here."""
+        path, self.state.unreported = self.log.path, unreported
+        self.state.log_bytes = path.stat().st_size if path.exists() else 0
+        self.state.random = random_states()
+        self.between, self.moved = self.state.copied(), False
+
+    def halved(self, text: str) -> None:
+        """Memory ran out: for the log, and for the checkpoint of a run that stops here, even if
+        there is one."""
+        self.saved_at = -1
+        self.state.notes.append(f"after update {self.state.update_step}: {text}")
+
+    def after_update(
+        self, trainer: "Trainer", before: tuple[int, int], records: list[Record]
+    ) -> None:
+        """Log, evaluate and save whatever falls due between (step, update) `before` and now.
+
+        Raises:
+            RunError: five updates in a row were not finite.
+        """
+        a, state, (step, update) = self.args, self.state, before
+        if update == 0:
+            progress.warn_of_kl(records[0]["kl"], trainer.loaded.train_type)
+        self.show(records, state.update_step - update)
+        if due(a.logging_steps, step, state.step):
+            self.log.training(self.meter.report())
+            if trainer.rollout:
+                shown = trainer.rewards.shown()
+                self.log.completions(trainer.train_dataset, trainer.rollout, shown)
+        if due(a.eval_every_updates, update, state.update_step):
+            trainer.evaluate("train")
+        last = state.update_step >= trainer.total_updates  # after it, an evaluation ends the run
+        if due(a.eval_steps, step, state.step) and not last:
+            trainer.evaluate("test")
+        self.mark()
+        if due(a.save_steps, step, state.step) and self.saved_at < state.update_step:
+            trainer.save_checkpoint(self.checkpoint())
+            self.prune()
+        if state.bad_updates >= MOST_BAD_UPDATES:
+            raise RunError(
+                "five updates in a row were not finite: lower the learning rate, or try "
+                "dtype = float32"
+            )
+
+    def show(self, records: list[Record], updates: int) -> None:
+        """In the progress bar; the log gets its record when one is due."""
+        self.state.pending += records
+        self.log.watch(records)
+        self.bar.update(updates)
+        self.bar.set_postfix_str(progress.progress_text(records[-1], self.log))
+
+    def checkpoint(self) -> Path:
+        """Where the state between two updates is saved."""
+        return self.folder / f"checkpoint-{(self.between or self.state).step}"
+
+    def prune(self) -> None:
+        folders.prune(self.folder, self.args.save_total_limit, self.args.max_ckpt_gb)
+
+    def say_newest(self) -> None:
+        found = folders.found(self.folder)
+        if found:
+            say(f"          {found[-1]} is untouched. To continue from there:")
+            say(f"          {self.command} --resume")
+
+
+class Trainer(Protocol):
+    """The script's trainer, as checkpoints, the introduction and the end of a run see it."""
+
+    loaded: LoadedModel
+    model: nn.Module
+    model_old: nn.Module | None
+    ref_model: nn.Module | None
+    optimizer: AdamW
+    scorer: Scorer
+    memory: Memory
+    run: Run
+    train_dataset: list[Row]
+    eval_dataset: list[Row]
+    data_sha256: str
+    total_updates: int
+    quantizes: bool
+    rewards: Rewards
+
+    @property
+    def args(self) -> Settings: ...
+    @property
+    def rollout(self) -> RolloutFigures | None: ...
+    @property
+    def sampling(self) -> Sampling: ...
+    def how(self, temperature: float, max_tokens: int) -> Sampling: ...
+    def answers(
+        self, questions: list[Row], temperature: float = 0.0, model: nn.Module | None = None
+    ) -> list[Completion]: ...
+    def copy_policy(self) -> nn.Module: ...
+    def evaluate(self, split: str = "test") -> float: ...
+    def evaluate_em(self, dataset: list[Row], samples: int = 0, **how: Any) -> float: ...
+    def save_checkpoint(self, path: Path) -> None: ...
