@@ -5,6 +5,7 @@ lie in the room of that name.
 """
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -118,13 +119,16 @@ def test_no_room_hides_a_module():
     assert {path.name for path in UTILS.iterdir() if (path / "__init__.py").exists()} == {*FLOOR}
 
 
-def names(source):
+@functools.cache
+def names(path):
     """Dotted names of all that a test file imports."""
-    for node in ast.walk(ast.parse(source)):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            yield from (node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names))
+            found |= {f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
+    return found
 
 
 MODULES = [path for path in FILES if path.name != "__init__.py"]
@@ -135,7 +139,4 @@ def test_every_module_is_tested_in_the_room_of_that_name(path):
     """By a file of its own, or by one that imports it."""
     files = [*(ROOT / "tests" / path.relative_to(UTILS).parts[0]).rglob("test_*.py")]
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    assert any(
-        file.stem == f"test_{path.stem}" or module in names(file.read_text(encoding="utf-8"))
-        for file in files
-    )
+    assert any(file.stem == f"test_{path.stem}" or module in names(file) for file in files)
