@@ -850,21 +850,18 @@ class MLXGRPOTrainer:
         """The question of each completion, B in all."""
         return [self.train_dataset[i] for i in prompts for _ in range(group)]
 
-    def collect(self, batch: list[int], metrics: dict[str, float]) -> Rollout:
+    def collect(self, batch: list[int], stream: order.Stream, metrics: dict[str, float]) -> Rollout:
         """Roll out the prompts of an update.
 
         With dynamic sampling (DAPO), groups without variance give their places to the next prompts
         of the stream, until none is left or the rounds are used up.
         """
         self.rewards.start()
-        self.stream = order.Stream(self.order, self.run.state.drawn)
         rollout = self.roll_out(batch, metrics)
-        if self.args.dynamic_sampling:
-            self.stream.skip(batch)
         for _ in range(self.args.dynamic_sampling):
             metrics.setdefault("resampled_prompts", 0.0)
             dull = np.flatnonzero(~has_signal(rollout.rewards))
-            prompts = self.stream.draw(len(dull))
+            prompts = stream.draw(len(dull))
             if not prompts:
                 break
             rollout.put(dull[: len(prompts)], self.roll_out(prompts, metrics))
@@ -875,7 +872,8 @@ class MLXGRPOTrainer:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
         a, state, metrics = self.args, self.run.state, dict[str, float]()
         self.memory.meter.start("rollout")
-        rollout = self.collect(batch, metrics)
+        stream = order.Stream.after(self.order, state.drawn, batch if a.dynamic_sampling else [])
+        rollout = self.collect(batch, stream, metrics)
         self.memory.meter.start("gradient")
         with timed(metrics, "seconds_gradient"):
             moments = running_moments(state.reward_moments, rollout.rewards)
@@ -888,7 +886,7 @@ class MLXGRPOTrainer:
         self.rollout = rollout
         # Only here the run gets ahead: what is stopped before is done once more from a checkpoint.
         self.move_reference(records, rollout.rewards.size)
-        state.reward_moments, state.drawn = moments, self.stream.position
+        state.reward_moments, state.drawn = moments, stream.position
         state.step += math.ceil(len(batch) / a.batch_size)
         state.rollout += 1
         for record in records:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -111,7 +112,10 @@ class Stream:
         rows, self.position = self.order.draw(count, self.position, self.used)
         return rows
 
-    def skip(self, rows: Sequence[int]) -> None:
-        """Go on as if these had been drawn."""
-        self.draw(len(rows))
-        self.used.update(rows)
+    @classmethod
+    def after(cls, order: PromptOrder, position: int, rows: Sequence[int]) -> Self:
+        """From a position on, as if these had been drawn there."""
+        stream = cls(order, position)
+        stream.draw(len(rows))
+        stream.used.update(rows)
+        return stream

@@ -49,13 +49,13 @@ class Found(Protocol):
 class RolloutSize:
     """How much to sample at once, for a command that does nothing else."""
 
-    def __init__(self, rows: int, spare: float = 0.0) -> None:
-        self.rows, self.spare = rows, spare
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
 
     @property
     def spare_for_rollouts(self) -> float:
-        """Bytes that a view of the policy which samples faster may take."""
-        return self.spare
+        """Bytes that a view of the policy which samples faster may take; a command made its own."""
+        return 0.0
 
     def rows_at_once(self, longest: int) -> int:
         """How many sequences of up to `longest` tokens to sample together."""
@@ -88,6 +88,13 @@ def half_of(rows: int, planned: int) -> int:
     if not size:
         raise RunError("out of memory with one completion at once: lower max_new_tokens")
     return size
+
+
+def refuse_other_than_sizes(halved: Mapping[str, object]) -> None:
+    """Raise ValueError for what no run can have found out."""
+    known = halved.keys() <= {*SIZES}
+    if not known or any(type(size) is not int or size < 1 for size in halved.values()):
+        raise ValueError(f"halved = {shown(halved)}")
 
 
 class Memory(RolloutSize):
@@ -243,9 +250,9 @@ class Memory(RolloutSize):
             ValueError: they are no sizes.
         """
         sizes, self.found.halved = self.found.halved, {}
-        if not sizes.keys() <= {*SIZES} or any(type(x) is not int or x < 1 for x in sizes.values()):
-            raise ValueError(f"halved = {shown(sizes)}")
-        self.apply_factor()
+        refuse_other_than_sizes(sizes)
+        if self.found.measured_factor != 1:
+            self.apply_factor()
         still = [name for name in sorted(sizes) if before.get(name, 0) == now[name]]
         if still:
             kept = {name: min(sizes[name], getattr(self.plan, name)) for name in still}

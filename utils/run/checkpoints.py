@@ -91,6 +91,7 @@ def save(path: Path, trainer: Trainer) -> None:
         seal(folder)
         if run.log.path.exists():
             flush(run.log.path)  # the log must not be behind a checkpoint that counts on it
+    run.saved_at = run.between.update_step
 
 
 def save_now(path: Path, trainer: Trainer) -> None:
@@ -105,7 +106,6 @@ def save_now(path: Path, trainer: Trainer) -> None:
         raise RunError(f"{path} was not saved: an update was stopped halfway; load a checkpoint")
     run.mark()
     save(path, trainer)
-    run.saved_at = run.state.update_step
 
 
 def write_learnt(folder: Path, trainer: Trainer) -> None:

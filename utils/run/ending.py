@@ -179,7 +179,6 @@ def keep(trainer: Trainer, stop: Exception | None = None) -> None:
             if run.moved:
                 raise RunError("its weights have moved on")
             checkpoints.save(path, trainer)
-            run.saved_at = update
             run.prune()
     except RunError as error:
         say(f"stopped   after update {update}, which could not be saved: {error}")
