@@ -30,6 +30,7 @@ if str(ROOT) not in sys.path:
 from utils.base.errors import RunError, UserError, nearest_existing  # noqa: E402
 from utils.data import files  # noqa: E402
 from utils.device import runtime  # noqa: E402
+from utils.model import served_prompt  # noqa: E402
 from utils.model import shape as model_shape  # noqa: E402
 from utils.model.conversion_check import compare, describe, read_fixed_text, read_source  # noqa: E402
 from utils.model.hf_config import translate_config  # noqa: E402
@@ -556,8 +557,11 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
             convert_text_model(args, source, config, folder)
     except READ_ERRORS as error:
         raise explain(error, args) from error
+    served_prompt.carry_over(source, folder)
     if source != Path(args.hf_path).expanduser():
         write_model_card(args.hf_path, folder)
+    elif (folder / served_prompt.MARKER).is_file():
+        carry_card(args, source, folder)
     note("checking the result")
     try:
         after = read_fixed_text(folder, args.trust_remote_code, vision, {})
@@ -594,16 +598,37 @@ def write_model_card(name: str, folder: Path) -> None:
         card.save(folder / "README.md")
 
 
+def carry_card(args: argparse.Namespace, source: Path, folder: Path) -> None:
+    """What a run says of the model that it made holds for this one, but for the scores."""
+    from utils.run.model_card import CARD, moved  # brings MLX: not for --help
+
+    if not (source / CARD).is_file():
+        return
+    card = (source / CARD).read_text(encoding="utf-8", errors="replace")
+    note = f"Converted since{how_converted(args)}, which may have changed the scores."
+    (folder / CARD).write_text(moved(card, str(args.output_dir), note), encoding="utf-8")
+
+
+def how_converted(args: argparse.Namespace) -> str:
+    if args.quantize:
+        return f" to {args.quant_predicate or f'{args.bits} bits'} ({args.q_mode})"
+    return f" to {args.dtype}" if args.dtype else ""
+
+
 def upload(folder: Path, repo: str) -> None:
     """Not by mlx_lm.utils.upload_to_hub: what it calls is gone from huggingface_hub 2."""
     from huggingface_hub import HfApi, ModelCard
     from huggingface_hub.errors import HTTPError
 
+    from utils.run.model_card import moved
+
     card = ModelCard.load(folder / "README.md")
-    card.text = (
+    generic = (
         f"# {repo}\n\nIn MLX format; converted from {card.data.base_model or 'a local model'}.\n\n"
         f'```python\nfrom mlx_lm import generate, load\n\nmodel, tokenizer = load("{repo}")\n```\n'
     )
+    trained = (folder / served_prompt.MARKER).is_file() and card.text.strip()
+    card.text = moved(card.text, repo, "") if trained else generic
     card.save(folder / "README.md")
     try:
         HfApi().create_repo(repo_id=repo, exist_ok=True)

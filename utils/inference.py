@@ -29,11 +29,15 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
     __package__ = "utils"
 
 from .base.errors import RunError, UserError
+from .base.json_files import read_object
 from .base.script import load_script
 from .base.text import counted, is_unicode, redact, shown
 from .data.files import Row
 from .data.questions import encode_prompt
+from .data.served_template import PROMPT
 from .data.tokenizer import Messages
+from .model import served_prompt
+from .model.served_prompt import OF_A_RUN, PROMPT_SETTINGS
 from .model.shape import JsonObject
 from .rewards.answers import extract_xml_answer
 
@@ -61,15 +65,7 @@ EXAMPLES = f"""examples:
 --grpo-prompt takes its settings (system prompt, reasoning prefix, chat template, stop strings) from
 --config and --set, else from the run that made the model, else the trainer's defaults."""
 
-# What of a run's settings says how its model is asked (the first ones) and judged.
-PROMPT_SETTINGS = 5
-OF_A_RUN = (
-    *("system_prompt", "reasoning_prefix", "chat_template", "chat_template_kwargs", "stop_strings"),
-    *("max_prompt_length", "max_completion_length", "eval_max_new_tokens", "seed"),
-    *("dataset", "dataset_config", "train_split", "test_split", "question_column"),
-    *("answer_column", "temperature", "top_k", "top_p", "min_p", "reward_funcs", "reward_weights"),
-    "reward_kwargs",
-)
+SYSTEM_ROLES = ("system", "developer")
 
 # Rewards that send completions to a server, or load another model.
 ELSEWHERE = ("remote_rm", "judge", "reward_model")
@@ -186,19 +182,6 @@ def note(text: str) -> None:
     print(redact(text), file=sys.stderr)
 
 
-def read_object(path: Path) -> JsonObject:
-    """A JSON object from a model's folder; empty when there is no such file. Raises UserError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
 def locate(name: str, adapter: str = "") -> tuple[str, str]:
     """(base model, adapters or ""); a checkpoint that holds adapters names its base itself.
 
@@ -288,17 +271,24 @@ def settings_of_run(model: str) -> tuple[JsonObject, Path | None]:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return {}, None
-    run = folder.resolve().parent
-    found = read_object(folder / "trainer_state.json").get("config") or {}
-    source = folder / "trainer_state.json"
+    found, source = recorded_settings(folder)
+    types = typing.get_type_hints(load_script().MLXGRPOConfig)
+    values = {k: reading.check_type(k, found[k], types[k]) for k in OF_A_RUN if k in found}
+    return without_code(values), source if values else None
+
+
+def recorded_settings(folder: Path) -> tuple[JsonObject, Path]:
+    """What a model's folder, or else that of its run, records; empty where nothing is."""
+    if found := served_prompt.settings_in(folder):
+        return found, folder / served_prompt.MARKER
+    source, run = folder / "trainer_state.json", folder.resolve().parent
+    found = read_object(source).get("config") or {}
     if not found:
         source = (run.parent if folder.name == "adapters" else run) / "config.resolved.json"
         found = read_object(source)
     if not isinstance(found, dict):
         raise UserError(f"{source}: config is no JSON object")
-    types = typing.get_type_hints(load_script().MLXGRPOConfig)
-    values = {k: reading.check_type(k, found[k], types[k]) for k in OF_A_RUN if k in found}
-    return without_code(values), source if values else None
+    return found, source
 
 
 def without_code(values: JsonObject) -> JsonObject:
@@ -366,25 +356,30 @@ def check_template(option: str, template: str) -> None:
 
 
 def chat_settings(args: argparse.Namespace, loaded: LoadedModel) -> Settings:
-    """A configuration for ordinary questions: no prefix, the model's own stop strings."""
-    template = args.chat_template or ""
-    check_template("--chat-template", template)
-    return load_script().MLXGRPOConfig(
-        system_prompt=args.system or "",
-        reasoning_prefix="",
-        chat_template=template,
-        stop_strings=stop_strings_of(args, loaded),
-    )
+    """A configuration for ordinary questions: as the model was trained, or by its own template.
 
-
-def stop_strings_of(args: argparse.Namespace, loaded: LoadedModel) -> list[str]:
-    """From --stop, else the model's generation_config.json, else the run of its adapters."""
-    if args.stop:
-        return args.stop
+    What --chat-template names takes the place of all that training added, too.
+    """
     base, adapter = locate(args.model, args.adapter)
+    trained, _ = settings_of_run(adapter or str(loaded.folder))
+    asked = {name: trained[name] for name in PROMPT if name in trained}
+    nothing = {"system_prompt": "", "reasoning_prefix": ""}
+    if args.chat_template:
+        asked = {"chat_template": args.chat_template}
+    if args.system is not None:
+        asked["system_prompt"] = args.system
+    option = "--chat-template" if args.chat_template else "chat_template ="
+    check_template(option, asked.get("chat_template", ""))
+    asked["stop_strings"] = args.stop or stop_strings_of(base, loaded, trained)
+    if not args.chat_template and (trained.get("system_prompt") or trained.get("reasoning_prefix")):
+        note("asked as in training; --system and --chat-template take the place of its prompt")
+    return load_script().MLXGRPOConfig(**nothing | asked)
+
+
+def stop_strings_of(base: str, loaded: LoadedModel, trained: JsonObject) -> list[str]:
+    """Of the run that made the model or its adapters, else the model's generation_config.json."""
     found = read_object(loaded.folder / "generation_config.json").get("stop_strings") or []
-    if adapter:
-        found = settings_of_run(adapter)[0].get("stop_strings") or found
+    found = trained.get("stop_strings", found)
     found = [found] if isinstance(found, str) else found
     if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
         raise UserError(
@@ -448,9 +443,13 @@ class Generator:
 
     def conversation(self, question: str) -> Messages:
         """The messages of a first question."""
-        system = {"role": "system", "content": self.config.system_prompt}
-        user = {"role": "user", "content": question}
-        return [system, user] if self.config.system_prompt else [user]
+        return self.with_system([{"role": "user", "content": question}])
+
+    def with_system(self, messages: Messages) -> Messages:
+        """Messages that bring no system prompt of their own get the one that is set."""
+        if not self.config.system_prompt or messages[0]["role"] in SYSTEM_ROLES:
+            return messages
+        return [{"role": "system", "content": self.config.system_prompt}, *messages]
 
     def sampling(self) -> MlxLmSampling:
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -763,7 +762,9 @@ def answer_batch(args: argparse.Namespace) -> int:
         generator = Generator(args)
         prompts = [
             generator.encode(
-                row.get("messages") or generator.conversation(row.get("prompt") or row["question"])
+                generator.with_system(row["messages"])
+                if row.get("messages")
+                else generator.conversation(row.get("prompt") or row["question"])
             )
             for row in rows
         ]

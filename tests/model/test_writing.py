@@ -1,7 +1,6 @@
 """Files of models: written in one piece, in shards, and never of another shape."""
 
 import json
-import os
 
 import mlx.core as mx
 import mlx_lm
@@ -10,23 +9,6 @@ import pytest
 from helpers import TINY, flat, tiny_model
 
 from utils.model import writing
-
-
-def test_a_json_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
-    path = tmp_path / "state.json"
-    writing.write_json(path, {"é": 1})
-    assert path.read_text() == '{\n  "é": 1\n}\n'
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            writing.write_json(path, {"é": 2})
-    assert json.loads(path.read_text()) == {"é": 1}
-    writing.write_json(path, {"é": 3})
-    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 
 
 def test_weights_in_several_files_are_the_model(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from ..data import files
 from ..data.tokenizer import Tokenizer
 from ..settings import checks
 from ..settings.run_settings import Settings
-from . import fingerprints, hf_config
+from . import fingerprints, hf_config, served_prompt
 from . import shape as model_shape
 from .shape import JsonObject, ModelConfig
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
@@ -243,6 +243,7 @@ def load_model(config: Settings) -> LoadedModel:
     try:
         with panics_as_errors():
             model, tokenizer, model_config, folder = read_model(config, local)
+            served_prompt.ask_plainly(tokenizer, folder)
             cast(model, config.dtype)
             try_out(model, tokenizer)
             getattr(tokenizer, "deprecation_warnings", {})[TOO_LONG] = True

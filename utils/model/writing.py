@@ -2,12 +2,12 @@
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base.json_files import write_json
 from ..base.text import shown
 from ..data.tokenizer import Tokenizer
 from .shape import JsonObject, ModelConfig
@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from .loading import LoadedModel
 
 SINGLE = "model.safetensors"
-
-
-def write_json(path: Path, value: object) -> None:
-    """In one piece: a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_model(

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..base.errors import UserError
 from ..base.say import say
+from ..model import served_prompt
 
 END = "<|endoftext|>"
 TokenPair = tuple[list[int], list[int]]
@@ -211,6 +212,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer_dir = {folder!r} holds no tokenizer: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer_dir = {folder!r}: the tokenizer has no end-of-text token")
+    served_prompt.ask_plainly(tokenizer, Path(folder))  # type: ignore[arg-type]
     return tokenizer  # type: ignore[return-value]
 
 

@@ -19,7 +19,7 @@ from ..base.errors import RunError, UserError, panics_as_errors, reason
 from ..base.text import Json, filled
 from ..data import files
 from ..gradient import head as head_module
-from ..model import hf_config, loading
+from ..model import hf_config, loading, served_prompt
 
 QUESTION = """Question:
 {question}
@@ -227,6 +227,7 @@ def load_scorer(folder: Path, head: str, trust: bool) -> tuple[nn.Module, Tokeni
         model.set_dtype(mx.float32)  # other types are slower on the CPU
     options = {"trust_remote_code": trust}
     tokenizer = utils.load_tokenizer(folder, options)
+    served_prompt.ask_plainly(tokenizer, folder)
     if not found:
         return model, tokenizer, None
     weight = found["weight"].astype(mx.float32)  # (labels, H)

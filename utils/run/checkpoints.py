@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..base.errors import RunError, UserError
 from ..base.say import say
 from ..device import runtime
+from ..model import served_prompt
 from ..model.writing import (
     flat,
     load_weights,
@@ -109,12 +110,21 @@ def save_now(path: Path, trainer: Trainer) -> None:
 
 
 def write_learnt(folder: Path, trainer: Trainer) -> None:
-    """The whole model, or the adapters of one."""
+    """The whole model, or the adapters of one, with the prompt that it is trained with."""
     loaded = trainer.loaded
     if loaded.train_type == "full":
         write_trained(folder, loaded, trainer.model, loaded.config, trainer.args.stop_strings)
     else:
         write_adapters(folder, trainer.model, loaded.adapter_config)
+    served_prompt.write(folder, prompt_of(trainer))
+
+
+def prompt_of(trainer: Trainer) -> served_prompt.ServedPrompt:
+    """Found once, since some prompts are rendered to see whether programs ask in the same way."""
+    if trainer.run.prompt is None:
+        tokenizer, rows = trainer.loaded.tokenizer, trainer.train_dataset
+        trainer.run.prompt = served_prompt.of_run(tokenizer, trainer.args, rows)
+    return trainer.run.prompt
 
 
 def write_final(folder: Path, trainer: Trainer) -> None:
@@ -123,7 +133,8 @@ def write_final(folder: Path, trainer: Trainer) -> None:
         write_learnt(folder, trainer)
         return
     write_fused(folder, trainer.loaded, trainer.model, trainer.args.stop_strings)
-    write_adapters(folder / "adapters", trainer.model, trainer.loaded.adapter_config)
+    write_learnt(folder / "adapters", trainer)
+    served_prompt.write(folder, prompt_of(trainer))
 
 
 def refuse_broken(arrays: Arrays) -> None:

@@ -20,7 +20,7 @@ from ..base.errors import DiskError, RunError, UserError
 from ..base.say import say
 from ..base.text import redact
 from ..model import writing
-from . import checkpoints, folders
+from . import checkpoints, folders, model_card
 from .run import Interrupted, Run, Trainer
 from .state import Record
 
@@ -209,6 +209,8 @@ def finish(trainer: Trainer, early: str) -> None:
             compare_fused(trainer, folder)
         ended = {"updates": state.update_step, "of": trainer.total_updates, "reason": early}
         writing.write_json(folder / folders.ENDED, ended)
+        prompt = checkpoints.prompt_of(trainer)
+        model_card.write(folder, run.folder / "final", trainer, prompt, early)
     say_the_end(run, early, trainer.total_updates)
 
 
@@ -217,6 +219,8 @@ def say_the_end(run: Run, early: str, total: int) -> None:
     if run.args.closing_note:
         say(f"note      {run.args.closing_note}")
     say(f"saved     {run.folder / 'final'}")
+    if run.prompt and run.prompt.trouble:
+        say(f"warning   mlx_lm does not ask final/ as in training: {run.prompt.trouble}")
     say(f"reason    {early}" if early else f"finished  {all_updates(total)}")
 
 

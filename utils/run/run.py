@@ -14,6 +14,7 @@ from ..gradient.scorer import Scorer
 from ..memory.memory import Memory
 from ..memory.meter import Meter
 from ..model.loading import LoadedModel
+from ..model.served_prompt import ServedPrompt
 from ..rewards.rewards import Rewards
 from ..rollouts.sampler import Sampling
 from ..settings.run_settings import Settings
@@ -50,6 +51,7 @@ class Run:
         self.interrupted = False
         self.saved_at = 0
         self.moved = False  # weights have changed since `between`
+        self.prompt: ServedPrompt | None = None  # what folders of models say of it
 
     def pulse(self, phase: str) -> None:
         """Between blocks of work: show that it goes on, and stop if a signal asked for it."""
