@@ -303,6 +303,12 @@ def centred(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(valid & has_signal(rewards)[:, None], rewards - mean, 0.0), count
 
 
+def deviation(values: np.ndarray) -> float:
+    """The standard deviation, ddof = 1, of all that is a number; 0 where fewer than two are."""
+    known = values[~np.isnan(values)]
+    return float(known.std(ddof=1)) if known.size > 1 else 0.0
+
+
 def group_advantages(rewards: np.ndarray, eps: float = 1e-4) -> np.ndarray:
     """(P, G) rewards -> (P, G) advantages (R - mean) / (std + eps), as in TRL, with ddof = 1."""
     centre, count = centred(rewards)
@@ -321,7 +327,7 @@ def gdpo_advantages(r: Rollout, a: MLXGRPOConfig) -> np.ndarray:
     each = [group_advantages(x, a.advantage_eps) for x in np.moveaxis(r.values, -1, 0)]  # F, (P, G)
     weights = a.reward_weights or [1.0] * len(each)
     total = np.where(np.isnan(r.rewards), np.nan, np.tensordot(weights, each, axes=1))
-    return np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + a.advantage_eps))
+    return np.nan_to_num(total / (deviation(total) + a.advantage_eps))  # their mean is 0
 
 
 def whitened_over_tokens(values: np.ndarray, r: Rollout) -> np.ndarray:
@@ -338,7 +344,7 @@ ADVANTAGES: dict[str, Callable[[Rollout, MLXGRPOConfig], np.ndarray]] = {
     "group_norm": lambda r, a: group_advantages(r.rewards, a.advantage_eps),
     "dr_grpo": lambda r, a: centred(r.rewards)[0],  # arXiv:2503.20783
     # TRL's scale_rewards = "batch", arXiv:2508.08221
-    "batch": lambda r, a: centred(r.rewards)[0] / (np.nanstd(r.rewards, ddof=1) + a.advantage_eps),
+    "batch": lambda r, a: centred(r.rewards)[0] / (deviation(r.rewards) + a.advantage_eps),
     "rloo": lambda r, a: leave_one_out(*centred(r.rewards)),
     "reinforce": lambda r, a: whitened_over_tokens(r.rewards, r),  # REINFORCE++, arXiv:2501.03262
     "reinforce_baseline": lambda r, a: whitened_over_tokens(centred(r.rewards)[0], r),
@@ -726,11 +732,6 @@ class MLXGRPOTrainer:
         """Optimizer updates that were done."""
         return self.run.state.update_step
 
-    @property
-    def master_weights(self) -> Any:
-        """The trainable weights in float32, as the optimizer moves them."""
-        return self.optimizer.masters(self.model)
-
     def make_loss_and_grad(self) -> Callable[[MicroBatch], Any]:
         """batch -> (what compute_grpo_loss returns, gradient of its loss by what trains)."""
         plain = nn.value_and_grad(self.model, self.compute_grpo_loss)
@@ -871,6 +872,7 @@ class MLXGRPOTrainer:
     def train_step(self, batch: list[int]) -> list[Record]:
         """Roll out the prompts of one update, score them, update `num_iterations` times."""
         a, state, metrics = self.args, self.run.state, dict[str, float]()
+        self.run.refuse_to_go_beyond(self.total_updates)
         self.memory.meter.start("rollout")
         stream = order.Stream.after(self.order, state.drawn, batch if a.dynamic_sampling else [])
         rollout = self.collect(batch, stream, metrics)
@@ -1056,7 +1058,7 @@ class MLXGRPOTrainer:
         if self.ref_model is not None and due(a.ref_sync_updates, state.update_step, now):
             mixed = tree_map(
                 lambda p, r: (a.ref_sync_alpha * p + (1 - a.ref_sync_alpha) * r).astype(r.dtype),
-                self.master_weights,
+                self.optimizer.masters(self.model),  # float32, as the optimizer moves them
                 self.ref_model.parameters(),
             )
             self.ref_model.update(mixed)  # TR-DPO, arXiv:2404.09656

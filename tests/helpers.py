@@ -280,7 +280,7 @@ def as_batch(**arrays):
 def gradient(trainer, batches):
     """Loss and summed gradient of some micro-batches."""
     loss_and_grad = trainer.make_loss_and_grad()
-    total, loss = tree_map(mx.zeros_like, trainer.master_weights), 0.0
+    total, loss = tree_map(mx.zeros_like, trainer.optimizer.masters(trainer.model)), 0.0
     for batch in batches:
         (part, _, _), grads = loss_and_grad(batch)
         total = tree_map(mx.add, total, grads)
@@ -299,7 +299,7 @@ def snapshot(trainer):
     """Weights, masters and moments as bytes, to compare bit by bit."""
     parts = {
         "weights": trainer.model.parameters(),
-        "masters": trainer.master_weights,
+        "masters": trainer.optimizer.masters(trainer.model),
         "optimizer": trainer.optimizer.state,
     }
     return {n: np.array(x.astype(mx.float32)).tobytes() for n, x in flat(parts).items()}

@@ -85,7 +85,9 @@ def number(kind: Callable[[str], N], holds: Callable[[N], bool], rule: str) -> C
 
 
 POSITIVE = number(int, lambda v: v >= 1, "a whole number, at least 1")
-TEMPERATURE = number(float, lambda v: 0 <= v < math.inf, "a number, at least 0 (0 is greedy)")
+TEMPERATURE = number(
+    float, lambda v: v == 0 or 1e-3 <= v < math.inf, "0 (greedy), or a number from 0.001 up"
+)
 TOP_P = number(float, lambda v: 0 < v <= 1, "above 0, at most 1")
 PENALTY = number(float, lambda v: 0 < v < math.inf, "above 0 (1 is none)")
 SEED = number(int, lambda v: 0 <= v < 2**64, "a whole number, at least 0, below 2 ** 64")

@@ -372,10 +372,10 @@ def test_the_quantile_of_an_update_without_tokens(model_dir, data_dir, tmp_path)
         model_dir, data_dir, tmp_path / "o", max_new_tokens=1, stop_strings=[], **settings
     )
     trainer.sampler.stop.eos_ids = set()
-    before = flat(tree_map(mx.array, trainer.master_weights))
+    before = flat(tree_map(mx.array, trainer.optimizer.masters(trainer.model)))
     [record] = trainer.train_step([0, 1])
     assert (record["truncation_rate"], record["skipped"]) == (1, 0)
-    after = flat(trainer.master_weights)
+    after = flat(trainer.optimizer.masters(trainer.model))
     assert all(mx.array_equal(after[name], value) for name, value in before.items())
 
 
@@ -393,12 +393,13 @@ def test_equal_rewards_teach_nothing(model_dir, data_dir, tmp_path, estimator):
     trainer.reward_funcs = {
         name: lambda completions, **_: [0.7] * len(completions) for name in funcs
     }
-    before = tree_map(mx.array, trainer.master_weights)
+    before = tree_map(mx.array, trainer.optimizer.masters(trainer.model))
     [record] = trainer.train_step([0, 1])
     assert record["grad_norm"] == 0
     assert record["groups_without_signal"] == 1
     assert all(
-        mx.array_equal(x, flat(before)[name]) for name, x in flat(trainer.master_weights).items()
+        mx.array_equal(x, flat(before)[name])
+        for name, x in flat(trainer.optimizer.masters(trainer.model)).items()
     )
 
 

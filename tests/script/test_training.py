@@ -31,7 +31,7 @@ from helpers import (
 from mlx.utils import tree_flatten, tree_map
 
 from utils.base.errors import RunError, UserError
-from utils.data import order, questions
+from utils.data import order
 from utils.model import writing
 from utils.run import checkpoints
 from utils.run import log as runlog
@@ -70,7 +70,7 @@ def test_adamw_is_corrected_for_its_bias_from_the_first_step(model_dir, data_dir
     generator = np.random.default_rng(0)
     for t in (1, 2, 3):
         g = generator.normal(size=w.shape)
-        grads = tree_map(mx.zeros_like, trainer.master_weights)
+        grads = tree_map(mx.zeros_like, trainer.optimizer.masters(trainer.model))
         grads["model"]["layers"][0]["mlp"]["up_proj"]["weight"] = mx.array(g, mx.float32)
         trainer.apply_gradients(0.0, grads, t)
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
@@ -85,9 +85,11 @@ def test_the_global_norm_is_clipped(model_dir, data_dir, tmp_path):
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", max_grad_norm=0.25)
     seen = []
     trainer.optimizer.update = lambda _, grads, lr, clip: seen.append((flat(grads), clip))
-    count = sum(x.size for _, x in tree_flatten(trainer.master_weights))
+    count = sum(x.size for _, x in tree_flatten(trainer.optimizer.masters(trainer.model)))
     for size, expected in ((0.1, 0.25), (1e-5, 1e-5 * math.sqrt(count))):
-        grads = tree_map(lambda w, size=size: mx.full(w.shape, size), trainer.master_weights)
+        grads = tree_map(
+            lambda w, size=size: mx.full(w.shape, size), trainer.optimizer.masters(trainer.model)
+        )
         norm, _ = trainer.apply_gradients(0.0, grads, 1)
         assert norm == pytest.approx(size * math.sqrt(count), rel=1e-4)
         got, clip = seen[-1]
@@ -106,16 +108,16 @@ def test_bfloat16_weights_move_at_1e_6_only_through_float32_masters(model_dir, d
         warmup_ratio=0.0,
     )
     start = flat(trainer.model.parameters())
-    master = flat(trainer.master_weights)
+    master = flat(trainer.optimizer.masters(trainer.model))
     assert {x.dtype for x in start.values()} == {mx.bfloat16}
-    grads = tree_map(lambda w: mx.full(w.shape, 0.01), trainer.master_weights)
+    grads = tree_map(lambda w: mx.full(w.shape, 0.01), trainer.optimizer.masters(trainer.model))
     half = tree_map(lambda g: g.astype(mx.bfloat16), grads)
     plain, weights = optim.AdamW(1e-6, bias_correction=True), trainer.model.parameters()
     for number in range(1, 101):
         trainer.apply_gradients(0.0, grads, number)
         weights = plain.apply_gradients(half, weights)
         mx.eval(weights, plain.state)
-    after = flat(trainer.master_weights)
+    after = flat(trainer.optimizer.masters(trainer.model))
     for name, value in master.items():
         assert mx.allclose(value - after[name], mx.array(1e-4), rtol=0.1), name
 
@@ -509,11 +511,9 @@ def test_checkpoints_and_final_are_complete_models(model_dir, data_dir, tmp_path
     for folder, expected in seen.items():
         model, tokenizer = mlx_lm.load(str(folder))
         assert np.array_equal(logits(model), expected)
-        messages = trainer.train_dataset[0]["prompt"]
-        assert (
-            questions.encode_prompt(tokenizer, trainer.args, {"prompt": messages})
-            == (trainer.train_dataset[0]["prompt_ids"])
-        )
+        user = trainer.train_dataset[0]["prompt"][-1:]
+        asked = tokenizer.apply_chat_template(user, add_generation_prompt=True)
+        assert asked == trainer.train_dataset[0]["prompt_ids"], "what is served is as trained"
         generation = json.loads((folder / "generation_config.json").read_text())
         assert generation == {"eos_token_id": [2], "stop_strings": ["</answer>"]}
     assert not list((tmp_path / "o").glob(".*")), "nothing half written is left"

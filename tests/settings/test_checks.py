@@ -6,7 +6,8 @@ from helpers import assert_names
 SETTINGS = [
     # out of range
     ("num_generations=1", "num_generations = 1 must be at least 2"),
-    ("temperature=0", "temperature = 0.0 must be above 0"),
+    ("temperature=0", "temperature = 0.0 must be at least 0.001 and finite"),
+    ("temperature=1e-38", "temperature = 1e-38 must be at least 0.001 and finite"),
     ("learning_rate=nan", "learning_rate = nan must be above 0 and finite"),
     ("learning_rate=-1e-6", "learning_rate = -1e-06 must be above 0"),
     ("kl_coeff=inf", "kl_coeff = inf must be at least 0 and finite"),

@@ -45,6 +45,9 @@ def vowels(completions, **_):
 def length(completion_ids, **_):
     return [len(ids) for ids in completion_ids]
 
+def nothing(completion_ids, **_):
+    return [None] * len(completion_ids)
+
 def where(completion_ids, log_metric, pid=0):
     log_metric("elsewhere", os.getpid() != pid)
     return length(completion_ids)
@@ -217,7 +220,9 @@ def seeded(settings):
     seen = {
         "order": [row for n in range(12) for row in trainer.prompts_of_update(n)],
         "ids": [c.ids for c in sampled(trainer)],
-        "adapters": [x.sum().item() for _, x in tree_flatten(trainer.master_weights)],
+        "adapters": [
+            x.sum().item() for _, x in tree_flatten(trainer.optimizer.masters(trainer.model))
+        ],
         "evaluation": trainer.evaluate_em(trainer.train_dataset, 4, temperature=1.0),
     }
     trainer.train_step([0, 1])
@@ -250,8 +255,13 @@ def saved_embedding(*_):
     return mx.load("other-model/model.safetensors")["model.embed_tokens.weight"][5].tolist()
 
 
+def masters(settings):
+    trainer = trainer_of(settings)
+    return tree_flatten(trainer.optimizer.masters(trainer.model))
+
+
 def adapters(settings):
-    return {name: x.sum().item() for name, x in tree_flatten(trainer_of(settings).master_weights)}
+    return {name: x.sum().item() for name, x in masters(settings)}
 
 
 def saved_adapters(*_):
@@ -266,7 +276,7 @@ def dtypes(settings):
 
 def trained(settings):
     """The shapes of what is trained, by name."""
-    return {name: x.shape for name, x in tree_flatten(trainer_of(settings).master_weights)}
+    return {name: x.shape for name, x in masters(settings)}
 
 
 def adapted(settings):
@@ -294,16 +304,18 @@ def all_adapters(holds):
 def movement(settings):
     """How far the first update moves a weight at most: with Adam, by the learning rate."""
     trainer = trainer_of(settings)
-    before = trainer.master_weights
+    before = trainer.optimizer.masters(trainer.model)
     trainer.train_step([0, 1])
-    moved = tree_map(lambda a, b: mx.abs(a - b).max().item(), before, trainer.master_weights)
+    moved = tree_map(
+        lambda a, b: mx.abs(a - b).max().item(), before, trainer.optimizer.masters(trainer.model)
+    )
     return max(distance for _, distance in tree_flatten(moved))
 
 
 def rates(settings):
     """The optimizer's learning rate at each of five updates."""
     trainer = trainer_of({**settings, "max_updates": 5})
-    zeros, seen = tree_map(mx.zeros_like, trainer.master_weights), []
+    zeros, seen = tree_map(mx.zeros_like, trainer.optimizer.masters(trainer.model)), []
     for number in range(1, trainer.total_updates + 1):
         trainer.apply_gradients(0.0, zeros, number)
         seen.append(trainer.optimizer.learning_rate)
@@ -325,7 +337,9 @@ def stepped(settings):
     """A weight that starts at 1, after updates in which each gradient is the same everywhere."""
     trainer = trainer_of(settings)
     for update, number in enumerate(GRADIENTS, start=1):
-        gradient = tree_map(functools.partial(mx.full_like, vals=number), trainer.master_weights)
+        gradient = tree_map(
+            functools.partial(mx.full_like, vals=number), trainer.optimizer.masters(trainer.model)
+        )
         trainer.apply_gradients(0.0, gradient, update)
     return trainer.model.model.norm.weight[0].item()
 
@@ -1048,6 +1062,13 @@ FIELDS = {
         lines("warning"),
         lambda _, b: [line.split()[2] for line in b] == ["2:", "4:"] and "max_new_tokens" in b[0],
         {"max_updates": 5, "max_new_tokens": 2},
+    ),
+    "stop_without_reward": Watch(
+        False,
+        True,
+        logged("update"),
+        lambda a, b: len(a) == 6 and len(b) == 5,
+        {"max_updates": 6, "reward_funcs": ["rewards.py:nothing"], "max_new_tokens": 2},
     ),
     "resume": Watch(
         "",

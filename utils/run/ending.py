@@ -21,6 +21,7 @@ from ..base.say import say
 from ..base.text import redact
 from ..model import writing
 from . import checkpoints, folders, model_card
+from .log import RunLog
 from .run import Interrupted, Run, Trainer
 from .state import Record
 
@@ -76,13 +77,12 @@ class Guard:
             return True
         if a.max_hours and time.perf_counter() - self.start >= a.max_hours * 3600:
             self.reason = f"max_hours = {a.max_hours:g} reached"  # of this process
-        if a.early_stopping_patience and (best := best_of(log.history)):
-            since = len(log.history) - 1 - log.history.index(best)
+        if a.early_stopping_patience and log.history:
+            best = best_of(log.history)
+            since = len(log.history) - 1 - (log.history.index(best) if best else 0)
             if since >= a.early_stopping_patience:
-                self.reason = (
-                    f"early_stopping_patience: {since} evaluations without a better one than "
-                    f"{log.score_text(best['em'])} at update {best['update']}"
-                )
+                self.reason = f"early_stopping_patience: {since} evaluations without "
+                self.reason += better_than(best, log)
         return bool(self.reason)
 
     def __exit__(
@@ -102,6 +102,13 @@ class Guard:
         if isinstance(error, RunError | UserError):
             return False
         raise unexpected(error, self.run.folder) from error
+
+
+def better_than(best: Record | None, log: RunLog) -> str:
+    """What an evaluation would have had to give for the run to go on."""
+    if best is None:
+        return f"a value ({log.args.eval_metric} gave none)"
+    return f"a better one than {log.score_text(best['em'])} at update {best['update']}"
 
 
 def best_of(history: list[Record]) -> Record | None:

@@ -11,6 +11,7 @@ from ..data.order import subset
 from ..data.questions import encode_questions
 from ..rewards.answers import extract_xml_answer, same_answer
 from . import checkpoints
+from .log import mean
 from .run import Trainer
 from .state import Record
 
@@ -54,4 +55,5 @@ def score(trainer: Trainer, questions: list[Row], **how: Any) -> Record:
     else:
         scores = trainer.rewards.of(name, questions, completions).tolist()
     cut = float(np.mean([c.finish_reason == "length" for c in completions]))
-    return {"em": float(np.nanmean(scores)), "em_subset": len(questions), "truncation_rate": cut}
+    score = mean(np.array(scores, float))
+    return {"em": score, "em_subset": len(questions), "truncation_rate": cut}

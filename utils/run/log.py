@@ -12,7 +12,7 @@ import numpy as np
 
 from ..base.errors import disk_errors_named
 from ..base.say import say
-from ..base.text import counted, redacted
+from ..base.text import counted, redacted, shown
 from ..data.completions import Completion
 from ..data.files import Row
 from ..settings.run_settings import Settings
@@ -67,7 +67,7 @@ class RunLog:
         records, state.pending = state.pending, []
         record: Record = {"update": None, "batch_step": state.step, **records[-1]}
         for name in record.keys() - {"update", "batch_step", "lr"}:
-            values = [r[name] for r in records if r.get(name) is not None]
+            values = [r[name] for r in records if warnings_of_learning.is_known(r.get(name))]
             if values:
                 record[name] = sum(values) / len(values)
         if state.notes:
@@ -95,6 +95,8 @@ class RunLog:
             )
 
     def score_text(self, score: float) -> str:
+        if math.isnan(score):
+            return f"{self.args.eval_metric} gave no value"
         if self.args.eval_metric == "em":
             return f"exact match {score:.1%}"
         return f"{self.args.eval_metric} {score:.3f}"
@@ -102,8 +104,19 @@ class RunLog:
     def summary(self, update: int) -> None:
         if len(self.history) > 1:
             before, after = self.history[0]["em"], self.history[-1]["em"]
-            then = self.score_text(after).rpartition(" ")[2]
+            then = "no value" if math.isnan(after) else self.score_text(after).rpartition(" ")[2]
             say(f"result    {self.score_text(before)} -> {then} after {counted(update, 'update')}")
+
+    def warn_of_no_value(
+        self, questions: Sequence[Row], rollout: "RolloutFigures", names: Iterable[str]
+    ) -> None:
+        """At the first update: name a function that gave no completion a value."""
+        answer = shown(questions[rollout.prompts[0]]["answer"])
+        for name, values in zip(names, np.moveaxis(rollout.values, -1, 0), strict=True):
+            if np.isnan(values).all():
+                text = f"reward {name} gave no completion of the first update a value"
+                say(f"warning   {text}; the first expected answer is {answer}")
+                self.state.notes.append(text)
 
     def completions(
         self, questions: Sequence[Row], rollout: "RolloutFigures", extras: dict[str, list]
@@ -113,10 +126,16 @@ class RunLog:
         shown = zip(rollout.completions.flat, rollout.rewards.flat, strict=True)
         for number, (completion, reward) in enumerate(islice(shown, self.args.log_completions)):
             question = questions[rollout.prompts[number // group]]
-            say(f"--- reward {reward:.2f}, {completion.finish_reason}: {question['question']}")
+            earned = figure(reward, ".2f")
+            say(f"--- reward {earned}, {completion.finish_reason}: {question['question']}")
             say(f"{completion.text}\n    (expected {question['answer']})")
             for column, values in extras.items():
                 say(f"    {column}: {values[number]}")
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number as a person reads it; "none" where there is none."""
+    return "none" if value is None or math.isnan(value) else format(value, form)
 
 
 def finite(value: object) -> object:
@@ -173,7 +192,7 @@ def rollout_metrics(
     ]
     metrics = {
         "reward_mean": mean(rewards),
-        "reward_std": mean(rewards.std(axis=1, ddof=1)),
+        "reward_std": mean(group_deviations(rewards)),
         "groups_without_signal": (advantages == 0).all(axis=1).mean(),
         "completion_length": lengths.mean(),
         "completion_length_max": lengths.max(),
@@ -183,6 +202,16 @@ def rollout_metrics(
     }
     metrics |= {f"reward/{name}": mean(rollout.values[..., n]) for n, name in enumerate(names)}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def group_deviations(rewards: np.ndarray) -> np.ndarray:
+    """(P, G) rewards -> (P,) sample standard deviations of those that are no NaN, at least two."""
+    valid = ~np.isnan(rewards)
+    count = valid.sum(axis=1)
+    shifted = np.where(valid, rewards, 0.0)
+    shifted = np.where(valid, rewards - (shifted.sum(axis=1) / np.maximum(count, 1))[:, None], 0.0)
+    deviations = np.sqrt((shifted**2).sum(axis=1) / np.maximum(count - 1, 1))
+    return np.where(count > 1, deviations, math.nan)
 
 
 def mean(values: np.ndarray) -> float:

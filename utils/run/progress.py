@@ -3,7 +3,7 @@
 from tqdm import tqdm
 
 from ..base.say import say
-from .log import RunLog
+from .log import RunLog, figure
 from .state import Record
 
 # What matters most stands first, the reward in the postfix within 40 columns: a terminal cuts the
@@ -32,7 +32,7 @@ def no_bar() -> tqdm:
 
 def progress_text(record: Record, log: RunLog) -> str:
     """The figures that a person watches, the most important first."""
-    parts = [f"reward {record['reward_mean']:.2f}"]
+    parts = [f"reward {figure(record['reward_mean'], '.2f')}"]
     parts += [log.score_text(log.history[-1]["em"])] if log.history else []
     parts += [f"length {record['completion_length']:.0f}"]
     parts += [] if record["kl"] is None else [f"kl {record['kl']:.3f}"]

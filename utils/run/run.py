@@ -15,12 +15,14 @@ from ..memory.memory import Memory
 from ..memory.meter import Meter
 from ..model.loading import LoadedModel
 from ..model.served_prompt import ServedPrompt
+from ..rewards.calls import Reward
 from ..rewards.rewards import Rewards
 from ..rollouts.sampler import Sampling
 from ..settings.run_settings import Settings
 from . import folders, progress
 from .log import RolloutFigures, RunLog
 from .state import Record, State, random_states
+from .warnings_of_learning import is_known
 
 MOST_BAD_UPDATES = 5
 
@@ -50,6 +52,7 @@ class Run:
         self.bar = progress.no_bar()
         self.interrupted = False
         self.saved_at = 0
+        self.without_reward = 0  # updates in a row in which no reward function applied
         self.moved = False  # weights have changed since `between`
         self.prompt: ServedPrompt | None = None  # what folders of models say of it
 
@@ -58,6 +61,11 @@ class Run:
         self.bar.set_description_str(phase)
         if self.interrupted:
             raise Interrupted
+
+    def refuse_to_go_beyond(self, total: int) -> None:
+        """Raises RunError after the last update, which a step by hand may try."""
+        if self.state.update_step >= total:
+            raise RunError(f"all {total:,} updates are done: set max_updates or num_epochs higher")
 
     def mark(self, unreported: tuple[tuple[int, int], list[Record]] | None = None) -> None:
         """Note that this is between two updates: a run that is stopped goes on from here."""
@@ -83,6 +91,10 @@ class Run:
         a, state, (step, update) = self.args, self.state, before
         if update == 0:
             progress.warn_of_kl(records[0]["kl"], trainer.loaded.train_type)
+            if trainer.rollout:
+                self.log.warn_of_no_value(
+                    trainer.train_dataset, trainer.rollout, trainer.reward_funcs
+                )
         self.show(records, state.update_step - update)
         if due(a.logging_steps, step, state.step):
             self.log.training(self.meter.report())
@@ -98,6 +110,14 @@ class Run:
         if due(a.save_steps, step, state.step) and self.saved_at < state.update_step:
             trainer.save_checkpoint(self.checkpoint())
             self.prune()
+        self.without_reward = (
+            0 if is_known(records[-1].get("reward_mean")) else (self.without_reward + len(records))
+        )
+        if a.stop_without_reward and self.without_reward >= MOST_BAD_UPDATES:
+            raise RunError(
+                "no reward function gave any completion of the last five updates a value "
+                "(stop_without_reward = true)"
+            )
         if state.bad_updates >= MOST_BAD_UPDATES:
             raise RunError(
                 "five updates in a row were not finite: lower the learning rate, or try "
@@ -142,6 +162,7 @@ class Trainer(Protocol):
     total_updates: int
     quantizes: bool
     rewards: Rewards
+    reward_funcs: dict[str, Reward]
 
     @property
     def args(self) -> Settings: ...

@@ -38,6 +38,11 @@ def no_answer(now: Figures, _: Record) -> str | None:
 def no_signal(now: Figures, _: Record) -> str | None:
     if not above(now["groups_without_signal"], 0.99):
         return None
+    if now["reward_mean"] is None:
+        return (
+            "no reward function gave any completion a value, so nothing was learnt: see what they "
+            "need of the data (None from a function means that it does not apply)"
+        )
     return (
         f"no group had any variance, so nothing was learnt (mean reward {now['reward_mean']:.3g}): "
         "if that is the best there is, stop; else use easier or harder questions, a reward with "

@@ -18,9 +18,11 @@ TEXTS = "model_name output_dir dataset train_split test_split"  # must not be em
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "above 0 and finite": (
         lambda v: 0 < v < math.inf,
-        "learning_rate lora_learning_rate lora_scale temperature max_grad_norm importance_cap "
+        "learning_rate lora_learning_rate lora_scale max_grad_norm importance_cap "
         "reward_timeout advantage_eps",
     ),
+    # Logits divided by less than that may not be finite any more.
+    "at least 0.001 and finite": (lambda v: 1e-3 <= v < math.inf, "temperature"),
     "at least 0 and finite": (
         lambda v: 0 <= v < math.inf,
         "kl_coeff weight_decay max_hours max_ckpt_gb wired_limit_gb cache_limit_gb memory_limit_gb "

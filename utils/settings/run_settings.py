@@ -142,6 +142,8 @@ class RunSettings:
     """Trackers beside the log: csv, tensorboard, wandb (the last two are optional extras)."""
     watchdog_window: int = 20
     """Warn when learning has gone wrong over so many updates, at most once in as many; 0 never."""
+    stop_without_reward: bool = False
+    """Stop after five updates in a row in which no reward function gave any completion a value."""
     closing_note: str = ""
     """Text to show when the run ends."""
 
