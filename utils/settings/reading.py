@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, TypeGuard, TypeVar
 from ..base.errors import UserError
 from ..base.script import ROOT
 from ..base.text import is_unicode, redact, redacted, shown, without_secrets
+from . import other_names
 from .run_settings import Settings
 
 T = TypeVar("T")
@@ -124,6 +125,8 @@ def _known(key: str, types: dict[str, type], where: str) -> str:
         return key
     near = difflib.get_close_matches(key, [*types, TABLE], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists the keys"
+    if "num_generations" in types and (advice := other_names.advice(key)):
+        hint = f": {advice}"
     raise UserError(f"unknown key {shown(key)} in {where}{hint}")
 
 
