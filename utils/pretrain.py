@@ -26,7 +26,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -58,8 +58,8 @@ from utils.pretraining import model as pretrain_model  # noqa: E402
 from utils.pretraining.data import Rows  # noqa: E402
 from utils.pretraining.litgpt import Table  # noqa: E402
 from utils.pretraining.ranges import check_numbers  # noqa: E402
-from utils.run import checkpoints, folders  # noqa: E402
-from utils.run.trackers import Tracker, check_available, make_tracker  # noqa: E402
+from utils.run import checkpoints, folders, ours  # noqa: E402
+from utils.run.trackers import Tracker, check_available, make_tracker, rewind  # noqa: E402
 from utils.settings import reading  # noqa: E402
 
 Tree = dict[str, Any]
@@ -218,6 +218,8 @@ class PretrainConfig:
             raise UserError("tokenizer_vocab_size: must be at least 257 (256 bytes, end of text)")
         if self.min_lr > self.lr:
             raise UserError(f"min_lr = {self.min_lr}: must not be above lr = {self.lr}")
+
+    inherited: ClassVar[frozenset[str]] = frozenset()  # what the file says, and not this command
 
     @property
     def data_class(self) -> str:
@@ -501,6 +503,7 @@ def save_checkpoint(trainer: Trainer, materials: Materials, data: str) -> Path:
         counters = {"step": trainer.step, "data": data, "config": dataclasses.asdict(config)}
         checkpoints.write_state(folder, counters, arrays)
         folders.seal(folder)
+    folders.drop_replaced(Path(config.out_dir))
     folders.prune(Path(config.out_dir), config.save_total_limit)
     return path
 
@@ -516,15 +519,32 @@ def load_checkpoint(folder: Path, trainer: Trainer, data: str) -> None:
         weights: dict[str, mx.array] = {}
         for file in sorted(folder.glob("model*.safetensors")):
             weights |= mx.load(str(file))  # type: ignore[arg-type]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"resume: checkpoint {folder} cannot be read: {error}") from None
-    refuse_changes(folder, counters, trainer.config, data)
-    trainer.step = counters["step"]
-    names = writing.flat(trainer.params)
-    trainer.params = tree_unflatten([(name, weights[name]) for name in names])
-    state = [(k.partition(".")[2], v) for k, v in arrays.items() if k.startswith("optimizer.")]
-    trainer.optimizer.state = tree_unflatten(state)
+        refuse_changes(folder, counters, trainer.config, data)
+        restore(trainer, counters["step"], weights, arrays)
+    except UserError:
+        raise
+    except Exception as error:  # a manifest is no signature: anybody can write a checkpoint
+        detail = f"{type(error).__name__}: {str(error)[:500]}"
+        raise UserError(f"resume: checkpoint {folder} cannot be read: {detail}") from error
+
+
+def restore(
+    trainer: Trainer, step: int, weights: dict[str, mx.array], arrays: dict[str, mx.array]
+) -> None:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step = {step!r}")
+    state = {k.partition(".")[2]: v for k, v in arrays.items() if k.startswith("optimizer.")}
+    for own, read in (
+        (writing.flat(trainer.params), weights),
+        (writing.flat(trainer.optimizer.state), state),
+    ):
+        for name, value in own.items():
+            if read[name].shape != value.shape:
+                raise ValueError(f"{name} has the shape {read[name].shape}")
     high, low = np.array(arrays["random"]).tolist()
+    trainer.step = step
+    trainer.params = tree_unflatten([(n, weights[n]) for n in writing.flat(trainer.params)])
+    trainer.optimizer.state = tree_unflatten(list(state.items()))
     mx.random.seed(high << 32 | low)
 
 
@@ -547,15 +567,6 @@ def refuse_changes(folder: Path, counters: Table, config: PretrainConfig, data: 
 # The run
 
 
-def drop_later_rows(path: Path, step: int) -> None:
-    """Rows of the log that were written after the checkpoint: the run writes them again."""
-    if path.exists():
-        header, *rows = path.read_text(encoding="utf-8").splitlines()
-        numbers = [(row.partition(",")[0], row) for row in rows]
-        kept = [row for number, row in numbers if number.isdigit() and int(number) <= step]
-        path.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
-
-
 def find_checkpoint(config: PretrainConfig) -> Path | None:
     """Where to resume from.
 
@@ -563,10 +574,10 @@ def find_checkpoint(config: PretrainConfig) -> Path | None:
         UserError: out_dir holds a run that is not to be continued.
     """
     folder = Path(config.out_dir)
+    names = {"final", *folders.files_of_trackers(trackers_of(config))}
+    folders.refuse_obstacles(folder, "out_dir", names)
     if config.overwrite:
-        source = Path(config.initial_checkpoint_dir or "/").resolve()
-        if any(source.is_relative_to(p.resolve()) for p in folders.remains_of_run(folder)):
-            raise UserError("overwrite would delete initial_checkpoint_dir: choose another out_dir")
+        refuse_to_overwrite(config, ours.remains(folder))
         return None
     finished = (folder / "final").exists() and not folders.found(folder)
     if config.resume == "auto" and finished:
@@ -575,13 +586,47 @@ def find_checkpoint(config: PretrainConfig) -> Path | None:
             "--out-dir, or --overwrite it"
         )
     if config.resume != "none":
-        return folders.to_resume(folder, config.resume)
-    if folders.remains_of_run(folder):
+        with folders.as_user_error(folder, "out_dir"):
+            return folders.to_resume(folder, config.resume)
+    if ours.remains(folder):
         raise UserError(
             f"out_dir = {config.out_dir!r} already holds a run: --resume auto continues it, "
             "--overwrite replaces it"
         )
     return None
+
+
+def refuse_to_overwrite(config: PretrainConfig, old: list[Path]) -> None:
+    """Raises UserError where overwriting would delete what no run wrote, or this one reads; or a
+    run on other data or of another model, for which --overwrite was not typed."""
+    sources = ("initial_checkpoint_dir", "tokenizer_dir", "train_data_path", "val_data_path")
+    for name in sources:
+        source = os.path.realpath(getattr(config, name) or "/")
+        if any(Path(source).is_relative_to(os.path.realpath(path)) for path in old):
+            raise UserError(f"overwrite would delete {name}: choose another out_dir")
+    folders.refuse_to_delete_additions(old, "out_dir")
+    if not old or "overwrite" not in config.inherited:
+        return
+    before, now = settings_of(Path(config.out_dir)), dataclasses.asdict(config)
+    made_of = ("initial_checkpoint_dir", "train_data_path", "data_class_path", "model")
+    changed = [name for name in made_of if before.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"out_dir = {config.out_dir!r} holds a run that was made of something else "
+            f"({', '.join(changed)}), and overwrite = true is in the settings file only: choose "
+            "another --out-dir, or type --overwrite"
+        )
+
+
+def settings_of(folder: Path) -> Table:
+    """What the run in a folder was told; empty where it does not say."""
+    finished = ours.read_object(folder / "final" / ours.PRETRAINED).get("settings")
+    found: Table = finished if isinstance(finished, dict) else folders.settings_of(folder)
+    return found
+
+
+def trackers_of(config: PretrainConfig) -> list[str]:
+    return [] if config.logger_name == "none" else [config.logger_name]
 
 
 def describe(trainer: Trainer, materials: Materials) -> Figures:
@@ -670,8 +715,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
         config = smoke_config(config)
     out_dir = Path(config.out_dir)
     folders.refuse_unwritable(out_dir, "out_dir")
-    logger = [] if config.logger_name == "none" else [config.logger_name]
-    check_available(logger)
+    check_available(trackers_of(config))
     checkpoint = None if smoke_test else find_checkpoint(config)
     if kernels := runtime.keep_compiled_kernels():
         say(kernels)
@@ -682,12 +726,13 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
     data = "" if smoke_test else materials.train.fingerprint()
     if checkpoint is not None:
         load_checkpoint(checkpoint, trainer, data)
-        for name in ("metrics.csv", "metrics_eval.csv"):
-            drop_later_rows(out_dir / name, trainer.step)
+        rewind(out_dir, None, trainer.step)
         say(f"continuing from {checkpoint}")
     folders.claim(out_dir, overwrite=config.overwrite, key="out_dir")
     recorded = dataclasses.asdict(config)
-    tracker = make_tracker(logger, out_dir, out_dir.name, recorded, since=trainer.step + 1)
+    tracker = make_tracker(
+        trackers_of(config), out_dir, out_dir.name, recorded, since=trainer.step + 1
+    )
     figures = fit(trainer, materials, tracker, data)
     tracker.close()
     seconds = round(time.perf_counter() - started, 1)
@@ -701,7 +746,9 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
     record["settings"] = dataclasses.asdict(config)
     with folders.written_aside(out_dir / "final") as folder:
         save_folder(folder, trainer, materials, trainer.compute)
-        writing.write_json(folder / "pretrain.json", record)
+        writing.write_json(folder / ours.PRETRAINED, record)
+        ours.sign(folder)
+    folders.drop_replaced(out_dir)
     say(f"saved {out_dir / 'final'} after {seconds} s")
 
 
@@ -809,7 +856,10 @@ def resolve(path: Path, overrides: list[str]) -> PretrainConfig:
         if key not in types or not equals:
             reading.resolve(PretrainConfig, None, [override])  # raises with the nearest name
         values[key] = reading.parse_text(key, text.strip(), types[key])
-    return PretrainConfig(**values)
+    config = PretrainConfig(**values)
+    typed = {override.partition("=")[0].strip() for override in overrides}
+    vars(config)["inherited"] = frozenset(values) - typed
+    return config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -817,6 +867,7 @@ def main(argv: list[str] | None = None) -> int:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
     path = early.parse_known_args(argv)[0].config
+    config: PretrainConfig | None = None
     try:
         if is_recipe(path):
             from utils.pretraining import tiny_math_model
@@ -830,14 +881,27 @@ def main(argv: list[str] | None = None) -> int:
             arguments, overrides = parse(argv, PretrainConfig)
             if arguments.data_only:
                 raise UserError("--data-only: only the recipe tiny_math makes data")
-            run(resolve(path, overrides), arguments.smoke_test)
+            config = resolve(path, overrides)
+            run(config, arguments.smoke_test)
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        say("\ninterrupted; the same command continues from the newest checkpoint")
+        say(f"\ninterrupted; {what_continues(config)}")
         return 130
     return 0
+
+
+def what_continues(config: PretrainConfig | None) -> str:
+    """What the person can type who has just interrupted a run (None: of a recipe)."""
+    if config is None:
+        return "the recipe saves only at its end: the same command starts anew"
+    newest = folders.found(Path(config.out_dir))[-1:]
+    if not newest:
+        return "no checkpoint was saved yet: the same command starts anew"
+    if config.overwrite or config.resume != "auto":
+        return f"--resume auto without --overwrite continues from {newest[0]}"
+    return f"the same command continues from {newest[0]}"
 
 
 if __name__ == "__main__":

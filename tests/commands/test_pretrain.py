@@ -472,3 +472,122 @@ def test_documentation_has_a_row_for_every_setting():
     page = (ROOT / "docs/litgpt.md").read_text()
     for name in reading.field_docs(pretrain.PretrainConfig):
         assert f"`{name}`" in page, name
+
+
+# Nothing of the user's is touched
+
+
+def test_a_folder_with_other_things_is_left_as_it_is(work, capsys):
+    """Also by a second run that overwrites the first."""
+    out = work / "out"
+    theirs = (".venv.old/x", ".notes.incomplete/x", ".cache.old-2024/x", "best/x", "traceback.txt")
+    for name in (*theirs, "config.resolved.json", "checkpoint-4.mine/x"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    for more in ((), ("--overwrite",)):
+        assert pretrain.main(flags(work, "--save-interval", 5, *more)) == 0
+        for name in (*theirs, "config.resolved.json", "checkpoint-4.mine/x"):
+            assert (out / name).read_text() == "mine"
+    assert not (out / ".mlx-grpo-replaced").exists()
+
+
+@pytest.mark.parametrize("name", ["final/essay.txt", "checkpoint-5/optimizer.pt", "metrics.csv"])
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume", "none")], ids=str)
+def test_a_name_that_is_taken_is_refused(work, capsys, name, more):
+    path = work / "out" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("epoch,loss\n")
+    assert pretrain.main(flags(work, *more)) == 2
+    assert "is not what a run writes there" in capsys.readouterr().err
+    assert path.read_text() == "epoch,loss\n"
+
+
+def test_overwrite_in_a_file_replaces_no_run_on_other_data(work, capsys):
+    (work / "tiny.toml").write_text(f"overwrite = true\n{CONFIG}")
+    assert pretrain.main(flags(work)) == 0
+    assert pretrain.main(flags(work)) == 0, "the same again"
+    (work / "text").rename(work / "other")
+    other = ("--train-data-path", work / "other")
+    assert pretrain.main(flags(work, *other)) == 2
+    assert "made of something else (train_data_path)" in capsys.readouterr().err
+    assert pretrain.main(flags(work, *other, "--overwrite")) == 0
+    (work / "out/final/notes.txt").write_text("mine")
+    assert pretrain.main(flags(work, *other, "--overwrite")) == 2
+    assert "notes.txt, which was added to the run" in capsys.readouterr().err
+
+
+def interrupted(patch, arguments, step):
+    """Ctrl-C after so many updates; returns the last line."""
+    train_step = pretrain.Trainer.train_step
+
+    def stops(trainer):
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        return train_step(trainer)
+
+    patch.setattr(pretrain.Trainer, "train_step", stops)
+    assert pretrain.main(arguments) == 130
+
+
+@pytest.mark.parametrize(
+    ("step", "more", "said"),
+    [
+        (3, (), "no checkpoint was saved yet: the same command starts anew"),
+        (6, (), "the same command continues from {out}/checkpoint-4"),
+        (6, ("--overwrite",), "--resume auto without --overwrite continues from {out}/checkp"),
+        (6, ("--resume", "none"), "--resume auto without --overwrite continues from {out}/chec"),
+    ],
+)
+def test_ctrl_c_says_what_continues(work, monkeypatch, capsys, step, more, said):
+    interrupted(monkeypatch, flags(work, "--save-interval", 4, *more), step)
+    assert f"interrupted; {said.format(out=work / 'out')}" in capsys.readouterr().out
+
+
+def with_a_run(work):
+    """A folder as Ctrl-C leaves it, with one checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(patch, flags(work, "--save-interval", 4), 6)
+    return work / "out"
+
+
+DAMAGE = {
+    "empty": lambda p: p.write_bytes(b""),
+    "cut": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "binary": lambda p: p.write_bytes(bytes(range(256)) * 8),
+    "zeros": lambda p: p.write_bytes(bytes(p.stat().st_size)),
+    "a list": lambda p: p.write_text("[1, 2]"),
+    "a folder": lambda p: (p.unlink(), p.mkdir(), (p / "x").write_text("mine")),
+    "a link": lambda p: (p.unlink(), p.symlink_to("nowhere/at/all")),
+    "gone": lambda p: p.unlink(),
+}
+FILES = [
+    *("metrics.csv", "checkpoint-4/manifest.json", "checkpoint-4/trainer_state.json"),
+    *("checkpoint-4/trainer_state.safetensors", "checkpoint-4/model.safetensors"),
+]
+
+
+@pytest.mark.parametrize("harm", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_or_made_anew(work, capsys, name, harm):
+    out = with_a_run(work)
+    DAMAGE[harm](out / name)
+    capsys.readouterr()
+    code = pretrain.main(flags(work, "--save-interval", 4))
+    err = capsys.readouterr().err
+    assert code in (0, 2)
+    assert "Traceback" not in err
+    if code == 2:
+        assert err.startswith("error: ")
+        assert "out" in err
+        assert (out / "checkpoint-4").is_dir()
+
+
+def test_a_state_that_somebody_changed_with_its_manifest(work, capsys):
+    out = with_a_run(work)
+    path = out / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for changed in ({"step": "4"}, {"step": -1}, {"config": []}, {"config": None}, {"data": 3}):
+        path.write_text(json.dumps(state | changed))
+        pretrain.folders.seal(path.parent)
+        assert pretrain.main(flags(work)) == 2
+        assert "error: resume: " in capsys.readouterr().err

@@ -24,10 +24,11 @@ def test_more_tokens_than_the_model_was_made_for(typed, refused, tmp_path):
     said = re.search(rf"^context   (\d+) tokens are more than the 40 that {rotary} was", out, re.M)
     assert (code, err) == (0, "")
     assert int(said[1]) > 40
-    code, out, *_ = typed(model_name=str(rotary), max_updates=1, max_new_tokens=2, overwrite=True)
+    again = ("--set", "overwrite=true")
+    code, out, *_ = typed(*again, model_name=str(rotary), max_updates=1, max_new_tokens=2)
     assert (code, "context" in out) == (0, False)
     table = make_model(tmp_path / "table", **POSITIONS)
-    message = refused(model_name=str(table), max_updates=1, overwrite=True)
+    message = refused(*again, model_name=str(table), max_updates=1)
     assert_names(
         message, f"{table} has 40 positions", f"take {int(said[1]) - 1}", "fewer new tokens"
     )
@@ -77,7 +78,8 @@ def test_a_table_of_positions_is_used_to_its_end(
     def answer(size):
         folder = make_model(tmp_path / str(size), **POSITIONS | {"n_positions": size})
         if command == "train":
-            code, _, err, _ = typed(model_name=str(folder), max_updates=1, overwrite=True)
+            again = ("--set", "overwrite=true")
+            code, _, err, _ = typed(*again, model_name=str(folder), max_updates=1)
             return code, err
         words = [str(folder), "--data", str(data_dir), "--max-tokens", "9", "--set"]
         code = evaluate_model.main([*words, 'chat_template="plain"'])

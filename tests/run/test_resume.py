@@ -457,7 +457,9 @@ def test_checkpoints_within_so_many_gb(model_dir, data_dir, tmp_path):
 def test_the_last_checkpoint_outlives_a_limit_that_is_too_small(tmp_path):
     for folder in ("checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-10"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "big").write_bytes(bytes(1000))
+        (tmp_path / folder / "big").write_bytes(bytes(900))
+        manifest = {"files": {"big": {}, "trainer_state.json": {}}}  # as a run leaves it
+        (tmp_path / folder / "manifest.json").write_text(json.dumps(manifest).ljust(100))
     for limit, kept in (3e-6, [4, 6, 10]), (2.99e-6, [6, 10]):  # a GB is 10^9 bytes
         folders.prune(tmp_path, limit=0, max_gb=limit)
         found = folders.found(tmp_path)

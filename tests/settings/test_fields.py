@@ -650,13 +650,24 @@ def tracked_name(settings):
 
 def second_run(settings):
     """The exit code in a folder that holds a run, and what is left of that run."""
-    names = ("training_log.jsonl", "metrics.csv", "metrics_eval.csv")
-    old = [Path("out", name) for name in (*names, "checkpoint-77/x", "final/x", "tensorboard/x")]
-    for path in old:
+    old = {
+        "training_log.jsonl": '{"update": 1}',
+        "metrics.csv": "update,batch_step",
+        "metrics_eval.csv": "update,batch_step,split",
+        "checkpoint-77/trainer_state.safetensors": "old",
+        "final/run.json": '{"updates": 1, "of": 9}',
+        "tensorboard/.mlx-grpo": "",
+        "tensorboard/events.out.tfevents.1": "old",
+        "config.resolved.json": json.dumps({**vars(config_of(settings)), "seed": 77}, default=list),
+    }
+    for name, text in old.items():
+        path = Path("out", name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("old")
+        path.write_text(text)
     code = console(settings)[0]
-    return {"code": code, "left": [p.name for p in old if p.exists() and p.read_text() == "old"]}
+    paths = {Path("out", name): text for name, text in old.items()}
+    left = [p.name for p, text in paths.items() if p.exists() and p.read_text() == text]
+    return {"code": code, "left": left}
 
 
 def resumed(settings):

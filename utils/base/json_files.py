@@ -10,6 +10,7 @@ from .errors import UserError
 
 def write_json(path: Path, value: object) -> None:
     """In one piece: a kill leaves the old file or the new one."""
+    path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_name(f".{path.name}.partial")
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     temporary.write_text(text, encoding="utf-8")

@@ -28,13 +28,14 @@ class Ended(Exception):
 class Worker:
     """One process, which has one task at a time."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, folder: str | None = None) -> None:
         here, there = Pipe()
-        path = [folder or os.getcwd() for folder in sys.path]
+        path = [place or folder or os.getcwd() for place in sys.path]
         self.process = subprocess.Popen(
             [sys.executable, program, str(there.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[there.fileno()],
+            cwd=folder,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             start_new_session=True,  # Ctrl-C is for us
         )
@@ -60,10 +61,10 @@ class Worker:
 
 
 class Pool:
-    """Up to `count` workers, which are started when there is work for them."""
+    """Up to `count` workers, which are started in `folder` when there is work for them."""
 
-    def __init__(self, program: str, count: int) -> None:
-        self.program = program
+    def __init__(self, program: str, count: int, folder: str | None = None) -> None:
+        self.program, self.folder = program, folder
         self.threads = ThreadPoolExecutor(count, thread_name_prefix="worker")
         self.idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         self.all: set[Worker] = set()
@@ -99,7 +100,7 @@ class Pool:
             try:
                 worker = self.idle.get_nowait()
             except queue.Empty:
-                worker = Worker(self.program)
+                worker = Worker(self.program, self.folder)
                 self.all.add(worker)
             if worker.process.poll() is None:
                 return worker

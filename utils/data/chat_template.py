@@ -25,7 +25,7 @@ def chat_ids(tokenizer: Tokenizer, config: Settings, messages: Messages) -> list
         text = "\n\n".join(message["content"].strip() for message in messages) + "\n\n"
         return tokenizer.encode(text)
     if config.chat_template:
-        options["chat_template"] = read(config.chat_template)
+        options["chat_template"] = read(str(config.located(config.chat_template)))
     elif getattr(tokenizer, "has_chat_template", True) is False:
         raise UserError(
             f"the tokenizer of {config.model_name} has no chat template: set chat_template to a "

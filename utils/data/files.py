@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,9 +243,9 @@ def wrong_cell(value: object, is_answer: bool) -> str:
     return "" if text.strip() else "nothing"
 
 
-def local_path(dataset: str) -> Path | None:
-    """The file or folder of a local data set; None for a hub name."""
-    path = Path(dataset).expanduser()
+def local_path(dataset: str, start: str = "") -> Path | None:
+    """The file or folder of a local data set; None for a hub name. Paths count from `start`."""
+    path = Path(start, os.path.expanduser(dataset))
     if path.exists():
         return path
     if path.is_symlink():
@@ -278,7 +279,7 @@ def refuse_mistyped_path(key: str, name: str) -> None:
 
 def find_rows(config: Settings, split: str, name: str) -> tuple[list[Row], int]:
     """The rows of a split, and where in its file the first of them stands."""
-    path = local_path(config.dataset)
+    path = local_path(config.dataset, config.start)
     if path is None:
         return read_hub_dataset(config, name), 1
     file = find_split(path, name)

@@ -64,7 +64,11 @@ def of_training(tokenizer: Tokenizer, config: Settings) -> str | None:
     """
     if config.chat_template == "plain":
         return plain(tokenizer) if hasattr(tokenizer, "bos_token") else None
-    return read(config.chat_template) if config.chat_template else template_of(tokenizer)
+    return (
+        read(str(config.located(config.chat_template)))
+        if config.chat_template
+        else template_of(tokenizer)
+    )
 
 
 def plain(tokenizer: Tokenizer) -> str:

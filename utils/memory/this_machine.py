@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
@@ -93,7 +92,7 @@ def budget_bytes(config: Settings) -> int:
     """
     device, limit = runtime.device_memory_bytes(), int(config.memory_limit_gb * GB)
     kept = not config.reward_kwargs.get("reward_model", {}).get("unload")
-    files = Path(config.reward_model).expanduser().glob("model*.safetensors")
+    files = config.located(config.reward_model).glob("model*.safetensors")
     scorer = sum(f.stat().st_size for f in files) if config.reward_model and kept else 0
     return max(1, (min(device, limit) if limit else device) - scorer)
 

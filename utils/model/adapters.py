@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +24,7 @@ def add_adapters(config: Settings, model: nn.Module, train_type: str) -> tuple[J
     if config.adapter_path:
         adapter_config, train_type = read_adapter_config(config)
         try:
-            load_adapters(model, config.adapter_path)
+            load_adapters(model, str(config.located(config.adapter_path)))
         except Exception as error:  # mlx-lm on untrusted files: it raises anything
             raise UserError(f"adapter_path {config.adapter_path}: {reason(error)}") from error
         return adapter_config, train_type
@@ -58,7 +57,7 @@ def check_lora_keys(model: nn.Module, keys: list[str]) -> list[str]:
 
 
 def read_adapter_config(config: Settings) -> tuple[JsonObject, str]:
-    path = Path(config.adapter_path) / "adapter_config.json"
+    path = config.located(config.adapter_path) / "adapter_config.json"
     try:
         adapter_config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

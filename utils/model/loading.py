@@ -42,13 +42,13 @@ TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 HUB_ADVICE = "\nA folder works too: --set model_name=FOLDER"
 
 
-def find_model(name: str) -> Path | None:
-    """The folder of a local model; None for a hub name.
+def find_model(name: str, start: str = "") -> Path | None:
+    """The folder of a local model; None for a hub name. Paths count from `start`.
 
     Raises:
         UserError: a local folder that is not there (with the command that makes it), or no model.
     """
-    path = Path(name).expanduser()
+    path = Path(start, os.path.expanduser(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model_name = {name!r} is a folder without config.json")
@@ -239,7 +239,7 @@ def load_model(config: Settings) -> LoadedModel:
     from ..device import fast
     from .adapters import add_adapters, narrow_adapters
 
-    local = find_model(config.model_name)
+    local = find_model(config.model_name, config.start)
     try:
         with panics_as_errors():
             model, tokenizer, model_config, folder = read_model(config, local)
@@ -255,6 +255,7 @@ def load_model(config: Settings) -> LoadedModel:
             f"model {config.model_name} cannot be loaded from the hub: {text}{HUB_ADVICE}"
         ) from error
     train_type = choose_train_type(config, model)
+    folder = folder.absolute()  # its other files are copied when the model is saved
     fingerprint = fingerprints.of_model(folder)
     loaded = LoadedModel(model, tokenizer, model_config, folder, train_type, fingerprint)
     if train_type != "full":

@@ -29,10 +29,12 @@ def load_rewards(config: Settings, builtin: Rewards) -> Rewards:
     Raises:
         UserError: no such function, or a parameter that it lacks or can't take.
     """
-    rewards = {
-        spec: with_parameters(spec, load_reward(spec, builtin), config, spec in builtin)
-        for spec in config.reward_funcs
-    }
+    rewards: Rewards = {}
+    # The built-in ones first: one's own may leave the current folder, which their paths count from.
+    for spec in sorted(config.reward_funcs, key=lambda spec: spec not in builtin):
+        function = load_reward(spec, builtin, config.start)
+        rewards[spec] = with_parameters(spec, function, config, spec in builtin)
+    rewards = {spec: rewards[spec] for spec in config.reward_funcs}
     if config.reward_workers:
         rewards |= in_workers(config, rewards, builtin)
     set_on_purpose = config.reward_timeout != type(config).reward_timeout
@@ -47,7 +49,7 @@ def in_workers(config: Settings, rewards: Rewards, builtin: Rewards) -> Rewards:
     if not own:
         raise UserError("reward_workers has no effect: reward_funcs names no own function to call")
     pool, kwargs, limit = (
-        new_pool(config.reward_workers),
+        new_pool(config.reward_workers, config.started_in),
         config.reward_kwargs,
         config.reward_timeout,
     )

@@ -19,8 +19,8 @@ CODE: dict[str, str] = {}
 """SHA-256 of each file that own functions are from, as it was when it was imported."""
 
 
-def load_reward(spec: str, builtin: Rewards) -> Reward:
-    """A built-in name, `module:function` or `file.py:function`.
+def load_reward(spec: str, builtin: Rewards, start: str = "") -> Reward:
+    """A built-in name, `module:function` or `file.py:function`; files count from `start`.
 
     Raises:
         UserError: no such name, module, file or function.
@@ -37,7 +37,7 @@ def load_reward(spec: str, builtin: Rewards) -> Reward:
             f"reward {spec!r}: not built in ({', '.join(builtin)}); own functions are written "
             f"module:function or file.py:function{hint}"
         )
-    module = import_reward_module(spec, source)
+    module = import_reward_module(spec, source, start)
     if not callable(getattr(module, name, None)):
         known = [n for n, f in vars(module).items() if inspect.isfunction(f)]
         near = difflib.get_close_matches(name, known, n=1)
@@ -46,10 +46,11 @@ def load_reward(spec: str, builtin: Rewards) -> Reward:
     return getattr(module, name)
 
 
-def import_reward_module(spec: str, source: str) -> ModuleType:
-    if source.endswith(".py") and not Path(source).is_file():
+def import_reward_module(spec: str, source: str, start: str) -> ModuleType:
+    file = Path(start, source)
+    if source.endswith(".py") and not file.is_file():
         raise UserError(f"reward {spec!r}: file {source} does not exist")
-    name = f"reward_file:{Path(source).resolve()}"  # a name that hides no other module
+    name = f"reward_file:{file.resolve()}"  # a name that hides no other module
     try:
         if not source.endswith(".py"):
             module = importlib.import_module(source)
@@ -58,12 +59,12 @@ def import_reward_module(spec: str, source: str) -> ModuleType:
             return module
         if name in sys.modules:
             return sys.modules[name]
-        module_spec = importlib.util.spec_from_file_location(name, source)
+        module_spec = importlib.util.spec_from_file_location(name, file.absolute())
         assert module_spec is not None
         assert module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[name] = module  # before its code runs: dataclasses look there
-        CODE[source] = fingerprints.of_file(Path(source))
+        CODE[source] = fingerprints.of_file(file)
         module_spec.loader.exec_module(module)
     except Exception as error:  # someone else's code: whatever it raises, say which reward it was
         sys.modules.pop(name, None)

@@ -187,7 +187,8 @@ def find_folder(name: str) -> Path:
 
     try:
         loading.check_model(name)
-        return loading.find_model(name) or _download(name)
+        local = loading.find_model(name)
+        return local.absolute() if local else _download(name)
     except UserError as error:
         raise UserError(str(error).replace("model_name", "reward_model")) from None
     except (OSError, ValueError) as error:

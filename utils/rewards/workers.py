@@ -26,9 +26,9 @@ from .importing import load_reward
 Answer = tuple[Values, dict[str, list[float]], dict[str, list]]
 
 
-def new_pool(count: int) -> Pool:
-    """Processes for reward functions."""
-    return Pool(__file__, count)
+def new_pool(count: int, folder: str | None = None) -> Pool:
+    """Processes for reward functions, which start in `folder`."""
+    return Pool(__file__, count, folder)
 
 
 class InWorkers:

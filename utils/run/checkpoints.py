@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..base.errors import RunError, UserError
+from ..base.errors import DiskError, RunError, UserError
 from ..base.say import say
 from ..device import runtime
 from ..model import served_prompt
@@ -26,22 +26,20 @@ from ..model.writing import (
 from ..rewards import importing
 from ..settings import reading
 from ..settings.on_resume import changes, refuse_changes
-from . import trackers
+from . import consent, ours, trackers
 from .folders import (
-    ARRAYS,
-    CONFIG,
-    LOG,
-    PROVENANCE,
-    STATE,
     claim,
     clear_leftovers,
+    drop_replaced,
     flush,
+    free_name,
     in_folder,
     refuse_full_disk,
     seal,
     written_aside,
 )
 from .lock import RunLock
+from .ours import ARRAYS, CONFIG, LOG, PROVENANCE, STATE
 from .run import Run, Trainer
 from .state import FORMAT, Record, restore_random_states, seed_random_states
 
@@ -82,7 +80,13 @@ def save(path: Path, trainer: Trainer) -> None:
     arrays = state_arrays(trainer)
     weights = flat(trainer.model.parameters() if loaded.train_type == "full" else {})
     refuse_broken(flat(trainer.model.trainable_parameters()) | trainer.optimizer.arrays())
-    refuse_full_disk(path, sum(x.nbytes for x in (*arrays.values(), *weights.values())))
+    needed = sum(x.nbytes for x in (*arrays.values(), *weights.values()))
+    try:
+        refuse_full_disk(path, needed)
+    except DiskError:
+        if not drop_replaced(run.folder):
+            raise
+        refuse_full_disk(path, needed)
     # What was halved in an update that was dropped need not be found out again.
     state = dataclasses.replace(run.between, halved=run.state.halved)
     made_with = {"format": FORMAT, "config": reading.recorded(trainer.args), **sources(trainer)}
@@ -92,6 +96,7 @@ def save(path: Path, trainer: Trainer) -> None:
         seal(folder)
         if run.log.path.exists():
             flush(run.log.path)  # the log must not be behind a checkpoint that counts on it
+    drop_replaced(run.folder)
     run.saved_at = run.between.update_step
 
 
@@ -259,8 +264,13 @@ def open_run(
     """
     config, folder, log = run.args, run.folder, run.log.path
     stays = resume_from is not None and in_folder(resume_from, folder)
-    claim(folder, overwrite=config.overwrite and not stays, lock=lock)
+    if not stays:
+        consent.refuse_without(run.command, config, made_of)
+    shown = Path(config.output_dir)
+    claim(folder, overwrite=config.overwrite and not stays, lock=lock, shown=shown)
     clear_leftovers(folder, resume_from, run.state.step)
+    if stays:
+        drop_replaced(folder)
     provenance = {**runtime.provenance(repo), "seed": config.seed, **made_of}
     if resume_from is not None:
         provenance["resumed"] = resumptions(run, resume_from)
@@ -268,12 +278,24 @@ def open_run(
             shutil.copy(resume_from.parent / LOG, log)  # from another output_dir
     else:
         seed_random_states(config.seed)
+    if not stays:
+        keep_damaged(log)
     rewind_log(log, run.state.log_bytes if run.between else 0)
     records = without_torn_line(log, run.state.update_step) if log.exists() else None
-    trackers.rewind(folder, records, reported(run))
-    write_json(folder / CONFIG, reading.recorded(config))
-    write_json(folder / PROVENANCE, provenance)
+    if stays:
+        trackers.rewind(folder, records, reported(run))
+    for name, value in ((CONFIG, reading.recorded(config)), (PROVENANCE, provenance)):
+        keep_damaged(folder / name)
+        write_json(folder / name, value)
     return records or []
+
+
+def keep_damaged(path: Path) -> None:
+    """Leave what can't be read under another name, where a new file is about to be."""
+    if path.is_file() and not ours.known(path) and not ours.empty(path):
+        kept = free_name(path.with_name(f"{path.name}.damaged"))
+        path.rename(kept)
+        say(f"warning   {path} could not be read; it is {kept.name} now")
 
 
 def reported(run: Run) -> int:
@@ -288,7 +310,8 @@ def resumptions(run: Run, resume_from: Path) -> list[Record]:
     before = json.loads((resume_from / STATE).read_text(encoding="utf-8"))
     changed = {n: v for n, v in changes(before["config"], run.args).items() if n != "resume"}
     update = run.state.update_step
-    say(f"resume    {resume_from} at update {update}")
+    inside = resume_from.is_relative_to(run.folder)
+    say(f"resume    {run.shown(resume_from) if inside else resume_from} at update {update}")
     for name, (old, new) in changed.items():
         say(f"          {name} was {old!r}, is {new!r}")
     rewards = before.get("rewards_sha256", {})
@@ -298,9 +321,8 @@ def resumptions(run: Run, resume_from: Path) -> list[Record]:
             text = f"the rewards of {name} have changed since {resume_from.name} was written"
             say(f"warning   {text}")
             run.state.notes.append(f"update {update}: {text}")
-    earlier: list[Record] = []
-    with contextlib.suppress(OSError, ValueError, LookupError):
-        earlier = json.loads((run.folder / PROVENANCE).read_text(encoding="utf-8"))["resumed"]
+    earlier = ours.read_object(run.folder / PROVENANCE).get("resumed", [])
+    earlier = earlier if isinstance(earlier, list) else []
     return [*earlier, {"from": resume_from.name, "update": update, "changed": changed}]
 
 
@@ -313,6 +335,7 @@ def keep_best(trainer: Trainer) -> None:
         return
     with written_aside(run.folder / "best") as folder:
         write_learnt(folder, trainer)
-        write_json(folder / "evaluation.json", newest)
-    score = run.log.score_text(newest["em"])
-    say(f"best      {score} at update {newest['update']}, kept in {run.folder / 'best'}")
+        write_json(folder / ours.SCORE, newest)
+        ours.sign(folder)
+    score, shown = run.log.score_text(newest["em"]), run.shown(run.folder / "best")
+    say(f"best      {score} at update {newest['update']}, kept in {shown}")

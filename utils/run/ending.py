@@ -7,6 +7,7 @@ it was before it, as long as no weight has moved; then the update is done again,
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from ..base.errors import DiskError, RunError, UserError
 from ..base.say import say
 from ..base.text import redact
 from ..model import writing
-from . import checkpoints, folders, model_card
+from . import checkpoints, folders, model_card, ours
 from .log import RunLog
 from .run import Interrupted, Run, Trainer
 from .state import Record
@@ -161,12 +162,15 @@ def put_back(handlers: dict[signal.Signals, Handler]) -> None:
 def unexpected(error: Exception, folder: Path) -> RunError:
     """One line for an error that nobody foresaw; its traceback goes into a file."""
     text = redact("".join(traceback.format_exception(error)))
-    path = folder / "traceback.txt"
+    said = redact(f"unexpected {type(error).__name__}: {error}")
+    names = ("traceback.txt", *(f"traceback-{number}.txt" for number in range(2, 100)))
+    paths = [folder / name for name in names]
+    path = next((p for p in paths if ours.known(p) or not os.path.lexists(p)), folder)
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(f"{ours.OPENING}\n{text}", encoding="utf-8")
     except OSError:
-        return RunError(f"{text}\nunexpected {type(error).__name__}: {error}")
-    return RunError(f"unexpected {type(error).__name__}: {error} (traceback in {path})")
+        return RunError(f"{text}\n{said}")
+    return RunError(f"{said} (traceback in {path})")
 
 
 def keep(trainer: Trainer, stop: Exception | None = None) -> None:
@@ -190,7 +194,7 @@ def keep(trainer: Trainer, stop: Exception | None = None) -> None:
     except RunError as error:
         say(f"stopped   after update {update}, which could not be saved: {error}")
         return run.say_newest()
-    say(f"stopped   after update {update}, saved in {path}. To continue:")
+    say(f"stopped   after update {update}, saved in {run.shown(path)}. To continue:")
     return say(f"          {run.command} --resume")
 
 
@@ -217,7 +221,9 @@ def finish(trainer: Trainer, early: str) -> None:
         ended = {"updates": state.update_step, "of": trainer.total_updates, "reason": early}
         writing.write_json(folder / folders.ENDED, ended)
         prompt = checkpoints.prompt_of(trainer)
-        model_card.write(folder, run.folder / "final", trainer, prompt, early)
+        model_card.write(folder, run.shown(run.folder / "final"), trainer, prompt, early)
+        ours.sign(folder)
+    folders.drop_replaced(run.folder)
     say_the_end(run, early, trainer.total_updates)
 
 
@@ -225,7 +231,7 @@ def say_the_end(run: Run, early: str, total: int) -> None:
     run.log.summary(run.state.update_step)
     if run.args.closing_note:
         say(f"note      {run.args.closing_note}")
-    say(f"saved     {run.folder / 'final'}")
+    say(f"saved     {run.shown(run.folder / 'final')}")
     if run.prompt and run.prompt.trouble:
         say(f"warning   mlx_lm does not ask final/ as in training: {run.prompt.trouble}")
     say(f"reason    {early}" if early else f"finished  {all_updates(total)}")

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ class RunLock:
     """Held from `claim` (or from the start, where an earlier run left the file) to the end."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder.resolve() / ".lock"
+        self.folder, self.path = folder, Path(os.path.realpath(folder)) / ".lock"
         self.file: IO[str] | None = None
 
     def __enter__(self) -> "RunLock":
@@ -44,7 +45,7 @@ class RunLock:
         Raises:
             UserError: another process holds the folder.
         """
-        if self.path.exists():
+        if os.path.lexists(self.path):
             self._take()
         return self
 
@@ -78,16 +79,12 @@ class RunLock:
         if self.path in _own:
             raise UserError(f"output_dir {self.folder}: this process is already training there")
         while True:
-            try:
-                file = self.path.open("a+", encoding="utf-8")
-            except (IsADirectoryError, PermissionError) as error:
-                raise UserError(
-                    f"{self.path} cannot be opened ({error.strerror}): it says which run uses the "
-                    "folder; delete it if none does, or choose another output_dir"
-                ) from None
+            file = self._open()
             with contextlib.ExitStack() as stack:
                 stack.callback(file.close)
                 self._lock(file)
+                if not holder(file) and foreign(file):
+                    raise self._refused("it is no lock of a run")
                 # The holder before us deletes the file; a lock on a deleted file locks nothing.
                 if self.path.exists() and os.path.samestat(
                     self.path.stat(), os.fstat(file.fileno())
@@ -96,6 +93,21 @@ class RunLock:
                     break
         self.file = file
         _own.add(self.path)
+
+    def _open(self) -> IO[str]:
+        try:
+            found = self.path.lstat().st_mode if os.path.lexists(self.path) else stat.S_IFREG
+            if stat.S_ISLNK(found) or stat.S_ISFIFO(found):  # these would lead elsewhere, or wait
+                raise self._refused("it is no ordinary file")
+            return self.path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise self._refused(error.strerror or str(error)) from None
+
+    def _refused(self, why: str) -> UserError:
+        return UserError(
+            f"{self.path} cannot be opened ({why}): it says which run uses the folder; delete it "
+            "if none does, or choose another output_dir"
+        )
 
     def _lock(self, file: IO[str]) -> None:
         try:
@@ -119,10 +131,20 @@ def holder(file: IO[str]) -> Holder:
     file.seek(0)
     try:
         found = json.loads(file.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     names_one = isinstance(found, dict) and isinstance(found.get("pid"), int)
     return cast(Holder, found) if names_one else {}
+
+
+def foreign(file: IO[str]) -> bool:
+    """Whether the file holds something else than what is left of a run's note."""
+    file.seek(0)
+    try:
+        text = file.read(1000).strip("\0 \n")
+    except ValueError:
+        return True
+    return not '{"pid"'.startswith(text[:6])
 
 
 def described(found: Holder) -> str:

@@ -23,9 +23,11 @@ from .state import Record, State
 class RunLog:
     """Writes training and evaluation records; what it has to remember is in the run's state."""
 
-    def __init__(self, args: Settings, state: State | None = None) -> None:
+    def __init__(
+        self, args: Settings, state: State | None = None, folder: Path | None = None
+    ) -> None:
         self.args, self.state = args, state or State()
-        self.path = Path(args.output_dir) / "training_log.jsonl"
+        self.path = (folder or Path(args.output_dir)) / "training_log.jsonl"
         self.tracker: trackers.Tracker = trackers.NullTracker()
         self.warned_of_cut = False
 

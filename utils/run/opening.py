@@ -10,7 +10,7 @@ from ..base.script import ROOT
 from ..device import runtime
 from ..settings import reading
 from ..settings.run_settings import Settings
-from . import checkpoints, folders, introduction, trackers
+from . import checkpoints, consent, folders, introduction, trackers
 from .lock import RunLock
 from .run import Trainer
 
@@ -34,15 +34,25 @@ def locked(config: Settings, command: str) -> Iterator[Place]:
     """
     folder = Path(config.output_dir)
     with RunLock(folder) as lock:
-        folders.check_output(folder, command, config)
-        if config.resume == "auto" and folders.is_finished(folder, config):
-            say(f"finished  the run in {folder} was complete: see {folder / 'final'}")
-            yield Place(lock, None, finished=True)
-            return
-        resume_from = folders.to_resume(folder, config.resume) if config.resume else None
-        if note := runtime.keep_compiled_kernels():
+        with folders.as_user_error(folder, "output_dir"):
+            place = find_place(config, folder, command, lock)
+        if not place.finished and (note := runtime.keep_compiled_kernels()):
             say(f"speed     {note}")
-        yield Place(lock, resume_from)
+        yield place
+
+
+def find_place(config: Settings, folder: Path, command: str, lock: RunLock) -> Place:
+    """Where the run begins, in a folder that nobody else holds."""
+    folders.check_output(folder, command, config)
+    if config.resume == "auto" and folders.is_finished(folder, config):
+        say(f"finished  the run in {folder} was complete: see {folder / 'final'}")
+        return Place(lock, None, finished=True)
+    resume_from = folders.to_resume(folder, config.resume) if config.resume else None
+    if resume_from is None:
+        consent.refuse_without(command, config, {})
+    if config.resume and resume_from is None:
+        say(f"resume    there is no checkpoint in {folder} to go on from: the run starts anew")
+    return Place(lock, resume_from)
 
 
 @contextmanager
@@ -54,10 +64,11 @@ def opened(trainer: Trainer, place: Place, blas: str | None) -> Iterator[None]:
     """
     config, run = trainer.args, trainer.run
     introduction.introduce(trainer, blas)
-    if place.resume_from:
-        checkpoints.load(place.resume_from, trainer)
+    resume_from = config.located(place.resume_from) if place.resume_from else None
+    if resume_from:
+        checkpoints.load(resume_from, trainer)
     made_of = checkpoints.sources(trainer)
-    records = checkpoints.open_run(run, made_of, place.lock, place.resume_from, ROOT)
+    records = checkpoints.open_run(run, made_of, place.lock, resume_from, ROOT)
     run.log.tracker = trackers.make_tracker(
         config.report_to,
         run.folder,

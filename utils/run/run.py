@@ -45,10 +45,10 @@ class Run:
 
     def __init__(self, args: Settings, command: str, meter: Meter) -> None:
         self.args, self.command, self.meter = args, command, meter
-        self.folder = Path(args.output_dir)
+        self.folder = args.located(args.output_dir)
         self.state = State(kl_coeff=args.kl_coeff)
         self.between: State | None = None
-        self.log = RunLog(args, self.state)
+        self.log = RunLog(args, self.state, self.folder)
         self.bar = progress.no_bar()
         self.interrupted = False
         self.saved_at = 0
@@ -131,6 +131,10 @@ class Run:
         self.bar.update(updates)
         self.bar.set_postfix_str(progress.progress_text(records[-1], self.log))
 
+    def shown(self, path: Path) -> Path:
+        """A path in the run's folder as the person wrote that."""
+        return Path(self.args.output_dir) / path.relative_to(self.folder)
+
     def checkpoint(self) -> Path:
         """Where the state between two updates is saved."""
         return self.folder / f"checkpoint-{(self.between or self.state).step}"
@@ -141,7 +145,7 @@ class Run:
     def say_newest(self) -> None:
         found = folders.found(self.folder)
         if found:
-            say(f"          {found[-1]} is untouched. To continue from there:")
+            say(f"          {self.shown(found[-1])} is untouched. To continue from there:")
             say(f"          {self.command} --resume")
 
 

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ Record = dict[str, Json]
 """A line of training_log.jsonl."""
 
 WANDB_ID = "wandb_run.txt"  # in output_dir
+SIGNED = ".mlx-grpo"  # a file that says whose a folder of events is
 
 # report_to value -> the package it needs; the extra of pyproject.toml has the same name.
 PACKAGES: dict[str, str | None] = {"csv": None, "tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -87,7 +89,7 @@ class _CSVFile:
     """Appends rows; for a key that no row had before, the file is rewritten with a new column."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = Path(os.path.realpath(path))  # a link stays one when the file is replaced
         self.columns: list[str] = []
         if path.exists() and path.stat().st_size:  # a resumed run continues its file
             with self.open() as file:
@@ -116,6 +118,24 @@ class _CSVFile:
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(self.path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether the first line is that of a file of ours; an empty file counts, too."""
+    if not path.is_file():
+        return False
+    columns = first_line(path).strip().split(",")
+    ours = columns[0] == "update" and not {"batch_step", "tokens", "split"}.isdisjoint(columns)
+    return ours or not path.stat().st_size
+
+
+def first_line(path: Path) -> str:
+    """Of a file that can be read; what is no text in it is replaced."""
+    try:
+        with path.open("rb") as file:
+            return file.readline(100_000).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 class CSVTracker:
@@ -190,8 +210,9 @@ def rewind(output_dir: Path, records: list[Record] | None, last: int) -> None:
         return left[update, split] >= 0
 
     for path in (output_dir / "metrics.csv", output_dir / "metrics_eval.csv"):
-        if not path.exists():
+        if not (path.is_file() and first_line(path).startswith("update,")):
             continue
+        path = Path(os.path.realpath(path))  # a link stays one
         with _CSVFile(path).open() as file:
             reader = csv.DictReader(file)
             rows, columns = list(reader), reader.fieldnames or []
@@ -217,6 +238,8 @@ class TensorBoardTracker:
         folder = output_dir / "tensorboard"
         again = {"purge_step": since, "filename_suffix": f".{since}"} if folder.exists() else {}
         self.writer = SummaryWriter(logdir=str(folder), **again)
+        folder.mkdir(exist_ok=True)
+        (folder / SIGNED).touch()
         for record in records if again else []:
             if record["update"] >= since:
                 self.log(record)

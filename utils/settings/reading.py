@@ -85,7 +85,8 @@ def _nearest(path: Path, presets: Path) -> str:
 def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T:
     """`cls` (a dataclass) from its defaults, then the file, then `key=value` overrides.
 
-    The result's attribute `explicit` is the set of keys that file or overrides named.
+    The result's attribute `explicit` is the set of keys that file or overrides named, `inherited`
+    those of them that no override did.
 
     Raises:
         UserError: unknown key, wrong type, unreadable file; whatever `cls` itself refuses.
@@ -96,14 +97,17 @@ def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T
         for key, value in read_toml(path).items():
             kind = types[_known(key, types, str(path))]
             values[key] = check_type(key, value, kind)
+    typed = set()
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--set {shown(override)}: write --set key=value")
         key = _known(key.strip(), types, "--set")
+        typed.add(key)
         values[key] = parse_text(key, text.strip(), types[key])
     result = cls(**values)
     result.explicit = frozenset(values)  # type: ignore[attr-defined]
+    vars(result)["inherited"] = frozenset(values) - typed
     return result
 
 
@@ -117,6 +121,7 @@ def replaced(config: S, **changes: Any) -> S:
     """`dataclasses.replace`, after which only what was set on purpose counts as that."""
     result = dataclasses.replace(config, **changes)
     result.explicit = config.explicit
+    vars(result).update(inherited=config.inherited, started_in=config.started_in)
     return result
 
 

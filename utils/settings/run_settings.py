@@ -4,8 +4,12 @@ Those of the algorithm are in mlx-grpo.py, whose MLXGRPOConfig extends this clas
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from ..base.errors import UserError
 
 SYSTEM_PROMPT = """
 Respond in the following format:
@@ -181,6 +185,8 @@ class RunSettings:
     """Memory to plan for and stay within where that is possible; 0: the device's."""
 
     explicit = frozenset[str]()  # what was set on purpose
+    inherited = frozenset[str]()  # what of that a file says, and not this command
+    started_in = "."  # the current folder when the settings were made: others' code may leave it
 
     def __new__(cls, **given: object) -> Self:
         config = super().__new__(cls)
@@ -193,7 +199,18 @@ class RunSettings:
         if len(given) == len(own):  # `dataclasses.replace` gives everything
             set_ -= {f.name for f in own if given[f.name] == default_of(f)}
         config.__dict__["explicit"] = frozenset(set_)
+        config.__dict__["started_in"] = current_folder()
         return config
+
+    @property
+    def start(self) -> str:
+        """What paths count from; empty while that is the current folder, so that they are shown as
+        they were written."""
+        return "" if current_folder() == self.started_in else self.started_in
+
+    def located(self, path: str | Path) -> Path:
+        """Where a path that a setting names is, whatever folder is the current one by now."""
+        return Path(self.started_in, os.path.expanduser(path))
 
     def __post_init__(self) -> None:
         self.__dict__["complete"] = True
@@ -213,6 +230,13 @@ class RunSettings:
         if name not in self.explicit or getattr(self, name) == "auto":
             kind = BroughtText if isinstance(value, str) else BroughtFloat
             self.__dict__[name] = kind(value)
+
+
+def current_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        raise UserError("the current folder was deleted: go to another one") from None
 
 
 class BroughtFloat(float):
