@@ -211,7 +211,7 @@ class MLXGRPOConfig(Settings):
     lora_learning_rate: float = 2e-5
     """Learning rate of adapters (they need more than full fine-tuning)."""
     lr_scheduler_type: str = "cosine"
-    """After the warm-up: cosine (to 0), linear (to 0) or constant."""
+    """After the warm-up: constant, or cosine or linear to 0, one update after the last."""
     warmup_ratio: float = 0.1
     """Part of the updates with a linearly rising learning rate."""
     adam_beta1: float = 0.9

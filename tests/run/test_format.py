@@ -15,7 +15,11 @@ FIXTURE = ROOT / "tests" / "fixtures" / "checkpoint_format_1"
 @pytest.fixture
 def earlier(tmp_path, monkeypatch):
     """A run of the version before checkpoints had a format (git revision 3862b3f), after update 4
-    of 10: KL with a target, two updates a rollout, its own reward function."""
+    of 10: KL with a target, two updates a rollout, its own reward function.
+
+    `final.safetensors` is what that version itself went on to with one line changed: its cosine
+    reached 0 in the last update, ours does one update later.
+    """
     shutil.copytree(FIXTURE, tmp_path / "run_of_old")
     monkeypatch.chdir(tmp_path / "run_of_old")
     return tmp_path / "run_of_old"

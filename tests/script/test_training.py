@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import time
+from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -32,6 +33,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from utils.base.errors import RunError, UserError
 from utils.data import order
+from utils.gradient import adamw
 from utils.model import writing
 from utils.run import checkpoints
 from utils.run import log as runlog
@@ -147,12 +149,24 @@ def test_learning_rates_of_all_updates(model_dir, data_dir, tmp_path, kind, warm
     )
     assert trainer.total_updates == 10
     for update in range(1, 11):
-        done = (update - warmup) / (10 - warmup) if update > warmup else 0.0
+        done = (update - warmup) / (11 - warmup) if update > warmup else 0.0
         expected = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1}
         factor = expected[kind] * min(1.0, update / warmup)
         assert trainer.lr_schedule(update) == pytest.approx(0.5 * factor, abs=1e-12)
     assert trainer.lr_schedule(warmup) == 0.5
-    assert warmup == 10 or trainer.lr_schedule(10) == pytest.approx(0.5 * (kind == "constant"))
+    assert trainer.lr_schedule(11) == pytest.approx(0.5 * (kind == "constant")), "after the last"
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.34, 0.5, 0.99, 1.0])
+def test_no_update_has_a_learning_rate_of_0(kind, warmup_ratio):
+    """Its whole rollout would be wasted: of a run of two updates, half of what it sampled."""
+    for updates in (1, 2, 3, 7, 10, 1000):
+        rate = partial(adamw.learning_rate, 0.5, updates, warmup_ratio, kind)
+        rates = [rate(update) for update in range(1, updates + 1)]
+        assert min(rates) > 0.5 / (5 * updates**2), updates
+        assert max(rates) == 0.5, updates
+    assert adamw.learning_rate(0.5, 2, 0.1, "cosine", 2) == pytest.approx(0.25), "half way to 0"
 
 
 @pytest.mark.parametrize(

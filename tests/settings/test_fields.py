@@ -833,7 +833,7 @@ FIELDS = {
     "gradient_accumulation_steps": Watch(2, 4, prompts_and_batches, [4, 4, 6]),
     "num_epochs": Watch(1, 2, logged("update"), [[1], [2]], {"max_train_samples": 2}),
     "max_updates": Watch(
-        0, 2, logged("update", "lr"), [[1, 1e-3], [2, 0.0]], {"max_train_samples": 6}
+        0, 2, logged("update", "lr"), [[1, 1e-3], [2, 5e-4]], {"max_train_samples": 6}
     ),
     "max_hours": Watch(0.0, 0.5, timed, lambda _, b: 0 < b[0] < b[1], {"max_updates": 6}),
     "num_iterations": Watch(1, 2, iterated, [24, [1, False], [2, True]]),
@@ -976,9 +976,9 @@ FIELDS = {
     ),
     "learning_rate": Watch(1e-3, 3e-3, movement, approx(3e-3, rel=1e-2)),
     "lr_scheduler_type": Watch(
-        "cosine", "linear", rates, approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 0.0])
+        "cosine", "linear", rates, approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
     ),
-    "warmup_ratio": Watch(0.1, 0.6, rates, approx([1e-3 / 3, 2e-3 / 3, 1e-3, 5e-4, 0.0])),
+    "warmup_ratio": Watch(0.1, 0.6, rates, approx([1e-3 / 3, 2e-3 / 3, 1e-3, 7.5e-4, 2.5e-4])),
     "adam_beta1": Watch(0.9, 0.5, stepped, adamw(beta1=0.5), STEPPING),
     "adam_beta2": Watch(0.999, 0.9, stepped, adamw(beta2=0.9), STEPPING),
     "weight_decay": Watch(0.0, 0.1, stepped, adamw(decay=0.1), STEPPING),

@@ -381,10 +381,14 @@ def make(model: nn.Module, config: Settings) -> AdamW:
 
 
 def learning_rate(peak: float, updates: int, warmup_ratio: float, kind: str, update: int) -> float:
-    """Of `update` 1..updates: linear warm-up to the peak, then by lr_scheduler_type."""
+    """Of `update` 1..updates: linear warm-up to the peak, then by lr_scheduler_type.
+
+    It would be 0 one update before the first and one after the last: an update at a rate of 0
+    wastes its rollout.
+    """
     warmup = max(1, int(updates * warmup_ratio))
     if update <= warmup:
         return peak * update / warmup
-    done = (update - warmup) / max(1, updates - warmup)
+    done = (update - warmup) / (updates + 1 - warmup)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1}
     return peak * shape[kind]
