@@ -58,8 +58,8 @@ from utils.data.files import Row
 from utils.data.questions import encode_questions, load_questions
 from utils.data.questions import extract_hash_answer as extract_hash_answer
 from utils.device import cores, fast
-from utils.gradient import adamw, on_cores, shared_prompts
-from utils.gradient.micro_batch import MicroBatch, compiled
+from utils.gradient import adamw, loss_scale, on_cores, shared_prompts
+from utils.gradient.micro_batch import MicroBatch
 from utils.gradient.scorer import Scorer
 from utils.memory import this_machine
 from utils.memory.memory import Memory
@@ -717,6 +717,7 @@ class MLXGRPOTrainer:
         self.scorer = Scorer(token_logprobs, args.use_compile, (self.model, prompts))
         # AdamW over float32 masters: bfloat16 weights do not move at a learning rate of 1e-6.
         self.optimizer = adamw.make(self.model, args)
+        self.loss_scale = loss_scale.LossScale(self.model)
         self.loss_and_grad = self.make_loss_and_grad()
         self.rollout: Rollout | None = None  # the last one, to be shown
         self.set_up_schedule()
@@ -734,8 +735,7 @@ class MLXGRPOTrainer:
 
     def make_loss_and_grad(self) -> Callable[[MicroBatch], Any]:
         """batch -> (what compute_grpo_loss returns, gradient of its loss by what trains)."""
-        plain = nn.value_and_grad(self.model, self.compute_grpo_loss)
-        return compiled(plain, self.model) if self.args.use_compile else plain
+        return self.loss_scale.value_and_grad(self.compute_grpo_loss, self.args.use_compile)
 
     def set_up_schedule(self) -> None:
         """How many updates there are, of how many prompts, and their highest learning rate."""
@@ -982,6 +982,8 @@ class MLXGRPOTrainer:
         self.model.eval()
         if grads is None:  # no completion had an advantage
             grads = tree_map(mx.zeros_like, self.model.trainable_parameters())
+        if self.loss_scale.overflowed(loss, grads):  # in float16: once more with a smaller scale
+            return self.update(batches, number, iteration, tokens)
         norm, skipped = self.apply_gradients(loss, grads, number)
         record = {"loss": loss, "grad_norm": norm, "skipped": skipped, "kl": None}
         return {"update": number, "lr": self.lr_schedule(number), **record, **sums.means(tokens)}

@@ -97,6 +97,7 @@ def test_full_fine_tuning_of_half_precision_keeps_float32_masters_and_moments():
     assert (full.weights, full.master_weights, full.moments) == (2 * P, 2 * P, 8 * P)
     assert (full.gradients, full.summed_gradients) == (2 * P, 0), "in one micro-batch"
     assert plan(micro_batch_tokens=9000).summed_gradients == 4 * P, "in two"
+    assert plan(master_bytes=4).gradients == 4 * P, "float16: their scale is divided out in float32"
     assert full.trainable_parameters == P
     assert plan(train_dtype_bytes=4).master_weights == 0
     assert plan(train_dtype_bytes=4).weights == 4 * P

@@ -975,9 +975,7 @@ FIELDS = {
         {"quantize_for_rollouts": True},
     ),
     "learning_rate": Watch(1e-3, 3e-3, movement, approx(3e-3, rel=1e-2)),
-    "lr_scheduler_type": Watch(
-        "cosine", "linear", rates, approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
-    ),
+    "lr_scheduler_type": Watch("cosine", "linear", rates, approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])),
     "warmup_ratio": Watch(0.1, 0.6, rates, approx([1e-3 / 3, 2e-3 / 3, 1e-3, 7.5e-4, 2.5e-4])),
     "adam_beta1": Watch(0.9, 0.5, stepped, adamw(beta1=0.5), STEPPING),
     "adam_beta2": Watch(0.999, 0.9, stepped, adamw(beta2=0.9), STEPPING),

@@ -51,6 +51,7 @@ class MicroBatch:
     selected: mx.array | None = None  # (B, W) 1 where there is a policy gradient; None: everywhere
     kl_coeff: mx.array | None = None  # () in force; None: as it is set
     entropy_weight: mx.array | None = None  # () of a token's entropy in the loss
+    scale: mx.array | None = None  # () of the loss while its gradient is computed (float16)
 
     @property
     def count(self) -> int:

@@ -5,9 +5,9 @@ The plan serves `--dry-run`, and chooses the rollout batch and the micro-batch w
 What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
 
 * Full fine-tuning: weights b*P, what they lack of float32 masters 2*P when b < 4 (float16: 4*P;
-  with master_weights = false none), two float32 moments 8*P (8-bit: 2.03*P), gradients b*P, and
-  their float32 sum 4*P when an update has several micro-batches. LoRA and DoRA: the same for the
-  float32 adapters only, which are counted when they are loaded.
+  with master_weights = false none), two float32 moments 8*P (8-bit: 2.03*P), gradients b*P
+  (float16: 4*P), and their float32 sum 4*P when an update has several micro-batches. LoRA and DoRA:
+  the same for the float32 adapters only, which are counted when they are loaded.
 * Rollout phase: rollout copy, reference, views of joined or merged weights (rollouts/
   merged_layers.py) where there is room, KV cache with its copy while it grows, logits of one step.
 * Gradient phase, for a block like llama's (H hidden size, Q = heads*head_dim, K =
@@ -105,6 +105,12 @@ class Demand:
     @property
     def sequence(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of a weight's gradient: its type, but float32 for float16 (gradient/loss_scale.py)."""
+        wide = self.train_type != "full" or self.master_bytes == 4
+        return 4 if wide else self.train_dtype_bytes
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -442,10 +448,9 @@ def _plan_of(plan: Plan, batch: MicroBatch, keep: bool = False) -> Plan:
     factor = demand.measured_factor
     parts = (*block_bytes(shape, batch), head_bytes(shape, batch, keep))
     kept, temporary, logits = (round(part * factor) for part in parts)
-    width = demand.train_dtype_bytes if demand.train_type == "full" else 4
     plan = replace(
         plan,
-        gradients=width * trainable,
+        gradients=demand.gradient_bytes * trainable,
         summed_gradients=4 * trainable if batch.rows < demand.completions else 0,
         activations=kept,
         temporaries=temporary,
