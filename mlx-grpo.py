@@ -286,21 +286,22 @@ class Rollout:
 
 def has_signal(rewards: np.ndarray) -> np.ndarray:
     """(P,) whether the rewards of each group differ, by more than rounding does."""
-    valid = ~np.isnan(rewards)
-    span = np.where(valid, rewards, -np.inf).max(1) - np.where(valid, rewards, np.inf).min(1)
-    return span > 1e-8
+    low, high = np.nanmin(rewards, 1, initial=np.inf), np.nanmax(rewards, 1, initial=-np.inf)
+    return high - low > np.maximum(1e-8, 1e-12 * np.maximum(-low, high))
 
 
-def centred(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def centred(rewards: np.ndarray, share: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(P, G) rewards minus the mean of their group, and the (P, 1) number that were valued.
 
     A reward of NaN (no function applied) counts nowhere and gets 0, and so does a group without
-    signal: it says nothing about which completion was better.
+    signal: it says nothing about which completion was better. So does what differs from the mean
+    only by rounding. `share`: (P, G) of each in the mean, if they are not equal.
     """
-    valid = ~np.isnan(rewards)
-    count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
-    mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
-    return np.where(valid & has_signal(rewards)[:, None], rewards - mean, 0.0), count
+    count = np.maximum((~np.isnan(rewards)).sum(axis=1, keepdims=True), 1)
+    total = np.nansum(rewards if share is None else rewards * share, axis=1, keepdims=True)
+    above = rewards - (total / count if share is None else total)
+    signal = np.abs(above) > 1e-12 * np.nanmax(np.abs(rewards), 1, keepdims=True, initial=0)
+    return np.where(signal & has_signal(rewards)[:, None], above, 0.0), count
 
 
 def deviation(values: np.ndarray) -> float:
@@ -327,7 +328,7 @@ def gdpo_advantages(r: Rollout, a: MLXGRPOConfig) -> np.ndarray:
     each = [group_advantages(x, a.advantage_eps) for x in np.moveaxis(r.values, -1, 0)]  # F, (P, G)
     weights = a.reward_weights or [1.0] * len(each)
     total = np.where(np.isnan(r.rewards), np.nan, np.tensordot(weights, each, axes=1))
-    return np.nan_to_num(total / (deviation(total) + a.advantage_eps))  # their mean is 0
+    return centred(total)[0] / (deviation(total) + a.advantage_eps)  # its mean is 0
 
 
 def whitened_over_tokens(values: np.ndarray, r: Rollout) -> np.ndarray:
@@ -335,9 +336,8 @@ def whitened_over_tokens(values: np.ndarray, r: Rollout) -> np.ndarray:
     valid = ~np.isnan(r.rewards)
     share = np.where(valid, r.lengths, 0) / max(r.lengths[valid].sum(), 1)  # (P, G) of all tokens
     known = np.where(valid, values, np.nan)
-    shifted = np.nan_to_num(known) - np.nansum(share * known)
-    scaled = shifted / np.sqrt((share * shifted**2).sum() + 1e-8)
-    return np.where(valid & has_signal(known.reshape(1, -1)), scaled, 0.0)
+    shifted = centred(known.reshape(1, -1), share.reshape(1, -1))[0].reshape(known.shape)
+    return shifted / np.sqrt((share * shifted**2).sum() + 1e-8)
 
 
 ADVANTAGES: dict[str, Callable[[Rollout, MLXGRPOConfig], np.ndarray]] = {

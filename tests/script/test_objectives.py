@@ -472,6 +472,107 @@ def test_reinforce_whitens_over_tokens(grpo):
     assert grpo.ADVANTAGES["reinforce_baseline"](s, DEFAULTS) == pytest.approx(expected, rel=1e-6)
 
 
+IN_GROUPS = ["group_norm", "dr_grpo", "batch", "rloo", "gdpo"]
+
+
+def several_functions(rng, weights, groups=6, size=5):
+    """Values of three functions, (F, P, G): some groups have equal ones, whose mean is not exact,
+    in some the functions outweigh each other; and which groups have a signal."""
+    values = rng.choice([0.1, 0.3, 0.7, 1.0, -0.2], (3, groups, size))
+    values[:, 0] = rng.choice([0.1, 0.7, 1.1], (3, 1))
+    values[:, 1] = 1 / 3
+    values[:, 2, :4] = values[:, 2, 4:]
+    values[1, 3] = values[2, 3] = 0.3
+    values[0, 3] = 0.1
+    signal = (np.ptp(values, axis=2) > 0).any(axis=0)
+    assert not signal[:4].any()
+    totals = np.tensordot(weights, values, axes=1)
+    return values, totals, signal & (np.ptp(totals, axis=1) > 1e-9)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.1, 0.2, 0.7), (0.1, 0.2, -0.3)])
+@pytest.mark.parametrize("estimator", IN_GROUPS)
+@pytest.mark.parametrize("shaping", [{}, {"advantages_norm": True}, {"reward_running_norm": True}])
+def test_a_group_without_signal_has_exactly_no_advantage(grpo, estimator, weights, shaping):
+    """Not 1e-17, with which its rows would be trained, and counted as if they had a signal. Where
+    the advantages are whitened, all its rows have the same."""
+    allowed = {"advantages_norm": ["group_norm", "dr_grpo", "batch", "rloo"]}
+    allowed["reward_running_norm"] = ["dr_grpo", "rloo"]
+    if any(estimator not in allowed[name] for name in shaping):
+        pytest.skip("refused")
+    rng, settings = np.random.default_rng(0), {"advantage_estimator": estimator, **shaping}
+    funcs = ["int", "xmlcount", "soft_format"]
+    a = grpo.MLXGRPOConfig(reward_funcs=funcs, reward_weights=list(weights), **settings)
+    for _ in range(100):
+        values, totals, signal = several_functions(rng, weights)
+        s = scores(grpo, totals, rng.integers(1, 9, totals.shape), values=values)
+        moments = grpo.running_moments([0, 0.0, 0.0], totals)
+        found = grpo.estimate_advantages(s, moments, 0.0, a)
+        quiet = found[~signal] if estimator != "gdpo" else found[:4]
+        if "advantages_norm" in shaping:
+            assert (quiet == quiet.ravel()[0]).all()
+        else:
+            assert (quiet == 0).all()
+        assert (found[signal] != 0).any(axis=1).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"advantages_norm": True}])
+@pytest.mark.parametrize("estimator", ["group_norm", "dr_grpo", "batch", "rloo"])
+def test_whitening_moves_no_group_where_the_mean_is_0(grpo, estimator, settings):
+    """Completions of one length: the mean over tokens is 0, and 0 stays 0."""
+    rng = np.random.default_rng(1)
+    a = grpo.MLXGRPOConfig(advantage_estimator=estimator, **settings)
+    baseline = grpo.MLXGRPOConfig(advantage_estimator="reinforce_baseline")
+    for _ in range(100):
+        rewards = rng.choice([0.1, 0.3, 0.7, 1.1], (5, 6))
+        rewards[0] = 0.1
+        s = scores(grpo, rewards, np.full(rewards.shape, 7))
+        for config in (a, baseline):
+            found = grpo.estimate_advantages(s, [0, 0, 0], 0.0, config)
+            assert (found[0] == 0).all()
+            assert np.abs(found[1:]).max() > 0.1
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "reinforce_baseline"])
+def test_whitened_over_the_update_a_group_of_equal_rewards_has_a_signal(grpo, estimator):
+    """Unlike in a group: docs/objectives.md says so. Equal everywhere, none has one."""
+    lengths = np.array([[3, 1, 2], [9, 1, 1]])
+    s = scores(grpo, [[0.7, 0.7, 0.7], [1.0, 0.0, 0.0]], lengths)
+    found = grpo.ADVANTAGES[estimator](s, DEFAULTS)
+    assert (found[0] == found[0, 0]).all()
+    assert abs(found[0, 0]) > 0.1
+    s = scores(grpo, np.full((2, 3), 0.7), lengths)
+    assert not grpo.ADVANTAGES[estimator](s, DEFAULTS).any()
+
+
+@pytest.mark.parametrize("estimator", IN_GROUPS)
+def test_a_reward_at_the_mean_of_its_group_has_no_advantage(grpo, estimator):
+    """(0.1 + 0.2 + 0.3) / 3 is 2.8e-17 away from 0.2."""
+    rewards = np.array([[0.1, 0.2, 0.3], [0.7, 0.1, 0.4], [5.1, -5.1, 0.0]])
+    found = grpo.ADVANTAGES[estimator](scores(grpo, rewards), DEFAULTS)
+    assert found[[0, 1, 2], [1, 2, 2]].tolist() == [0, 0, 0]
+    assert np.count_nonzero(found) == 6
+
+
+def test_functions_that_outweigh_each_other_leave_nothing(grpo):
+    up, down = np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [0.0, 3.0]])
+    s = scores(grpo, up + down, values=[up, up, down])
+    config = SimpleNamespace(advantage_eps=0.0, reward_weights=[0.1, 0.2, 0.3])
+    found = grpo.ADVANTAGES["gdpo"](s, config)
+    assert found[0].tolist() == [0, 0]
+    assert found[1, 1] == -found[1, 0] > 1
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e9])
+def test_what_rounding_makes_of_equal_rewards_is_no_signal(grpo, size):
+    """0.1 + 0.2 is not 0.3; of large rewards the difference is larger than many a signal."""
+    apart = np.array([[0.1 + 0.2, 0.3, 0.3], [0.3, 0.3, 0.5]]) * size
+    assert grpo.has_signal(apart).tolist() == [False, True]
+    assert not grpo.group_advantages(apart)[0].any()
+    empty = np.array([[np.nan, np.nan], [np.nan, 3.0], [-2.0, np.nan]])
+    assert grpo.has_signal(empty * size).tolist() == [False] * 3
+
+
 def test_gdpo_does_not_let_one_reward_drown_another(grpo):
     small, large = [[0.0, 0.1, 0.0, 0.1]], [[100.0, 100.0, 0.0, 0.0]]
     s = scores(grpo, np.add(small, large), values=[small, large])
