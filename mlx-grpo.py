@@ -923,7 +923,7 @@ class MLXGRPOTrainer:
         """The update in padded batches; the model reads at most `micro_batch_tokens` for each.
 
         Sequences with advantage 0 are left out where nothing else gives them a gradient, but their
-        tokens count in the normaliser: the weights are made before. Masked ones do not.
+        tokens count in the normaliser: the weights are made before. Those of masked ones do not.
         """
         a = self.args
         completions: list[Completion] = rollout.completions.reshape(-1).tolist()  # B

@@ -365,6 +365,35 @@ def test_truncated_tokens_are_not_in_the_normaliser(model_dir, data_dir, tmp_pat
     assert sum(len(b.mask) for b in batches) == len(rows) - 2
 
 
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_what_masked_completions_count_in(model_dir, data_dir, tmp_path, loss_type):
+    """As in TRL 1.16 and docs/objectives.md: in the number of completions, not in that of tokens.
+    Three completions of 3, 5 and 2 tokens, of which the second is masked."""
+    settings = {"loss_type": loss_type, "mask_truncated_completions": True}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
+    cut = [completion([7] * 3), completion([7] * 5, finish_reason="length"), completion([7] * 2)]
+    batches = micro_batches(trainer, (trainer.train_dataset[:3], cut, [1.0, 1.0, -1.0]))
+    pairs = [(b.completion.tolist(), b.weights.tolist()) for b in batches]
+    found = {i: w for numbers, weights in pairs for i, w in zip(numbers, weights, strict=True)}
+    over_tokens = {0: 1 / 5, 2: 1 / 5}
+    over_completions = {0: 1 / (3 * 3), 2: 1 / (3 * 2)}
+    longest = trainer.sampling.max_tokens
+    expected = {
+        **dict.fromkeys(["bnpo", "dapo", "cispo", "reinforce"], over_tokens),
+        "dr_grpo": dict.fromkeys((0, 2), 1 / (3 * longest)),
+    }.get(loss_type, over_completions)
+    assert found == pytest.approx(expected)
+
+
+def test_masked_completions_count_in_their_group(grpo):
+    """0 and 1 are one deviation apart with them, not three equal rewards."""
+    s = scores(grpo, [[1.0, 1.0, 1.0, 0.0]])
+    s.completions[0, 3] = dataclasses.replace(s.completions[0, 3], finish_reason="length")
+    a = grpo.MLXGRPOConfig(mask_truncated_completions=True)
+    found = grpo.estimate_advantages(s, [0, 0, 0], 0.0, a)
+    assert found[0, :3] == pytest.approx(0.25 / (0.5 + 1e-4))
+
+
 def test_the_quantile_of_an_update_without_tokens(model_dir, data_dir, tmp_path):
     """Every completion is truncated and left out: nothing to train on, no error."""
     settings = {"mask_truncated_completions": True, "top_entropy_quantile": 0.5}
@@ -539,6 +568,10 @@ def test_whitened_over_the_update_a_group_of_equal_rewards_has_a_signal(grpo, es
     lengths = np.array([[3, 1, 2], [9, 1, 1]])
     s = scores(grpo, [[0.7, 0.7, 0.7], [1.0, 0.0, 0.0]], lengths)
     found = grpo.ADVANTAGES[estimator](s, DEFAULTS)
+    assert (found[0] == found[0, 0]).all()
+    assert abs(found[0, 0]) > 0.1
+    whitened = grpo.MLXGRPOConfig(advantages_norm=True)
+    found = grpo.estimate_advantages(s, [0, 0, 0], 0.0, whitened)
     assert (found[0] == found[0, 0]).all()
     assert abs(found[0, 0]) > 0.1
     s = scores(grpo, np.full((2, 3), 0.7), lengths)
