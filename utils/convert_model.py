@@ -1,6 +1,7 @@
-"""Convert a Hugging Face model to an MLX folder, quantized if wished, and check that it works.
+"""Convert a Hugging Face model or a GGUF file to an MLX folder, quantized if wished, and check it.
 
     uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-1.5B-Instruct --quantize
+    uv run --extra gguf python utils/convert_model.py --hf-path model.gguf
 
 The folder appears only when the converted model has been loaded again, has generated text, and its
 log-probs of a fixed text have been compared with those of the source.
@@ -17,20 +18,26 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from utils.base.errors import RunError, UserError, nearest_existing  # noqa: E402
+from utils.base.errors import (  # noqa: E402
+    RunError,
+    UserError,
+    disk_errors_named,
+    nearest_existing,
+)
 from utils.data import files  # noqa: E402
 from utils.device import runtime  # noqa: E402
-from utils.model import served_prompt  # noqa: E402
+from utils.model import gguf_file, gguf_weights, served_prompt  # noqa: E402
 from utils.model import shape as model_shape  # noqa: E402
 from utils.model.conversion_check import compare, describe, read_fixed_text, read_source  # noqa: E402
 from utils.model.hf_config import translate_config  # noqa: E402
@@ -51,6 +58,8 @@ EXAMPLES = f"""examples:
   {COMMAND} --hf-path ./my-model -q --quant-predicate mixed_4_6
       4 bits, but 6 for the layers that suffer most
   {COMMAND} --hf-path mlx-community/some-4bit-model --dequantize
+  uv run --extra gguf python utils/convert_model.py --hf-path model.gguf
+      a file of llama.cpp; its numbers are unpacked, or stay packed with --keep-quantized
 
 train the result with --set model_name={DEFAULT_OUTPUT}, or a preset that names it"""
 
@@ -74,7 +83,8 @@ READ_ERRORS = (
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert_model.py",
-        description="Convert a Hugging Face model to an MLX folder and check that it works.",
+        description="Convert a Hugging Face model or a GGUF file to an MLX folder, and check that "
+        "it works.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -87,7 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("source").add_argument
-    add("--hf-path", required=True, metavar="MODEL", help="name on the hub, or a local folder")
+    add(
+        "--hf-path",
+        required=True,
+        metavar="MODEL",
+        help="name on the hub, a local folder, or a local .gguf file",
+    )
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub; default: its main")
     add(
         "--trust-remote-code",
@@ -120,9 +135,16 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--dequantize", action="store_true", help="turn a quantized model into a plain one")
     add(
+        "--keep-quantized",
+        action="store_true",
+        help="of a GGUF file: leave packed what MLX's quantization holds exactly "
+        f"({', '.join(gguf_weights.PACKINGS)})",
+    )
+    add(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
-        help="of what is not quantized; default: as in the checkpoint",
+        help="of what is not quantized; default: as in the checkpoint; of a quantized GGUF file "
+        "bfloat16, with --keep-quantized float16",
     )
 
 
@@ -155,8 +177,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_quantization(args: argparse.Namespace) -> None:
     """Refuse contradictory options, then fill in the defaults of the mode."""
-    if args.quantize and args.dequantize:
-        raise UserError("--quantize and --dequantize exclude each other")
+    refuse_contradictions(args)
     given = given_for_quantization(args)
     if given and not args.quantize:
         raise UserError(f"{' and '.join(given)} need --quantize")
@@ -169,6 +190,22 @@ def check_quantization(args: argparse.Namespace) -> None:
     choose(args, "bits", mode, BITS[mode])
     choose(args, "group_size", mode, GROUP_SIZES[mode])
     args.q_mode = mode
+
+
+def refuse_contradictions(args: argparse.Namespace) -> None:
+    flags = {
+        "--quantize": args.quantize,
+        "--dequantize": args.dequantize,
+        "--keep-quantized": args.keep_quantized,
+    }
+    chosen = [flag for flag, given in flags.items() if given]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} exclude each other")
+    if args.keep_quantized and args.dtype == "bfloat16":
+        raise UserError(
+            "--keep-quantized keeps a GGUF file's scales, which bfloat16 would round: use --dtype "
+            "float16 (the default with it) or float32"
+        )
 
 
 def given_for_quantization(args: argparse.Namespace) -> list[str]:
@@ -191,21 +228,38 @@ def choose(args: argparse.Namespace, name: str, mode: str, allowed: tuple[int, .
 
 def check_source(args: argparse.Namespace) -> None:
     name, source = args.hf_path, Path(args.hf_path).expanduser()
-    if (source / "config.json").is_file():
-        if args.revision:
-            raise UserError(f"--revision is for models on the hub, and {name} is a local folder")
+    if args.revision and source.exists():
+        raise UserError(f"--revision is for models on the hub, and {name} is on this machine")
+    if gguf_file.is_gguf(source):
+        gguf_file.check_start(source)
+        gguf_file.check_installed()
         return
+    if args.keep_quantized:
+        raise UserError("--keep-quantized is for GGUF files; a quantized folder stays so anyway")
+    if not (source / "config.json").is_file():
+        refuse_folder(name, source)
+
+
+def refuse_folder(name: str, source: Path) -> None:
+    """Raises UserError for what is no model folder, unless it can be a name on the hub."""
     if (source / "adapter_config.json").is_file():
         raise UserError(
             f"--hf-path {name} holds adapters, not a model: fuse them into their base first, "
             f"with mlx_lm.fuse --model BASE --adapter-path {name}"
         )
     if source.exists():
-        trained = f", but {name}/final has one" if (source / "final/config.json").is_file() else ""
-        raise UserError(f"--hf-path {name} is no model folder: it has no config.json{trained}")
+        raise UserError(f"--hf-path {name} is no model folder: it has no config.json{hint(source)}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise UserError(f"--hf-path {name}: no such folder, and no hub name (OWNER/NAME)")
     files.refuse_mistyped_path("--hf-path", name)
+
+
+def hint(folder: Path) -> str:
+    """What to name instead of a folder that holds no model itself."""
+    if (folder / "final/config.json").is_file():
+        return f", but {folder}/final has one"
+    found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    return f", but a GGUF file: give --hf-path {found[0]}" if found else ""
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -279,6 +333,53 @@ def partial_folder(output: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # not empty: the result is there
             for parent in made:
                 parent.rmdir()
+
+
+class Source(NamedTuple):
+    """What is converted."""
+
+    folder: Path
+    """To compare with."""
+    config: ModelConfig
+    packed: Path
+    """To convert: the same folder, or that with a GGUF file's packed weights."""
+    card: str | None = None
+    """The name on the hub whose model card the result gets."""
+
+
+@contextmanager
+def unpacked(args: argparse.Namespace) -> Iterator[Source]:
+    """The source as a folder; of a GGUF file one beside the output, which is removed afterwards."""
+    path = Path(args.hf_path).expanduser()
+    if not gguf_file.is_gguf(path):
+        folder, config = find_source(args)
+        yield Source(folder, config, folder, None if folder == path else args.hf_path)
+        return
+    file = gguf_file.open_gguf(path)
+    output: Path = args.output_dir
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.source-") as name:
+        plain, packed = Path(name) / "plain", Path(name) / "packed"
+        note(f"unpacking {args.hf_path}: {gguf_weights.kinds_of(file)}")
+        write_gguf(file, plain)
+        if args.keep_quantized:
+            note(write_gguf(file, packed, keep_quantized=True))
+            args.dtype = args.dtype or "float16"
+        else:
+            packed = plain
+            args.dtype = args.dtype or gguf_weights.plain_dtype(file)
+        try:
+            yield Source(plain, read_config(packed, args), packed)
+        except RunError as error:  # names the folder, which is gone when the user reads it
+            raise RunError(str(error).replace(str(plain), args.hf_path)) from error
+
+
+def write_gguf(file: gguf_file.GGUF, folder: Path, keep_quantized: bool = False) -> str:
+    """What stayed packed. Raises UserError for a file whose parts do not fit together."""
+    try:
+        with disk_errors_named(folder):
+            return gguf_weights.write_model(file, folder, keep_quantized)
+    except READ_ERRORS as error:
+        raise UserError(f"{file.path} is damaged: {one_line(error)}") from error
 
 
 def find_source(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
@@ -544,24 +645,24 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
     Raises:
         UserError, RunError: mlx-lm's and MLX's own errors, in one line.
     """
-    source, config = find_source(args)
-    vision = has_vision(config)
-    note(f"reading {args.hf_path}")
-    try:
-        added = {} if vision else translate_config(config)
-        before = read_source(source, args.trust_remote_code, vision, added)
-        note("converting")
-        if vision:
-            convert_vision_model(args, source, folder)
-        else:
-            convert_text_model(args, source, config, folder)
-    except READ_ERRORS as error:
-        raise explain(error, args) from error
-    served_prompt.carry_over(source, folder)
-    if source != Path(args.hf_path).expanduser():
-        write_model_card(args.hf_path, folder)
-    elif (folder / served_prompt.MARKER).is_file():
-        carry_card(args, source, folder)
+    with unpacked(args) as source:
+        vision = has_vision(source.config)
+        note(f"reading {args.hf_path}")
+        try:
+            added = {} if vision else translate_config(source.config)
+            before = read_source(source.folder, args.trust_remote_code, vision, added)
+            note("converting")
+            if vision:
+                convert_vision_model(args, source.folder, folder)
+            else:
+                convert_text_model(args, source.packed, source.config, folder)
+        except READ_ERRORS as error:
+            raise explain(error, args) from error
+        served_prompt.carry_over(source.folder, folder)
+        if source.card:
+            write_model_card(source.card, folder)
+        elif (folder / served_prompt.MARKER).is_file():
+            carry_card(args, source.folder, folder)
     note("checking the result")
     try:
         after = read_fixed_text(folder, args.trust_remote_code, vision, {})

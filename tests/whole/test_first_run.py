@@ -9,7 +9,7 @@ from conftest import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DEFAULT = {"mlx", "mlx-lm", "datasets", "transformers", "numpy", "tqdm", "httpx2"}
 OPTIONAL = {
-    *("tensorboardX", "wandb", "tiktoken", "torch", "math_verify", "mlx_vlm", "matplotlib"),
+    *("tensorboardX", "wandb", "tiktoken", "torch", "math_verify", "mlx_vlm", "gguf", "matplotlib"),
     *("pytest", "hypothesis", "datasets"),
 }
 """Modules; `datasets` is installed, but local files need it no more than the hub."""
