@@ -684,6 +684,7 @@ BOUNDS = {
     **{"correctness": (0, 2), "int": (0, 0.5), "strict_format": (0, 0.5)},
     **{"soft_format": (0, 0.5), "xmlcount": (0, 0.5), "cosine": (-1, 1)},
     **{"length": (-1, 0), "soft_overlong": (-1, 0), "repetition": (-1, 0), "math": (0, 1)},
+    "last_number": (0, 1),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import make_config
 
 from utils.base.errors import RunError, UserError
-from utils.rewards import by_name
+from utils.rewards import builtin, by_name
 from utils.rewards import calls as reward_calls
 
 
@@ -47,6 +47,45 @@ def test_repetition_counts_ngrams_as_trl_does(load):
     assert reward(completion_ids=[[1, 2, 3, 4], [5] * 5, [1], []]) == [0, -0.75, 0, 0]
     doubled = load("repetition", ngram_size=1, max_penalty=-2.0)
     assert doubled(completion_ids=[[1, 1, 2, 2], [7, 8]]) == [-1.0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("17 + 25 = 42", "42"),
+        ("The answer is 42.", "42"),
+        ("so 12-5 leaves 7, of which 12-5", "5"),
+        ("x = -5", "-5"),
+        ("(3)-5", "5"),
+        ("it costs $1,234.50.", "$1,234.50"),
+        ("-$7", "-$7"),
+        ("1,234,567 and 1,2345", "2345"),
+        ("2, 3,4", "4"),
+        ("half is .5", ".5"),
+        ("42%", "42"),
+        ("**42**\n", "42"),
+        ("\\boxed{42}", "42"),
+        ("<answer>\n42\n</answer>", "42"),
+        ("#### 42", "42"),
+        ("٤٢ or forty-two", ""),
+        ("", ""),
+    ],
+)
+def test_the_last_number_of_a_text(text, number):
+    assert builtin.last_number(text) == number
+
+
+def test_last_number_asks_for_no_format(load):
+    reward = load("last_number")
+    texts = ["6*7 = 42", "42 and not 41", "I do not know", "42.00", "forty-two", "42"]
+    expected = ["42", "42", "42", "42", "forty-two", "1,042"]
+    completions = [[{"content": text}] for text in texts]
+    assert reward(completions=completions, answer=expected) == [1, 0, 0, 1, None, 0]
+
+
+def test_a_last_number_is_found_quickly_in_a_long_text():
+    for unit in ("1,111,", "1", "-", "$1", "1.1.", "(1"):
+        builtin.last_number(unit * 20_000)
 
 
 def test_cosine_favours_short_right_and_long_wrong_answers(load):

@@ -1,4 +1,4 @@
-"""Rewards beyond those in the script: equivalent mathematics, length, repetition.
+"""Rewards beyond those in the script: the last number, equivalent mathematics, length, repetition.
 
 They take TRL's keywords; parameters with a default are what `reward_kwargs` may set, and `max_len`
 is max_new_tokens unless it is set. Lengths are sampled tokens, the stop token included.
@@ -11,11 +11,18 @@ from collections.abc import Callable
 from types import ModuleType
 
 from ..base.errors import UserError
+from .answers import as_number, same_answer
 from .importing import Rewards
 from .scoring_models import RewardModel
 from .servers import Judge, RemoteReward
 
 LONGEST = 1000  # characters that math-verify is to read
+# A minus between two operands is none of the number: the last one of "12-5" is 5.
+NUMBERS = re.compile(
+    r"(?<![\w)\]])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+",
+    re.ASCII,
+)
 WORDS = re.compile(r"[^\W\d_]{2,}(\s+[^\W\d_]+)*")
 
 
@@ -51,6 +58,7 @@ def table(extract_answer: Callable[[str], str], correctness: Callable[..., list]
         return [cosine_scaled(len(ids), max_len, *bounds[value > 0]) for ids, value in pairs]
 
     return {
+        "last_number": last_number_reward_func,
         "math": math_reward_func,
         "cosine": cosine_reward_func,
         "length": length_reward_func,
@@ -60,6 +68,21 @@ def table(extract_answer: Callable[[str], str], correctness: Callable[..., list]
         "judge": Judge,
         "reward_model": RewardModel,
     }
+
+
+def last_number_reward_func(
+    completions: list, answer: list[str], **_: object
+) -> list[float | None]:
+    """1.0 if the last number of the text is the expected one, None where that is no number."""
+    given = (last_number(c[0]["content"]) for c in completions)
+    pairs = ((g, str(a)) for g, a in zip(given, answer, strict=True))
+    return [None if as_number(a) is None else float(same_answer(g, a)) for g, a in pairs]
+
+
+def last_number(text: str) -> str:
+    """The last number that a text writes ("so 12-5 = $7." ends in "$7"); empty without one."""
+    found = NUMBERS.findall(text)
+    return found[-1] if found else ""
 
 
 def cosine_scaled(length: int, max_len: int, at_end: float, at_start: float) -> float:

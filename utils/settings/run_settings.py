@@ -45,9 +45,9 @@ class RunSettings:
     reward_funcs: list[str] = field(
         default_factory=lambda: ["correctness", "xmlcount", "soft_format", "int"]
     )
-    """Built-in names (correctness, int, strict_format, soft_format, xmlcount, math, cosine, length,
-    soft_overlong, repetition, remote_rm, reward_model, judge), or module:function, or
-    file.py:function with TRL's interface. Reward files are code: they run with your rights."""
+    """Built-in names (correctness, int, strict_format, soft_format, xmlcount, last_number, math,
+    cosine, length, soft_overlong, repetition, remote_rm, reward_model, judge), or module:function,
+    or file.py:function with TRL's interface. Reward files are code: they run with your rights."""
     reward_weights: list[float] = field(default_factory=list)
     """One factor per reward function; empty: all 1."""
 
