@@ -1,10 +1,12 @@
 """Write random checkpoints as llama.cpp's converter does: names, order of rows, norms, tokenizer.
 
-uv run python tests/gguf_layout.py        # prints the table of types in docs/smollm2.md
+uv run python tests/gguf_layout.py        # prints the table of types in utils/README.md
 """
 
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -187,3 +189,79 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+TYPES = (
+    *("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "TQ1_0", "TQ2_0"),
+    *(kind.name for kind in HALVES),
+)
+
+
+def numbers_of(folder):
+    """Every matrix of a model folder in float32, dequantized where it is packed."""
+    import mlx.core as mx
+
+    weights = mx.load(str(folder / "model.safetensors"))
+    how = json.loads((folder / "config.json").read_text()).get("quantization", {})
+    found = {}
+    for name, weight in weights.items():
+        if name.endswith(".weight") and weight.ndim == 2:
+            parts = [weights.get(name.replace("weight", part)) for part in ("scales", "biases")]
+            if parts[0] is not None:
+                scales, biases = (part.astype(mx.float32) for part in parts)
+                size = {key: how[key] for key in ("group_size", "bits")}
+                weight = mx.dequantize(weight, scales, biases, **size)
+            found[name] = np.array(weight.astype(mx.float32))
+    return found
+
+
+def difference(path, *words):
+    """Mean difference of the matrices to the file's numbers, against their mean size; bits."""
+    from hf_layout import convert, reported
+
+    from utils.model import gguf_file, gguf_weights
+
+    plain, out = path.parent / "plain", path.parent / "out"
+    gguf_weights.write_model(gguf_file.open_gguf(path), plain)
+    code, said, err = convert("--hf-path", path, *words, "--output-dir", out, "--force")
+    if code:
+        assert "has nothing that stays packed exactly" in err, err
+        shutil.rmtree(plain)
+        return None
+    wanted, found = numbers_of(plain), numbers_of(out)
+    apart = sum(np.abs(wanted[name] - found[name]).sum(dtype=np.float64) for name in wanted)
+    size = sum(np.abs(value).sum(dtype=np.float64) for value in wanted.values())
+    shutil.rmtree(plain)
+    return apart / size, reported(said)[2]
+
+
+def row(path, source, kind):
+    """Cells of the table for one type."""
+    write_gguf(path, source, "llama", kinds=lambda name: Kind[kind])
+    block, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
+    cells = [kind, f"{8 * size / block:.3g}"]
+    for words in (("--dtype", "float32"), (), ("--keep-quantized",)):
+        measured = difference(path, *words)
+        if measured is None:
+            cells.append("refused")
+        else:
+            bits = f" ({measured[1]:.1f} bits)" if words == ("--keep-quantized",) else ""
+            cells.append(f"{measured[0]:.2g}{bits}")
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = "| type | bits in the file | `--dtype float32` | default | `--keep-quantized` |"
+
+
+def table():
+    """Markdown: how far the converted numbers are from those of the file, for every type."""
+    lines = [HEAD, "|---" * 5 + "|"]
+    with tempfile.TemporaryDirectory() as name:
+        settings = {"hidden": 256, "layers": 1, "intermediate_size": 256}
+        source = random_model(Path(name) / "hf", "llama", **settings)
+        lines += [row(Path(name) / "m.gguf", source, kind) for kind in TYPES]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

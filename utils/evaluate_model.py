@@ -67,7 +67,8 @@ All models get the same prompt.
 pass@k is the unbiased estimate from n samples, 1 - C(n-c, k) / C(n, k) with c right ones
 (arXiv:2107.03374, eq. 1). Intervals are Wilson's, 95 %, over the questions; with several samples
 they are on the wide side, because a question counts as one trial. The paired test is the exact
-two-sided sign test over questions, which for one sample is McNemar's."""
+two-sided sign test over questions, which for one sample is McNemar's. Where eval_metric names a
+reward (last_number), a sample is right if that is above 0."""
 
 
 def ks(text: str) -> list[int]:
@@ -256,12 +257,17 @@ class Asker:
                 "answer": row["answer"],
                 "completion": completion.text,
                 "extracted_answer": extracted,
-                "correct": same_answer(extracted, row["answer"]),
+                "correct": is_right(self.config.eval_metric, extracted, row["answer"], earned),
                 "finish_reason": completion.finish_reason,
                 "tokens": completion.sampled,
                 # JSON knows no NaN, which stands for "not applicable"
                 "rewards": {name: None if math.isnan(v) else v for name, v in earned.items()},
             }
+
+
+def is_right(metric: str, given: str, expected: str, earned: dict[str, float]) -> bool:
+    """By exact match, or where `eval_metric` names a reward, by whether that is above 0."""
+    return same_answer(given, expected) if metric == "em" else earned[metric] > 0
 
 
 def evaluate(
@@ -295,7 +301,7 @@ def evaluate(
                 count(scores, record)
                 save({"model": name, **record})
                 bar.update()
-            bar.set_postfix_str(f"EM {scores.pass_at(args.n, 1):.1%}")
+            bar.set_postfix_str(f"{config.eval_metric} {scores.pass_at(args.n, 1):.1%}")
     scores.seconds = time.perf_counter() - start
     return scores
 
@@ -332,27 +338,28 @@ def mean_reward(values: list[float | None]) -> str:
     return f"{sum(known) / len(known):.3f}" if known else "-"
 
 
-def table(scores: list[Scores], n: int, wanted: list[int]) -> str:
+def table(scores: list[Scores], n: int, wanted: list[int], metric: str = "em") -> str:
     """One column per model."""
     names = [short(s.name) for s in scores]
     if len({*names}) < len(names):
         names = [s.name for s in scores]
     rows = [["", *names]]
-    for label, text in (rates(n, wanted) | rewards_of(scores[0]) | COSTS).items():
+    for label, text in (rates(n, wanted, metric) | rewards_of(scores[0]) | COSTS).items():
         rows.append([label, *map(text, scores)])
     return aligned(rows)
 
 
-def rates(n: int, wanted: list[int]) -> dict[str, Callable[[Scores], str]]:
-    """Lines of the table on how often a model is right: pass@1 is exact match."""
+def rates(n: int, wanted: list[int], metric: str) -> dict[str, Callable[[Scores], str]]:
+    """Lines of the table on how often a model is right: pass@1 is exact match (or the metric)."""
+    match = "exact match" if metric == "em" else metric
 
     def rate(k: int) -> Callable[[Scores], str]:
         return lambda s: percent(s.pass_at(n, k), len(s.right))
 
     if n == 1:
-        return {"exact match": rate(1)}
-    first = {} if 1 in wanted else {"exact match": rate(1)}
-    equal = {1: " = exact match"}
+        return {match: rate(1)}
+    first = {} if 1 in wanted else {match: rate(1)}
+    equal = {1: f" = {match}"}
     return first | {f"pass@{k}{equal.get(k, '')}": rate(k) for k in wanted}
 
 
@@ -414,7 +421,7 @@ def report(args: argparse.Namespace, config: Settings) -> int:
     )
     with completions_file(args.output) as save:
         scores = [evaluate(args, config, rewards, questions, name, save) for name in args.models]
-    say(table(scores, args.n, args.k))
+    say(table(scores, args.n, args.k, config.eval_metric))
     for other in scores[1:]:
         say(comparison(scores[0], other))
     if any(s.truncated > 0.05 * s.completions for s in scores):

@@ -13,7 +13,7 @@ from helpers import imports_of, mostly_long
 from hf_layout import convert, reported
 
 from utils import convert_model
-from utils.model import gguf_file
+from utils.model import gguf_file, gguf_weights
 from utils.model import shape as model_shape
 
 MIXED = {"token_embd.weight": Kind.Q8_0, "blk.0.ffn_up.weight": Kind.F16}
@@ -180,6 +180,22 @@ def test_a_missing_package_says_what_to_install(file, tmp_path, monkeypatch):
     code, _, err = convert("--hf-path", file, "--output-dir", tmp_path / "out")
     assert code == 2
     assert "uv run --extra gguf python utils/convert_model.py" in err
+
+
+@pytest.mark.long
+def test_the_table_of_the_readme_is_what_the_conversions_give():
+    text = (convert_model.ROOT / "utils" / "README.md").read_text(encoding="utf-8")
+    assert gguf_layout.table() in text
+
+
+def test_every_type_in_the_table_is_checked_exactly():
+    text = (convert_model.ROOT / "utils" / "README.md").read_text(encoding="utf-8")
+    rows = text.partition(gguf_layout.HEAD)[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [kind for kind, *_ in cells] == [*gguf_layout.TYPES]
+    assert {plain for _, _, plain, *_ in cells} == {"0"}
+    kept = {kind for kind, *_, packed in cells if packed.startswith("0 (")}
+    assert kept == set(gguf_weights.PACKINGS)
 
 
 def test_help_does_not_load_the_package(tmp_path):

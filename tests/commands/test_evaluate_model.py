@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -249,6 +250,19 @@ def test_a_reward_that_does_not_apply(evaluate, tmp_path):
     assert code == 0
     assert "reward test_evaluate_model:sometimes  -\n" in out
     assert [r["rewards"]["test_evaluate_model:sometimes"] for r in records_of(output)] == [None] * 2
+
+
+def test_a_metric_of_the_settings_says_what_is_right(evaluate, tmp_path):
+    output = tmp_path / "completions.jsonl"
+    metric = ("--set", "eval_metric=last_number", "--set", 'reward_funcs=["last_number"]')
+    code, out, _ = evaluate(TINY, "--config", TOML, "--samples", 8, *metric, "--output", output)
+    assert code == 0
+    records = records_of(output)
+    assert [r["correct"] for r in records] == [r["rewards"]["last_number"] == 1 for r in records]
+    assert any(r["correct"] and r["extracted_answer"] != r["answer"] for r in records)
+    share = sum(r["correct"] for r in records) / 8
+    assert re.search(rf"^last_number +{share:.1%} \[", out, re.M)
+    assert "exact match" not in out
 
 
 @pytest.mark.parametrize(("limit", "joined"), [("0", True), ("0.005", False)])

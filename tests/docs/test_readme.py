@@ -71,7 +71,9 @@ def test_the_quoted_python_trains(grpo, tmp_path, monkeypatch, capsys):
 LINKING = [*DOCUMENTS, "docs/rewards.md", "models/tiny-math/README.md", "utils/README.md"]
 
 
-@pytest.mark.parametrize("name", [*LINKING, "docs/nanochat.md", "docs/litgpt.md"])
+@pytest.mark.parametrize(
+    "name", [*LINKING, "docs/smollm2.md", "docs/nanochat.md", "docs/litgpt.md"]
+)
 def test_linked_files_exist(name):
     links = re.findall(r"\]\(([^)]+)\)", text_of(name))
     local = [link.partition("#")[0] for link in links if "://" not in link]

@@ -16,7 +16,6 @@ from utils.model import gguf_file, gguf_weights
 
 IDS = mx.array([[1, 5, 9, 200, 33, 7, 8, 100, 50, 60, 371, 12]])
 PACKED = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
-TYPES = ["F16", "BF16", *PACKED, *(kind.name for kind in gguf_layout.HALVES)]
 
 
 def log_softmax(folder):
@@ -78,7 +77,7 @@ def test_biases_of_a_llama_are_kept_and_turned_too(tmp_path):
     np.testing.assert_array_equal(log_softmax(unpacked(path)[0]), log_softmax(source))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", gguf_layout.TYPES)
 def test_every_type_holds_the_numbers_of_the_package(llama, tmp_path, kind):
     """In float32, row by row: rows of q and k are back in Hugging Face's order."""
     number = Kind[kind]

