@@ -2,15 +2,17 @@
 
 import csv
 import json
+from decimal import Decimal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from helpers import QUIET, completion, make_config, make_trainer, write_toml
 
 from utils.base.errors import UserError
 from utils.data import files, questions
-from utils.rewards.answers import as_number
+from utils.rewards.answers import as_number, same_answer
 from utils.settings.run_settings import SYSTEM_PROMPT
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -103,6 +105,74 @@ def test_own_column_and_split_names_and_no_system_message(grpo, tmp_path):
     assert row["prompt"] == [{"role": "user", "content": "Who?"}]
     own = questions.as_question(config, {**rows[0], "solution": "worked out"})
     assert own["solution"] == "worked out", "a column of that name is the data's own"
+
+
+WRITTEN = [
+    (0.1, "0.1"),
+    (0.000005, "0.000005"),
+    (1e5, "100000"),
+    (72.0, "72"),
+    (-0.5, "-0.5"),
+    (1e22, "1e+22"),
+    (0.30000000000000004, "0.30000000000000004"),
+    (Decimal("5E-7"), "0.0000005"),
+    (Decimal("1.50"), "1.5"),
+    (Decimal("12345678901234567890.123456789"), "12345678901234567890.123456789"),
+    (10**20, "100000000000000000000"),
+    (True, "True"),
+    (" 1e5 ", "1e5"),
+    ("72.0", "72.0"),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), WRITTEN)
+def test_an_answer_is_the_number_that_the_user_wrote(value, text):
+    assert questions.written(value) == text
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_columns_of_floats_are_answers_as_they_were_written(grpo, tmp_path, suffix):
+    """Also after a way through 32 and 16 bits, which Python shows as 0.10000000149011612."""
+    wrote = ["0.1", "5e-06", "1e5", "72", "-2.5"]
+    path = tmp_path / f"floats{suffix}"
+    if suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        columns = {"question": ["?"] * 5, "answer": pyarrow.array(map(float, wrote), "float32")}
+        half = np.array([0.1, 0.2, 0.3, 72, -2.5], np.float16)
+        columns |= {"half": pyarrow.array(half), "double": [float(text) for text in wrote]}
+        columns["none"] = pyarrow.array([None, 0.1, 0.2, 0.3, 0.4], "float32")
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        rows = files.read_rows(path)
+        assert [row["half"] for row in rows[:1] + rows[3:]] == [0.1, 72.0, -2.5]
+        assert [row["none"] for row in rows] == [None, 0.1, 0.2, 0.3, 0.4]
+        assert [row["double"] for row in rows] == [0.1, 5e-06, 1e5, 72.0, -2.5]
+    elif suffix == ".csv":
+        path.write_text("question,answer\n" + "".join(f"?,{text}\n" for text in wrote))
+    else:
+        lines = [f'{{"question": "?", "answer": {text}}}' for text in wrote]
+        path.write_text("\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]")
+    config = config_of(grpo, tmp_path, dataset=str(path), eval_samples=0)
+    answers = [row["answer"] for row in grpo.load_questions(config, "train")]
+    if suffix != ".csv":
+        assert answers == ["0.1", "0.000005", "100000", "72", "-2.5"]
+    assert all(map(same_answer, ["0.1", "0.000005", "100000", "72", "-2.5"], answers))
+    assert all(map(same_answer, wrote, answers))
+
+
+def test_floats_from_the_hub_are_as_they_were_written(grpo, tmp_path, monkeypatch):
+    import datasets
+
+    rows = {"question": ["?", "?"], "answer": [0.1, 5e-06]}
+    kinds = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.Value("float32")}
+    )
+    data = datasets.Dataset.from_dict(rows, features=kinds)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    monkeypatch.chdir(tmp_path)
+    answers = [row["answer"] for row in grpo.get_gsm8k_questions()]
+    assert answers == ["0.1", "0.000005"]
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(2, 1), (9, 1), (19, 1), (20, 2)])

@@ -46,7 +46,7 @@ def test_the_empty_answer_earns_nothing(grpo):
         ("blue", " blue\n", True),
         ("Blue", "blue", False),
         ("", "12", False),
-        ("1e3", "1000", False),
+        ("1e3", "1000", True),
         ("१२", "12", False),  # digits, but not the ones asked for
         ("nan", "nan", True),
     ],

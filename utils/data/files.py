@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+import numpy as np
+
 from ..base.errors import RunError, UserError
 from ..base.script import ROOT
 from ..base.text import is_unicode, shown
@@ -21,6 +23,11 @@ from ..settings.run_settings import Settings
 S = TypeVar("S", bound=Settings)
 Row = dict[str, Any]
 """A question: the columns of its data set, and what the trainer adds."""
+SHORT_FLOATS = {
+    **dict.fromkeys(("float", "float32"), np.float32),
+    **dict.fromkeys(("halffloat", "float16"), np.float16),
+}
+"""By the names of pyarrow and of datasets."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -138,9 +145,20 @@ def _parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"data file {path} is not a parquet file: {error}") from None
+    return as_written(table.to_pylist(), {f.name: str(f.type) for f in table.schema})
+
+
+def as_written(rows: list[Row], kinds: dict[str, str]) -> list[Row]:
+    """Python has no 32-bit floats: the 0.1 of one would become 0.10000000149011612."""
+    short = {n: SHORT_FLOATS[kind] for n, kind in kinds.items() if kind in SHORT_FLOATS}
+    for row in rows if short else ():
+        for name, kind in short.items():
+            if row[name] is not None:
+                row[name] = float(str(kind(row[name])))
+    return rows
 
 
 def sources(config: S, split: str) -> list[S]:
@@ -324,9 +342,12 @@ def read_hub_dataset(config: Settings, split: str) -> list[Row]:
     what = f"data set {config.dataset} ({config.dataset_config}, {split})"
     try:
         with retries_in_one_line():
-            rows = list(
-                datasets.load_dataset(config.dataset, config.dataset_config or None, split=split)
+            found = datasets.load_dataset(
+                config.dataset, config.dataset_config or None, split=split
             )
+            features = getattr(found, "features", None) or {}
+            kinds = {name: str(getattr(f, "dtype", "")) for name, f in features.items()}
+            rows = as_written(list(found), kinds)
     except (OSError, ValueError) as error:  # not found; unknown configuration, split; out of reach
         kind = UserError if isinstance(error, FileNotFoundError | ValueError) else RunError
         raise kind(

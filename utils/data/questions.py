@@ -1,6 +1,7 @@
 """Questions as the trainer takes them, and prompts as the model reads them."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 
 from ..settings.run_settings import Settings
 from .chat_template import chat_ids
@@ -11,6 +12,17 @@ from .tokenizer import Tokenizer
 def extract_hash_answer(text: str) -> str | None:
     """GSM8K's final answer: what follows the last `####`; None where it is plain."""
     return text.rpartition("####")[2].strip() if "####" in text else None
+
+
+def written(value: object) -> str:
+    """An answer as its user writes it: 72 for the 72.0 of a column of floats, no exponent where
+    the digits are few enough to read."""
+    if isinstance(value, float | Decimal):
+        number = Decimal(str(value))
+        if number.is_finite() and -20 < number.adjusted() < 20:
+            text = format(number, "f")
+            return text.rstrip("0").rstrip(".") if "." in text else text
+    return str(value).strip()
 
 
 def load_questions(config: Settings, split: str) -> list[Row]:
@@ -28,7 +40,8 @@ def load_questions(config: Settings, split: str) -> list[Row]:
 def as_question(config: Settings, row: Row) -> Row:
     """A row of the data as the trainer takes it."""
     question, solution = row[config.question_column], row[config.answer_column]
-    answer = extract_hash_answer(str(solution))
+    text = written(solution)
+    answer = extract_hash_answer(text)
     messages = [{"role": "user", "content": str(question)}]
     if config.system_prompt:
         messages.insert(0, {"role": "system", "content": config.system_prompt})
@@ -36,7 +49,7 @@ def as_question(config: Settings, row: Row) -> Row:
         "solution": solution,
         **row,
         "question": question,
-        "answer": str(solution).strip() if answer is None else answer,
+        "answer": text if answer is None else answer,
         "prompt": messages,
     }
 

@@ -6,25 +6,21 @@ is max_new_tokens unless it is set. Lengths are sampled tokens, the stop token i
 
 import math
 import re
-import threading
 from collections.abc import Callable
-from types import ModuleType
 
-from ..base.errors import UserError
-from .answers import as_number, same_answer
+from .answers import same_answer
 from .importing import Rewards
+from .mathematics import equivalent, import_math_verify
+from .number_forms import read_number
 from .scoring_models import RewardModel
 from .servers import Judge, RemoteReward
 
-LONGEST = 1000  # characters that math-verify is to read
 # A minus between two operands is none of the number: the last one of "12-5" is 5.
 NUMBERS = re.compile(
     r"(?<![\w)\]])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
     r"|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+",
     re.ASCII,
 )
-WORDS = re.compile(r"[^\W\d_]{2,}(\s+[^\W\d_]+)*")
-
 
 def table(extract_answer: Callable[[str], str], correctness: Callable[..., list]) -> Rewards:
     """The built-in rewards of this folder by name, with the script's reading of answers."""
@@ -76,7 +72,7 @@ def last_number_reward_func(
     """1.0 if the last number of the text is the expected one, None where that is no number."""
     given = (last_number(c[0]["content"]) for c in completions)
     pairs = ((g, str(a)) for g, a in zip(given, answer, strict=True))
-    return [None if as_number(a) is None else float(same_answer(g, a)) for g, a in pairs]
+    return [None if read_number(a) is None else float(same_answer(g, a)) for g, a in pairs]
 
 
 def last_number(text: str) -> str:
@@ -130,42 +126,3 @@ def repetition_reward_func(
 def repeated_share(ids: list[int], size: int) -> float:
     ngrams = list(zip(*(ids[i:] for i in range(size)), strict=False))
     return 1 - len({*ngrams}) / len(ngrams) if ngrams else 0.0
-
-
-def equivalent(given: str, expected: str) -> bool | None:
-    """Whether two answers say the same mathematics ("0.5", "\\frac12", "1/2"), by math-verify.
-
-    `given` may be an answer or a whole text with a `\\boxed{}`. Words compare as words. None: the
-    expected answer can't be read.
-
-    Raises:
-        UserError: the package math-verify is not installed.
-    """
-    math_verify = import_math_verify()
-    if given.strip() == expected.strip():
-        return True
-    # Its time grows with the square of the length: what a text concludes stands at its end.
-    given = given[-LONGEST:]
-    if len(expected) > LONGEST:
-        return None
-    if WORDS.fullmatch(expected.strip()):  # math-verify would multiply the letters
-        return given.strip().casefold() == expected.strip().casefold()
-    # Its time limits are alarms, which only a main thread can set.
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    target = math_verify.parse(f"\\boxed{{{expected}}}", parsing_timeout=limit)
-    if all(isinstance(part, str) for part in target):
-        return None
-    boxed = given if "\\boxed" in given or len(given) > 200 else f"\\boxed{{{given}}}"
-    answer = math_verify.parse(boxed, parsing_timeout=limit)
-    return bool(math_verify.verify(target, answer, timeout_seconds=limit))
-
-
-def import_math_verify() -> ModuleType:
-    try:
-        import math_verify
-    except ImportError:
-        raise UserError(
-            "the reward math needs the package math-verify: uv sync --extra math, or pip install "
-            "'.[math]'"
-        ) from None
-    return math_verify
