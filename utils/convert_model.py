@@ -35,6 +35,7 @@ from utils.base.errors import (  # noqa: E402
     disk_errors_named,
     nearest_existing,
 )
+from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
 from utils.data import files  # noqa: E402
 from utils.device import runtime  # noqa: E402
 from utils.model import gguf_file, gguf_weights, served_prompt  # noqa: E402
@@ -81,7 +82,7 @@ READ_ERRORS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="convert_model.py",
         description="Convert a Hugging Face model or a GGUF file to an MLX folder, and check that "
         "it works.",
@@ -742,7 +743,7 @@ def upload(folder: Path, repo: str) -> None:
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr)
+    complain(text)
 
 
 def stop(number: int, frame: FrameType | None) -> None:
@@ -757,8 +758,6 @@ def convert_and_report(args: argparse.Namespace) -> None:
     # mlx-lm's progress goes where ours does: a pipe that nobody reads any more would end it.
     with partial_folder(args.output_dir) as folder, contextlib.redirect_stdout(sys.stderr):
         summary = run_conversion(args, folder)
-    from utils.base.say import say  # here: it needs packages, which `--help` does not
-
     say(f"{args.output_dir}: {summary}")
     if args.upload_repo:
         upload(args.output_dir, args.upload_repo)
@@ -769,13 +768,14 @@ def main() -> int:
     """Returns the exit code: 0, 2 for input to correct, 1 for a conversion that failed."""
     args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, stop)
+    tell_everything()
     try:
         convert_and_report(args)
     except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        complain("interrupted: nothing was written")
         return 130
     return 0
 

@@ -25,6 +25,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from utils.base.errors import RunError, UserError  # noqa: E402
+from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
 from utils.device.runtime import preload_blas  # noqa: E402
 from utils.model.shape import ModelConfig  # noqa: E402
 from utils.model.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: E402
@@ -77,7 +78,7 @@ MAX_PICKLE_BYTES = 64 * 2**20  # nanochat's, of 65,536 tokens, takes one MB
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="convert_nanochat.py",
         description="Convert a nanochat checkpoint to an MLX folder that the trainer reads.",
         epilog=EXAMPLES,
@@ -452,21 +453,20 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for input to correct, 1 for a conversion that failed, 130."""
     args = build_parser().parse_args(argv)
     args.checkpoint_dir = args.checkpoint_dir.expanduser()
+    tell_everything()
     try:
         check_output(args.output_dir, args.force)
         preload_blas()
         summary = convert(args)
     except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return error.exit_code
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        complain("interrupted: nothing was written")
         return 130
-    from utils.base.say import say
-
     train = shlex.join(["--set", f"model_name={args.output_dir}"])
     say(f"{summary}\nTrain it with: {train}")
     return 0

@@ -8,7 +8,6 @@ Prompt, sampler, rewards and the reading of answers are the trainer's own.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -24,8 +23,9 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
     __package__ = "utils"
 
 from .base.errors import UserError
+from .base.say import Parser, say
 from .base.script import load_script
-from .base.text import counted
+from .base.text import counted, json_line, visible
 from .data.files import Row
 from .data.questions import encode_questions
 from .inference import (
@@ -77,7 +77,7 @@ def ks(text: str) -> list[int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evaluate_model.py",
         description="Exact match and pass@k of models on questions with known answers.",
         epilog=EXAMPLES,
@@ -291,7 +291,11 @@ def evaluate(
     asker.note_long(rows)
     size = max(1, args.batch_size // args.n)
     bar = tqdm(
-        total=len(rows) * args.n, desc=short(name), unit="sample", disable=None, dynamic_ncols=True
+        total=len(rows) * args.n,
+        desc=visible(short(name)),
+        unit="sample",
+        disable=None,
+        dynamic_ncols=True,
     )
     with bar:
         asker.sampler.pulse = asker.rewards.pulse = bar.set_description_str
@@ -402,7 +406,6 @@ def comparison(base: Scores, other: Scores) -> str:
 
 def report(args: argparse.Namespace, config: Settings) -> int:
     """Evaluate every model and print what came out."""
-    from .base.say import say
     from .device import runtime
     from .rewards import by_name
 
@@ -440,7 +443,7 @@ def completions_file(path: Path | None) -> Iterator[Callable[[SavedRecord], None
 
         def save(record: SavedRecord) -> None:
             nonlocal written
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            file.write(json_line(record, default=str) + "\n")
             written += 1
 
         try:
@@ -454,8 +457,6 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def command() -> int:
-        from .base.say import say
-
         check_arguments(args)
         args.models = [os.path.expanduser(name) for name in args.models]
         config, source = resolve(args)
@@ -466,4 +467,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from .run.ending import leave  # brings MLX: not for --help
+
+    leave(code)

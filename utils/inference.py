@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import json
 import math
 import os
 import sys
@@ -30,8 +29,9 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 
 from .base.errors import RunError, UserError
 from .base.json_files import read_object
+from .base.say import Parser, complain, put, tell_everything
 from .base.script import load_script
-from .base.text import counted, is_unicode, redact, shown
+from .base.text import counted, is_unicode, json_line, shown
 from .data.files import Row
 from .data.questions import encode_prompt
 from .data.served_template import PROMPT
@@ -94,7 +94,7 @@ SEED = number(int, lambda v: 0 <= v < 2**64, "a whole number, at least 0, below 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="inference.py",
         description="Ask a model: one prompt, a conversation, or a file of prompts.",
         epilog=EXAMPLES,
@@ -181,7 +181,7 @@ def check_output(path: Path) -> None:
 
 
 def note(text: str) -> None:
-    print(redact(text), file=sys.stderr)
+    complain(text)
 
 
 def locate(name: str, adapter: str = "") -> tuple[str, str]:
@@ -540,17 +540,14 @@ class Generator:
 
 def write(text: str, file: typing.TextIO | None = None) -> None:
     """To standard output at once, with what the terminal can't show replaced."""
-    file = file or sys.stdout
-    encoding = file.encoding or "utf-8"
-    file.write(text.encode(encoding, "replace").decode(encoding))
-    file.flush()
+    put(text, file or sys.stdout)
 
 
 def read_line(prompt: str) -> str:
     """A line from the terminal, with its editing, or from a pipe; the prompt is no output."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input(prompt)
-    print(prompt, end="", file=sys.stderr, flush=True)
+    complain(prompt, end="")
     return input()
 
 
@@ -811,11 +808,12 @@ def as_line(row: Row, completion: Completion, with_answer: bool) -> str:
     }
     if with_answer:
         result["extracted_answer"] = extract_xml_answer(completion.text)
-    return json.dumps(row | result, ensure_ascii=False, default=str) + "\n"
+    return json_line(row | result, default=str) + "\n"
 
 
 def run(command: Callable[[], int]) -> int:
     """The exit code of `command`, with every expected end turned into a line."""
+    tell_everything()
     try:
         return command()
     except (UserError, RunError) as error:

@@ -46,7 +46,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from utils.base.errors import RunError, UserError  # noqa: E402
-from utils.base.say import say  # noqa: E402
+from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
 from utils.base.text import counted  # noqa: E402
 from utils.device import runtime  # noqa: E402
 from utils.gradient.shared_prompts import checkpoint_layers  # noqa: E402
@@ -795,7 +795,7 @@ def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def make_parser(cls: type) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="pretrain.py [--config FILE] [--smoke-test] [--SETTING VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -864,7 +864,8 @@ def resolve(path: Path, overrides: list[str]) -> PretrainConfig:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    tell_everything()
+    early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
     path = early.parse_known_args(argv)[0].config
     config: PretrainConfig | None = None
@@ -884,7 +885,7 @@ def main(argv: list[str] | None = None) -> int:
             config = resolve(path, overrides)
             run(config, arguments.smoke_test)
     except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         say(f"\ninterrupted; {what_continues(config)}")

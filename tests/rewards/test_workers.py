@@ -44,6 +44,9 @@ def hangs(completions):
         time.sleep(0.01)
     return [0.0] * len(completions)
 
+def killed(completions):
+    os.kill(os.getpid(), 9)
+
 def dies(completions):
     os._exit(7)
 
@@ -158,14 +161,15 @@ def test_a_function_can_neither_read_the_keyboard_nor_break_the_pipe(load, capfd
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("dies", "its process ended with exit code 7"),
-        ("leaves", "its process ended with exit code 3"),
+        ("killed", "its process ended with exit code -9"),
+        ("dies", r"tried to end the program with os._exit\(7\) \(.*own.py, line \d+\) for"),
+        ("leaves", r"tried to end the program with sys.exit\(3\) \(.*own.py, line \d+\) for"),
         ("raises", r"raised LookupError: no such key \(.*own.py, line \d+\) for 2 completions:\n"),
         ("too_few", "returned 0 values for 2 completions:\n  'text [02]'\n  'text [13]'"),
     ],
 )
 def test_a_failure_is_named(load, name, complaint):
-    with pytest.raises(RunError, match=rf"(?s)reward .*own.py:{name}:? {complaint}"):
+    with pytest.raises(RunError, match=rf"(?s)^reward \S*own.py:{name}:? {complaint}"):
         call(load(name), columns("a", "b"))
 
 

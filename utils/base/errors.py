@@ -18,6 +18,10 @@ class RunError(Exception):
     exit_code = 1
 
 
+class Signalled(KeyboardInterrupt):
+    """A signal (its number) ends the process: Ctrl-C, and not code that raises what it raises."""
+
+
 class DiskError(RunError):
     """The file system refused to write `path` (full, gone); what stood there still does."""
 

@@ -1,11 +1,19 @@
-"""A line for the person at the terminal."""
+"""The one door to the terminal: lines, errors, streamed text, and what argparse has to say.
 
+Whatever stands in them (questions, completions, file names, replies of servers) is shown and never
+obeyed, secrets are hidden, and an output that has nowhere to go ends no run.
+"""
+
+import argparse
 import os
 import sys
+import threading
+import traceback
+import warnings
+from types import TracebackType
+from typing import NoReturn, TextIO
 
-from tqdm import tqdm
-
-from .text import redact
+from .text import redact, visible
 
 
 def say(text: str) -> None:
@@ -14,9 +22,72 @@ def say(text: str) -> None:
     What the terminal can't show is replaced; when the output has nowhere to go (`| head`, a closed
     terminal, a full disk), it is dropped.
     """
-    encoding = sys.stdout.encoding or "utf-8"
     try:
-        tqdm.write(redact(text).encode(encoding, "replace").decode(encoding))
+        line = fit(text, sys.stdout)
+        bars = sys.modules.get("tqdm")  # who has not imported it shows no bar
+        if bars is None:
+            sys.stdout.write(line + "\n")
+        else:
+            bars.tqdm.write(line)
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ValueError:  # it was closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+
+
+def complain(text: str, end: str = "\n") -> None:
+    """A line on standard error: an error, or what is no result."""
+    try:
+        sys.stderr.write(fit(text, sys.stderr) + end)
+        sys.stderr.flush()
+    except (OSError, ValueError):  # it has nowhere to go: the exit code says it as well
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def put(text: str, file: TextIO) -> None:
+    """Part of a text, at once: what a model says, while it says it."""
+    file.write(fit(text, file))
+    file.flush()
+
+
+def fit(text: str, file: TextIO) -> str:
+    """For a terminal: without secrets, nothing that it obeys, only what its encoding has."""
+    encoding = file.encoding or "utf-8"
+    return visible(redact(text)).encode(encoding, "replace").decode(encoding)
+
+
+as_python_does = warnings.formatwarning
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors may repeat what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(redact(message)))
+
+
+def tell_everything() -> None:
+    """Let Python's own words for bugs, threads that fail and warnings leave by this door too."""
+
+    def of_program(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        complain("".join(traceback.format_exception(kind, error, trace)), end="")
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            complain(f"in thread {args.thread.name if args.thread else '?'}:")
+            of_program(args.exc_type, args.exc_value, args.exc_traceback)
+
+    def of_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        return visible(redact(as_python_does(message, category, filename, lineno, line)))
+
+    sys.excepthook, threading.excepthook = of_program, of_thread
+    warnings.formatwarning = of_warning

@@ -1,11 +1,17 @@
 """Text from elsewhere, fit to be shown and stored: whole characters, a bounded length, no secrets.
 
 Everything that a run prints or writes goes through `redact`: lines, errors, the log, trackers,
-config.resolved.json, provenance.json and the states of checkpoints.
+config.resolved.json, provenance.json and the states of checkpoints. What a terminal is shown goes
+through `visible` as well, which is done in one place: say.py.
 """
 
+import base64
+import functools
+import html
+import json
 import os
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Json = Any
@@ -13,9 +19,12 @@ Json = Any
 
 SHOWN = 200  # characters of a value in an error message
 HIDDEN = "***"
-NAME = r"token|secret|passw(?:or)?d|passphrase|credentials?|api_?key|access_?key|private_?key"
+STRONG = r"passw(?:or)?d|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|client[_-]?secret"
+NAME = rf"{STRONG}|token|secret|credentials?"
 # A setting or parameter with such a name holds a secret; `max_new_tokens` and `..._env` do not.
-SECRET_NAME = re.compile(rf"(?i)(?:.*[_.-])?(?:{NAME}|key|sig|signature|auth)")
+SECRET_NAME = re.compile(
+    rf"(?i)(?:.*[_.-])?(?:{NAME}|key|sig|signature|auth|authorization|(?:set-)?cookie)"
+)
 # In the environment the word may stand anywhere (HF_TOKEN_READ), unless it names a place.
 SECRET_VARIABLE = re.compile(rf"(?i)(?:^|_)(?:{NAME}|key|pat)(?:_|$)(?!.*(?:path|file|dir|sock)$)")
 SHORTEST = 8  # characters of a variable's value: a shorter one would blot out ordinary words
@@ -23,7 +32,14 @@ SHORTEST = 8  # characters of a variable's value: a shorter one would blot out o
 USER_INFO = re.compile(r"(?<=://)[^\s/?#'\"]*(?=@)")  # https://user:password@host
 PARAMETER = re.compile(r"([?&;]([\w.-]+)=)[^\s&;#'\"]+")  # ...?api_key=...
 BEARER = re.compile(r"(?i)\b(bearer) +[\w.~+/=-]{16,}")
-ISSUED = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[bp]-)[\w-]{20,}")  # by known services
+BASIC = re.compile(r"(?i)\b(authorization['\"]?[:=]\s*[bB]?['\"]?basic) +[\w+/=-]+")
+# {'x-api-key': 'abc'}, api_key='abc': what is in quotes behind such a name
+QUOTED = re.compile(rf"(?i)\b({STRONG})(['\"]?\s*[:=]\s*b?)(['\"])[^'\"\s]+(?=\3)")
+ISSUED = re.compile(  # by known services
+    r"\b(?:hf_|sk-|sk_live_|ghp_|gho_|github_pat_|glpat-|gsk_|xai-|xox[bp]-|AIza)[\w-]{20,}"
+)
+# What a terminal obeys, or what turns the order of its text round; a line's end and a tab stay.
+OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 URL = re.compile(r"(?<=://)([^/?#\s]*@)?([^?#\s]*)(\?[^#\s]*)?")  # up to the last @ of a host
@@ -57,18 +73,94 @@ def in_one_line(text: str) -> str:
     return "; ".join(filter(None, text.splitlines()))
 
 
-def redact(text: str) -> str:
+def visible(text: str) -> str:
+    """`text` for a terminal: characters that would command it are shown as Python writes them.
+
+    So no question, completion or server can clear the screen, set its title, write to the
+    clipboard, go back over a line, or show text in another order than it stands in.
+    """
+    return OBEYED.sub(lambda m: repr(m[0])[1:-1], text.replace("\r\n", "\n"))
+
+
+def json_line(value: Json, default: Callable[[Any], Json] | None = None) -> str:
+    """JSON in one line, with every character that a terminal obeys as an escape: the same data."""
+    text = json.dumps(value, ensure_ascii=False, default=default)
+    return OBEYED.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
+_secrets: set[str] = set()  # all that were seen, since a variable may go and its value be quoted
+
+
+def keep_secret(value: str) -> None:
+    """Hide this text wherever it stands from now on; a short one only where it is a whole word."""
+    if value:
+        _secrets.add(value)
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` without passwords and tokens in addresses, API keys, and secrets of the environment.
 
     Hidden are the user part of an address, parameters with a telling name, bearer tokens, keys
-    that begin as those of known services, and the values of variables such as HF_TOKEN.
+    that begin as those of known services, the values of variables such as HF_TOKEN, what
+    `keep_secret` was told, and `secrets`. Of the last three also what URLs, JSON, Python's repr,
+    HTML, base64 and hexadecimal make of them.
     """
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and value in text and SECRET_VARIABLE.search(name):
-            text = text.replace(value, HIDDEN)
+        if len(value) >= SHORTEST and SECRET_VARIABLE.search(name):
+            _secrets.add(value)
+    if every := frozenset(filter(None, {*_secrets, *secrets})):
+        text = _any_of(every).sub(HIDDEN, text)
     text = USER_INFO.sub(HIDDEN, text)
     text = PARAMETER.sub(_parameter, text)
+    text = BASIC.sub(rf"\1 {HIDDEN}", QUOTED.sub(rf"\1\2\3{HIDDEN}", text))
     return ISSUED.sub(HIDDEN, BEARER.sub(rf"\1 {HIDDEN}", text))
+
+
+@functools.lru_cache(maxsize=64)
+def _any_of(secrets: frozenset[str]) -> re.Pattern[str]:
+    """Finds each secret in any form; a longer one before one that it begins with."""
+    longest_first = sorted(secrets, key=lambda secret: (-len(secret), secret))
+    return re.compile("|".join(form for secret in longest_first for form in _forms(secret)))
+
+
+def _forms(secret: str) -> list[str]:
+    """Patterns of a secret as it is, with any of its characters escaped, and in base64 and hex."""
+    plain = "".join(map(_character, secret))
+    if len(secret) < SHORTEST:  # not in the middle of a word
+        return [rf"(?:(?<!\w)|(?<=%[\da-fA-F]{{2}})){plain}(?!\w)"]
+    data = secret.encode(errors="surrogateescape")
+    return [plain, *map(_base64, _alignments(data)), f"(?i:{data.hex()})"]
+
+
+SHORT = {"\n": "n", "\t": "t", "\r": "r"}
+
+
+def _character(character: str) -> str:
+    """A pattern of one character: itself, or as URLs, JSON, repr and HTML write it."""
+    data, code = character.encode(errors="surrogateescape"), ord(character)
+    ways = [re.escape(character), "(?i:" + "".join(f"%(?:25)*{byte:02x}" for byte in data) + ")"]
+    if character.isalnum() and code < 128:
+        return f"(?:{'|'.join(ways)})"
+    ways += [rf"\\+{re.escape(character)}", re.escape(html.escape(character)), f"&#{code};"]
+    ways += ["(?i:" + "".join(rf"\\+x{byte:02x}" for byte in data) + ")"]
+    ways += [rf"(?i:\\+x{code:02x})", rf"(?i:\\+u{code:04x})", rf"(?i:&#x0*{code:x};)"]
+    ways += [rf"\\+{SHORT[character]}"] if character in SHORT else []
+    ways += [r"\+"] if character == " " else []
+    return f"(?:{'|'.join(ways)})"
+
+
+def _alignments(data: bytes) -> set[str]:
+    """What of base64 does not depend on the bytes around: there are three ways to begin."""
+    found = set()
+    for before in range(3):
+        text = base64.b64encode(bytes(before) + data).decode().rstrip("=")
+        found.add(text[(0, 2, 3)[before] : len(text) - bool((before + len(data)) % 3)])
+    return found
+
+
+def _base64(text: str) -> str:
+    """Also in the alphabet for URLs, with padding."""
+    return re.escape(text).replace(r"\+", "[+-]").replace("/", "[/_]") + "={0,2}"
 
 
 def _parameter(match: re.Match[str]) -> str:
@@ -84,12 +176,21 @@ def redacted(value: Json) -> Json:
         return redact(value)
     if isinstance(value, dict):
         return {
-            key: HIDDEN
-            if part and isinstance(part, str) and SECRET_NAME.fullmatch(key)
+            redact(key) if isinstance(key, str) else key: _hidden(part)
+            if isinstance(key, str) and SECRET_NAME.fullmatch(key)
             else redacted(part)
             for key, part in value.items()
         }
     return [redacted(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _hidden(value: Json) -> Json:
+    """The value of a key that says it is secret; what is empty, true or false tells nothing."""
+    if isinstance(value, list | tuple):
+        return [_hidden(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _hidden(part) for key, part in value.items()}
+    return value if value is None or value == "" or isinstance(value, bool) else HIDDEN
 
 
 def filled(template: str, fields: dict[str, str]) -> str:

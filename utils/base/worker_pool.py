@@ -6,6 +6,7 @@ pipe does.
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,9 +56,14 @@ class Worker:
         return self.connection.recv()
 
     def kill(self) -> None:
-        self.process.kill()
+        self.end()
         self.process.wait()
         self.connection.close()
+
+    def end(self) -> None:
+        """With all processes that it started and that stayed in its session."""
+        if self.process.poll() is None:  # else its number may be another one's by now
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Pool:
@@ -112,6 +118,6 @@ class Pool:
     def stop(self) -> None:
         """End all processes, whatever they are at; new work starts new ones."""
         for worker in list(self.all):
-            worker.process.kill()
+            worker.end()
         self.all.clear()
         self.idle = queue.LifoQueue()

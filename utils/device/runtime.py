@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from ..base.errors import UserError
+from ..base.say import complain
 
 BLAS_CHOICES = ("auto", "mkl", "openblas", "none")
 GB = 10**9
@@ -52,7 +53,7 @@ def _load_global(library: str) -> bool:
         # The dynamic linker names the file it misses: an absent library is normal, one which is
         # there but lacks libgfortran, or is damaged, is worth a line.
         if not str(error).startswith(f"{library}: cannot open shared object file: No such file"):
-            print(f"warning: found {library}, but cannot load it: {error}", file=sys.stderr)
+            complain(f"warning: found {library}, but cannot load it: {error}")
         return False
     return True
 
@@ -97,7 +98,7 @@ def preload_blas(*, as_command: bool = False) -> str | None:
     except UserError as error:
         if not as_command:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(error.exit_code)
 
 

@@ -6,12 +6,12 @@ Nothing here imports MLX at module level: `--help` of the converter has to stay 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.errors import RunError
+from ..base.say import complain
 from ..data import files
 from ..data.tokenizer import Tokenizer
 from ..device import runtime
@@ -125,7 +125,7 @@ def read_source(
         size *= 2  # at worst: half precision, computed in float32
     if size > runtime.device_memory_bytes():
         text = f"the source ({size / 1e9:,.1f} GB) does not fit into memory to compare with"
-        print(text, file=sys.stderr)
+        complain(text)
         return None
     reading = read_fixed_text(folder, trust, vision, model_config)
     mx.clear_cache()

@@ -22,6 +22,7 @@ NUMBERS = re.compile(
     re.ASCII,
 )
 
+
 def table(extract_answer: Callable[[str], str], correctness: Callable[..., list]) -> Rewards:
     """The built-in rewards of this folder by name, with the script's reading of answers."""
 

@@ -1,5 +1,6 @@
 """Find reward functions by name, give them their parameters, and call them for the trainer."""
 
+import copy
 import difflib
 import functools
 import inspect
@@ -7,6 +8,7 @@ from typing import cast
 
 from ..base.errors import UserError
 from ..settings.run_settings import Settings
+from . import foreign
 from .calls import Reward, described, waits
 from .importing import Rewards, load_reward
 from .workers import InWorkers, new_pool
@@ -38,8 +40,10 @@ def load_rewards(config: Settings, builtin: Rewards) -> Rewards:
     if config.reward_workers:
         rewards |= in_workers(config, rewards, builtin)
     set_on_purpose = config.reward_timeout != type(config).reward_timeout
-    if set_on_purpose and not any(map(waits, rewards.values())):
-        raise UserError("reward_timeout has no effect: none of reward_funcs waits for others")
+    if set_on_purpose and all(s in builtin and not waits(f) for s, f in rewards.items()):
+        raise UserError(
+            "reward_timeout has no effect: reward_funcs names no own function, server or judge"
+        )
     return rewards
 
 
@@ -59,7 +63,7 @@ def in_workers(config: Settings, rewards: Rewards, builtin: Rewards) -> Rewards:
 def with_parameters(spec: str, function: Reward, config: Settings, is_builtin: bool) -> Reward:
     """The function with parameters bound; a class is made an instance, once."""
     parameters = inspect.signature(function).parameters
-    given = config.reward_kwargs.get(spec, {})
+    given = copy.deepcopy(config.reward_kwargs.get(spec, {}))  # the function's: it may change them
     allowed = settable(function, is_builtin)
     for name, value in given.items():
         check_parameter(spec, name, value, allowed)
@@ -92,9 +96,10 @@ def settable(function: Reward, is_builtin: bool) -> Parameters:
 
 def bound(function: Reward, given: Parameters, is_builtin: bool) -> Reward:
     if inspect.isclass(function):
-        return cast(Reward, function(**given))
-    made = functools.partial(function, **given) if given else function
+        return cast(Reward, foreign.called(functools.partial(function, **given)))
+    made = functools.partial(function, **given) if given or is_builtin else function
     if is_builtin:
+        vars(made)["own_timeout"] = True  # what they compute has an end, or a limit of its own
         made(completions=[], completion_ids=[], answer=[])  # refuses impossible values
     return made
 

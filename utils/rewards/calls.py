@@ -3,26 +3,29 @@
 Functions get `prompts`, `completions`, `completion_ids`, every column of the data, and, if they
 ask for them by name or take **kwargs, `trainer_state`, `log_metric(name, value)` and
 `log_extra(column, values)`. One value per completion comes back, or None for "not applicable".
+What they get is theirs: each has copies, which it may change.
 """
 
 import asyncio
 import concurrent.futures
-import importlib
+import copy
 import inspect
 import math
 import numbers
-import threading
+import os
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, SupportsFloat, cast
 
 import numpy as np
 
 from ..base.errors import RunError, UserError
 from ..base.text import shown
+from . import foreign
+from .event_loop import Loop
 
 Values = list[float]
 Completions = list[list[dict[str, str]]]
@@ -72,6 +75,11 @@ class Part:
     count: int
     values: Future
     extras: Extras
+    deadline: float = math.inf
+    """When an async function must have answered, by time.monotonic."""
+
+
+LATE = 1.0  # seconds after which a function that asyncio could not stop in time has failed
 
 
 class RewardCalls:
@@ -83,7 +91,7 @@ class RewardCalls:
 
     def __init__(self, timeout: float = 180.0) -> None:
         self.timeout = timeout
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop: Loop | None = None
         self.logged = Extras()
         self.parts: dict[str, list[Part]] = {}  # what was begun, by function
 
@@ -104,21 +112,59 @@ class RewardCalls:
         """
         try:
             # Those that wait for others come first, and wait while the rest is computed.
-            for name in sorted(functions, key=lambda name: not waits(functions[name])):
-                self.begin(name, functions[name], columns, state)
-            finish([part.values for parts in self.parts.values() for part in parts], pulse)
+            with foreign.kept(), foreign.threads_watched() as ended:
+                for name in sorted(functions, key=lambda name: not waits(functions[name])):
+                    self.begin(name, functions[name], columns, state)
+                self.finish(columns, pulse)
+            if ended:
+                raise of_a_thread([n for n in functions if waits(functions[n])], ended[0], columns)
             parts = {name: self.parts[name] for name in functions}
         finally:
             self.reset()
         self.keep(parts, len(columns["completions"]))
-        values = {name: joined(name, parts[name], columns) for name in functions}
-        return {name: np.array(value) for name, value in values.items()}
+        return {name: np.array(self.read(name, parts[name], columns)) for name in functions}
+
+    def read(self, name: str, parts: list[Part], columns: Columns) -> Values:
+        """The checked values of all parts, which may be objects of other people's classes."""
+        try:
+            return foreign.called(lambda: joined(name, parts, columns))
+        except RunError:
+            raise
+        except Exception as error:  # someone else's code
+            raise failure(name, error, columns) from error
+
+    def finish(self, columns: Columns, pulse: Callable[[], None]) -> None:
+        """Wait for all that was begun, or for the first that fails or does not end in time."""
+        waiting = {part.values for parts in self.parts.values() for part in parts}
+        while waiting:
+            when = concurrent.futures.FIRST_EXCEPTION
+            done, waiting = concurrent.futures.wait(waiting, timeout=0.1, return_when=when)
+            for future in done:
+                future.result()  # raises what it raised
+            for name, parts in self.parts.items():
+                now = time.monotonic()
+                if any(part.values in waiting and part.deadline < now for part in parts):
+                    raise self.given_up(name, columns)
+            pulse()
+        if self.loop and self.loop.failed:
+            name, error = self.loop.failed
+            raise of_a_task(name or next(iter(self.parts)), error, columns)
+
+    def given_up(self, name: str, columns: Columns) -> RunError:
+        """A coroutine is over its time and still there: it blocks, or catches the cancellation."""
+        culprit, where = self.loop.blocked_by() if self.loop else ("", "")
+        self.loop = None  # what runs there can't be ended: the next calls get another thread
+        blocks = f": it blocks{where} instead of waiting"
+        why = blocks if culprit else " and can't be cancelled"
+        return too_long(culprit or name, self.timeout, columns, why)
 
     def reset(self) -> None:
         """Cancel what was begun."""
         for part in [part for parts in self.parts.values() for part in parts]:
             part.values.cancel()
         self.parts = {}
+        if self.loop:
+            self.loop.failed = None
 
     def ahead(self, functions: dict[str, Reward], columns: Columns, state: TrainerState) -> None:
         """Begin on the first rows of the next call, with those functions that take any rows."""
@@ -135,7 +181,12 @@ class RewardCalls:
         count, extras = len(columns["completions"]), Extras()
         if count or not parts:
             values = self.answer(name, function, columns, state, extras)
-            parts.append(Part(count, values, extras))
+            late = math.inf if values.done() else self.limit(function) or math.inf
+            parts.append(Part(count, values, extras, time.monotonic() + late + LATE))
+
+    def limit(self, function: Reward) -> float | None:
+        """Seconds that a call may take; None where the function sees to that."""
+        return None if getattr(function, "own_timeout", False) else self.timeout
 
     def answer(
         self,
@@ -147,40 +198,43 @@ class RewardCalls:
     ) -> Future:
         """What the function says, now or later."""
         offered = {
-            **columns,
+            **(columns if getattr(function, "own_copies", False) else copies(columns)),
             "trainer_state": state or TrainerState(),
             "log_metric": extras.log_metric,
             "log_extra": extras.log_extra,
         }
         done: Future = Future()
+        limit = self.limit(function)
         try:
-            result = function(**accepted(function, offered))
+            result = foreign.called(lambda: function(**accepted(function, offered)), limit)
+        except foreign.TooLong as late:
+            where = next(filter(None, map(at, foreign.chain(late))), "")
+            raise too_long(name, self.timeout, columns, where) from late
         except Exception as error:  # someone else's code: whatever it raises, say whose it was
             raise failure(name, error, columns) from error
         if inspect.isawaitable(result):
-            limit = None if getattr(function, "own_timeout", False) else self.timeout
-            waiting = self.limited(name, result, limit, columns)
-            return asyncio.run_coroutine_threadsafe(waiting, self.running_loop())
+            self.loop = self.loop or Loop()
+            return self.loop.begin(name, self.limited(name, result, limit, columns))
         done.set_result(result)
         return done
 
     async def limited(
         self, name: str, result: Awaitable, limit: float | None, columns: Columns
     ) -> object:
-        deadline = asyncio.timeout(limit)
+        deadline, process = asyncio.timeout(limit), os.getpid()
         try:
             async with deadline:
-                return await result
-        except Exception as error:
-            if deadline.expired():
+                value = await result
+        except BaseException as error:
+            foreign.end_child(process, error)
+            if deadline.expired() and isinstance(error, TimeoutError):
                 raise too_long(name, self.timeout, columns) from None
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
+                raise
             raise failure(name, error, columns) from error
-
-    def running_loop(self) -> asyncio.AbstractEventLoop:
-        if self.loop is None:
-            self.loop = asyncio.new_event_loop()
-            threading.Thread(target=self.loop.run_forever, daemon=True, name="rewards").start()
-        return self.loop
+        foreign.end_child(process)
+        return value
 
     def keep(self, parts: dict[str, list[Part]], count: int) -> None:
         together = Extras()
@@ -211,15 +265,25 @@ def waits(function: Reward) -> bool:
     )
 
 
-def finish(futures: list[Future], pulse: Callable[[], None]) -> None:
-    """Wait for all, or for the first that fails."""
-    waiting = set(futures)
-    while waiting:
-        when = concurrent.futures.FIRST_EXCEPTION
-        done, waiting = concurrent.futures.wait(waiting, timeout=0.1, return_when=when)
-        for future in done:
-            future.result()  # raises what it raised
-        pulse()
+def copies(columns: Columns) -> Columns:
+    """Lists of their own for a function, down to the last dict: no other one sees what it does."""
+    ids = columns.get("completion_ids", [])
+    return {
+        name: [list(row) for row in ids] if name == "completion_ids" else copied(rows)
+        for name, rows in columns.items()
+    }
+
+
+def copied(value: Any) -> Any:
+    """As copy.deepcopy, but fast for what data sets hold, and each place gets an object."""
+    kind = type(value)
+    if kind in (str, int, float, bool, type(None)):
+        return value
+    if kind is list:
+        return [copied(part) for part in value]
+    if kind is dict:
+        return {key: copied(part) for key, part in value.items()}
+    return copy.deepcopy(value)
 
 
 def accepted(function: Reward, offered: Mapping[str, object]) -> dict[str, object]:
@@ -232,16 +296,32 @@ def accepted(function: Reward, offered: Mapping[str, object]) -> dict[str, objec
     return {name: offered[name] for name in names if name in offered}
 
 
-def failure(name: str, error: Exception, columns: Columns) -> RunError:
+def failure(name: str, error: BaseException, columns: Columns) -> RunError:
     if isinstance(error, RunError | UserError):  # ours: says all that there is to say
-        return RunError(f"reward {name}: {error}")
+        told = str(error).startswith((f"reward {name} ", f"reward {name}:"))
+        return RunError(str(error) if told else f"reward {name}: {error}")
+    if isinstance(error, foreign.Misbehaved):
+        return RunError(f"reward {name} {error}{at(error.__cause__)}{given(columns)}")
+    if not isinstance(error, Exception):
+        return RunError(f"reward {name} {foreign.did(error)}{at(error)}{given(columns)}")
     return RunError(f"reward {name} raised {described(error)}{given(columns)}")
 
 
-def too_long(name: str, timeout: float, columns: Columns) -> RunError:
-    return RunError(
-        f"reward {name} took longer than reward_timeout = {timeout:g} seconds{given(columns)}"
-    )
+def of_a_task(name: str, error: BaseException, columns: Columns) -> RunError:
+    """What a task did that the async function does not wait for."""
+    did = f"had a task that {foreign.did(error)}"
+    return RunError(f"reward {name} {did}{at(error)}{given(columns)}")
+
+
+def of_a_thread(names: list[str], error: BaseException, columns: Columns) -> RunError:
+    """What a thread did while these async functions ran."""
+    did = f"had a thread that {foreign.did(error)}"
+    return RunError(f"reward {' or '.join(names)} {did}{at(error)}{given(columns)}")
+
+
+def too_long(name: str, timeout: float, columns: Columns, why: str = "") -> RunError:
+    limit = f"reward_timeout = {timeout:g} seconds"
+    return RunError(f"reward {name} took longer than {limit}{why}{given(columns)}")
 
 
 def given(columns: Columns) -> str:
@@ -257,14 +337,19 @@ def shortened(text: str, length: int) -> str:
     return repr(text if len(text) <= length else f"{text[:length]}...")
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """The error with the line of the user's file it came from (a syntax error names its own)."""
-    ours = Path(__file__).parent, Path(importlib.__file__).parent
-    trace = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in trace if Path(f.filename).parent not in ours]
-    own = frames and not isinstance(error, SyntaxError) and Path(frames[-1].filename).is_file()
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{place}"
+    if isinstance(error, foreign.Misbehaved):
+        return f"it {error}{at(error.__cause__)}"
+    where = "" if isinstance(error, SyntaxError) else at(error)
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def at(error: BaseException | None) -> str:
+    """The line of a file that an error came from: of other people's code, or where that left it."""
+    frames = traceback.extract_tb(error.__traceback__ if error else None)
+    found = foreign.innermost([(frame.filename, frame.lineno or 0) for frame in frames])
+    return f" ({found[0]}, line {found[1]})" if found else ""
 
 
 def checked(name: str, values: object, columns: Columns) -> Values:

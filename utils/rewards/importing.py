@@ -1,6 +1,7 @@
 """Reward functions from files and modules."""
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -12,6 +13,7 @@ from ..base.errors import UserError
 from ..base.text import shown
 from ..model import fingerprints
 from ..settings.run_settings import Settings
+from . import foreign
 from .calls import Reward, described
 
 Rewards = dict[str, Reward]
@@ -53,7 +55,8 @@ def import_reward_module(spec: str, source: str, start: str) -> ModuleType:
     name = f"reward_file:{file.resolve()}"  # a name that hides no other module
     try:
         if not source.endswith(".py"):
-            module = importlib.import_module(source)
+            load_named = functools.partial(importlib.import_module, source)
+            module = foreign.called(load_named, importing=True)
             if module.__file__:
                 CODE.setdefault(source, fingerprints.of_file(Path(module.__file__)))
             return module
@@ -65,7 +68,8 @@ def import_reward_module(spec: str, source: str, start: str) -> ModuleType:
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[name] = module  # before its code runs: dataclasses look there
         CODE[source] = fingerprints.of_file(file)
-        module_spec.loader.exec_module(module)
+        load = functools.partial(module_spec.loader.exec_module, module)
+        foreign.called(load, importing=True)
     except Exception as error:  # someone else's code: whatever it raises, say which reward it was
         sys.modules.pop(name, None)
         raise UserError(f"reward {spec!r} cannot be imported: {described(error)}") from error

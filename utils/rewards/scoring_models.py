@@ -65,6 +65,7 @@ class RewardModel:
         UserError: no such model, or one that can't score.
     """
 
+    own_timeout = True  # it is not to be interrupted: what it computes has an end
     model: nn.Module | None
     tokenizer: Tokenizer
     head: Head | None

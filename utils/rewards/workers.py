@@ -18,7 +18,9 @@ if __name__ == "__main__" and not __package__:  # as a program: sys.path[0] is t
     __package__ = "utils.rewards"
 
 from ..base.errors import RunError, UserError
+from ..base.say import complain
 from ..base.worker_pool import Ended, Pool, Task
+from . import foreign
 from .calls import Extras, Reward, TrainerState, Values, accepted, checked, failure, too_long
 from .importing import load_reward
 
@@ -34,7 +36,7 @@ def new_pool(count: int, folder: str | None = None) -> Pool:
 class InWorkers:
     """A function of reward_funcs that is called in workers, once for each prompt's completions."""
 
-    own_timeout = per_prompt = True
+    own_timeout = per_prompt = own_copies = True
 
     def __init__(
         self, name: str, function: Reward, parameters: dict, pool: Pool, timeout: float
@@ -132,7 +134,7 @@ def call(name: str, function: Reward, task: Task) -> Answer | str:
 
 def attempted(name: str, function: Reward, offered: dict[str, Any]) -> object:
     try:
-        return function(**accepted(function, offered))
+        return foreign.called(lambda: function(**accepted(function, offered)))
     except Exception as error:  # someone else's code: whatever it raises, say whose it was
         raise failure(name, error, offered) from error
 
@@ -141,4 +143,5 @@ if __name__ == "__main__":
     try:
         serve(Connection(int(sys.argv[1])))
     except UserError as stop:
-        sys.exit(f"error: {stop}")
+        complain(f"error: {stop}")
+        sys.exit(1)

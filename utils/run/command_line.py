@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..base.errors import RunError, UserError
-from ..base.text import redact
+from ..base.say import Parser, complain, tell_everything
 from ..settings import checks, reading
 from ..settings.run_settings import Settings
 from . import ending, trackers
@@ -29,7 +29,7 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """`overrides` has --set and --resume, and `command` what to type for the same run again."""
     asked = {"-h", "--help"} & {*(argv or sys.argv)}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx-grpo.py",
         description="Teach a language model to reason by GRPO, on MLX.",
         epilog="Settings (in the TOML file, or --set key=value):\n"
@@ -86,13 +86,17 @@ def check_surroundings(config: Settings) -> None:
 def exit_code_of(work: Callable[[], int], debug: bool) -> int:
     """What `work` returns. Errors and signals that end it are told in a line: 2 (bad input), 1
     (failed run), 128 + n (signal n, so 130 for Ctrl-C)."""
+    tell_everything()
     try:
         with ending.signals_raise():
             return work()
+    except SystemExit as stop:
+        complain(f"error: {ending.foreign_exit(stop)}")
+        return 1
     except (UserError, RunError) as error:
         if debug:
-            print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+            complain(traceback.format_exc(), end="")
+        complain(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt as stop:
         return ending.left_at_once(stop)

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -16,17 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
 
-from ..base.errors import DiskError, RunError, UserError
-from ..base.say import say
+from ..base.errors import DiskError, RunError, Signalled, UserError
+from ..base.say import complain, say
 from ..base.text import redact
 from ..model import writing
+from ..rewards import foreign
 from . import checkpoints, folders, model_card, ours
 from .log import RunLog
 from .run import Interrupted, Run, Trainer
 from .state import Record
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+LINGER = 10.0  # seconds for threads of other people to end, once the run has
 SLEPT = 60.0  # seconds by which the wall clock may run ahead before it is worth a line
 
 Handler = Callable[[int, FrameType | None], object] | int | None
@@ -44,13 +48,14 @@ class Guard:
     def __enter__(self) -> "Guard":
         self.handlers = listen(self.on_signal)
         self.start, self.wall = time.perf_counter(), time.time()
+        self.process = os.getpid()
         self.before = self.run.state.elapsed
         return self
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
         """The first asks the trainer to stop cleanly, the second leaves at once."""
         if self.run.interrupted:
-            raise KeyboardInterrupt(number)
+            raise Signalled(number)
         self.run.interrupted = True
         self.signal = signal.Signals(number)
         with contextlib.suppress(RuntimeError):  # it came in the middle of another line
@@ -89,11 +94,16 @@ class Guard:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        if os.getpid() != self.process:  # a child of the run has nothing to save
+            return False
+        stop = foreign_exit(error) if isinstance(error, SystemExit) else error
         try:
-            if isinstance(error, Exception):  # not the KeyboardInterrupt of the second Ctrl-C
-                keep(self.trainer, error)
+            if isinstance(stop, Exception):  # not the KeyboardInterrupt of the second Ctrl-C
+                keep(self.trainer, stop)
         finally:
             put_back(self.handlers)
+        if isinstance(error, SystemExit):
+            raise foreign_exit(error) from error
         if not isinstance(error, Exception):
             return False
         if isinstance(error, Interrupted):
@@ -137,7 +147,7 @@ def signals_raise() -> Iterator[None]:
     """While there is nothing to save yet, every signal is a KeyboardInterrupt."""
 
     def leave(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
+        raise Signalled(number)
 
     handlers = listen(leave)
     try:
@@ -151,6 +161,26 @@ def left_at_once(stop: KeyboardInterrupt) -> int:
     number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
     say(f"reason    {SIGNALS[number]}: left at once")
     return 128 + number
+
+
+def foreign_exit(error: SystemExit) -> RunError:
+    """Nothing here ends the program within a run: a library or a tracker did."""
+    return RunError(f"something called sys.exit({error.code!r}), which ends no run well")
+
+
+def leave(code: int) -> NoReturn:
+    """End the program, also where threads that other people's code started do not."""
+    threading.Thread(target=end_anyway, args=[code], daemon=True).start()
+    sys.exit(code)
+
+
+def end_anyway(code: int) -> None:
+    """Python waits for such threads before it ends, and for good if one of them hangs."""
+    time.sleep(LINGER)
+    left = [t.name for t in threading.enumerate() if not t.daemon and t.name != "MainThread"]
+    if left:
+        complain(f"warning: left although threads still run: {', '.join(left)}")
+        foreign.leave_process(code)
 
 
 def put_back(handlers: dict[signal.Signals, Handler]) -> None:

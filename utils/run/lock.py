@@ -38,6 +38,7 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, Path(os.path.realpath(folder)) / ".lock"
         self.file: IO[str] | None = None
+        self.process = os.getpid()
 
     def __enter__(self) -> "RunLock":
         """Nothing is written: a mistyped setting may still end this run before it begins.
@@ -68,7 +69,7 @@ class RunLock:
         self.file.flush()
 
     def __exit__(self, *_: object) -> None:
-        if self.file is not None:
+        if self.file is not None and os.getpid() == self.process:  # not in a child of the run
             _own.discard(self.path)
             with contextlib.suppress(OSError):  # in a folder that turned read-only: looks killed
                 self.path.unlink()

@@ -1,6 +1,5 @@
 """The record of a run: training_log.jsonl, trackers, and the lines that a person reads."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -12,7 +11,7 @@ import numpy as np
 
 from ..base.errors import disk_errors_named
 from ..base.say import say
-from ..base.text import counted, redacted, shown
+from ..base.text import counted, json_line, redacted, shown
 from ..data.completions import Completion
 from ..data.files import Row
 from ..settings.run_settings import Settings
@@ -48,7 +47,7 @@ class RunLog:
             with disk_errors_named(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    file.write(json_line(record) + "\n")
 
     def watch(self, records: list[Record]) -> None:
         """Warn when learning has gone wrong (utils/run/warnings_of_learning.py)."""

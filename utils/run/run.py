@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from ..base.errors import RunError
 from ..base.say import say
+from ..base.text import visible
 from ..data.completions import Completion
 from ..data.files import Row
 from ..gradient.adamw import AdamW
@@ -129,7 +130,7 @@ class Run:
         self.state.pending += records
         self.log.watch(records)
         self.bar.update(updates)
-        self.bar.set_postfix_str(progress.progress_text(records[-1], self.log))
+        self.bar.set_postfix_str(visible(progress.progress_text(records[-1], self.log)))
 
     def shown(self, path: Path) -> Path:
         """A path in the run's folder as the person wrote that."""
