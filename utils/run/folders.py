@@ -414,7 +414,7 @@ def check_output(output_dir: Path, command: str, config: Settings) -> None:
         raise UserError(f"output_dir {output_dir} is the root of the file system: name a folder")
     refuse_obstacles(output_dir, "output_dir", to_be_written(config))
     old = ours.remains(output_dir)
-    if config.overwrite:
+    if config.overwrite and not goes_on(output_dir, config.resume):
         refuse_to_delete(old, config)
     elif old and not config.resume:
         ways = f"Replace it:\n  {command} --set overwrite=true"
@@ -423,6 +423,13 @@ def check_output(output_dir: Path, command: str, config: Settings) -> None:
         raise UserError(f"output_dir {output_dir} already holds a run ({first_of(old)}). {ways}")
     elif old and config.resume != "auto":
         refuse_other_run(output_dir, config.resume)
+
+
+def goes_on(output_dir: Path, resume: str) -> bool:
+    """Whether the run in the folder is continued, so that `overwrite` has nothing to say."""
+    if resume == "auto":
+        return bool(found(output_dir))
+    return bool(resume) and in_folder(Path(resume), output_dir)
 
 
 def first_of(old: list[Path]) -> str:
@@ -492,6 +499,8 @@ def paths_in(config: Settings) -> Iterator[tuple[str, Path]]:
     """(setting, path) of all that a run may read from files."""
     for name in ("model_name", "adapter_path", "dataset", "chat_template", "reward_model"):
         yield name, source_of(config, getattr(config, name))
+    if config.resume not in ("", "auto"):
+        yield "resume", source_of(config, config.resume)
     for part in config.dataset_mix:
         yield "dataset_mix", source_of(config, str(part["dataset"]))
     for spec in config.reward_funcs:

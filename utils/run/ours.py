@@ -67,12 +67,13 @@ def listed(folder: Path) -> set[str]:
 
 def strangers(folder: Path) -> list[str]:
     """What somebody added to a folder that a run (or a conversion) wrote."""
-    known, names = listed(folder), sorted(os.listdir(folder))
-    if known:
-        added = [name for name in names if name not in known]
-    else:
-        added = [name for name in names if not matches(name, OF_A_MODEL)]
-    return [name for name in added if not matches(name, OF_NOBODY)]
+    known, added = listed(folder), []
+    for name in sorted(os.listdir(folder)):
+        own = name in known if known else matches(name, OF_A_MODEL)
+        own = own and (name == "adapters" or not (folder / name).is_dir())
+        if not own and not matches(name, OF_NOBODY):
+            added.append(name)
+    return added
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
