@@ -274,14 +274,33 @@ def check_output(args: argparse.Namespace) -> None:
     if not args.force:
         again = shlex.join([*sys.argv[1:], "--force"])
         raise UserError(f"{output} exists already. Replace it with:\n  {COMMAND} {again}")
-    # --force must not delete a home folder because of a slip in --output-dir.
-    if output.is_symlink() or not output.is_dir() or not is_model_or_empty(output):
-        raise UserError(f"--force replaces model folders only, and {output} is none")
+    refuse_to_replace(output)
     check_writable(output)
 
 
+def refuse_to_replace(output: Path) -> None:
+    """--force must not delete a home folder because of a slip in --output-dir, nor what somebody
+    put beside a model. Raises UserError."""
+    from utils.run.ours import strangers
+
+    if output.is_symlink() or not output.is_dir() or not is_model_or_empty(output):
+        raise UserError(f"--force replaces model folders only, and {output} is none")
+    if added := strangers(output):
+        raise UserError(
+            f"--force would delete {output / added[0]}, which is no part of a model: move it away, "
+            "or choose another --output-dir"
+        )
+
+
 def is_model_or_empty(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or not any(folder.iterdir())
+    """By its config.json, which must be that of a model: others have files of that name."""
+    if not any(folder.iterdir()):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return any(folder.glob("model*.safetensors"))
+    return isinstance(config, dict) and "model_type" in config
 
 
 def check_writable(output: Path) -> None:
@@ -323,7 +342,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
     """A name beside `output` to write to; moved there at the end, removed after an error."""
     from utils.run.folders import take_place  # brings tqdm: not for --help
 
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial = output.with_name(f".{output.name}.mlx-grpo-partial-{os.getpid()}")
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -767,7 +786,7 @@ def convert_and_report(args: argparse.Namespace) -> None:
 def main() -> int:
     """Returns the exit code: 0, 2 for input to correct, 1 for a conversion that failed."""
     args = build_parser().parse_args()
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     tell_everything()
     try:
         convert_and_report(args)
@@ -777,6 +796,8 @@ def main() -> int:
     except KeyboardInterrupt:
         complain("interrupted: nothing was written")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -26,6 +26,7 @@ if str(ROOT) not in sys.path:
 
 from utils.base.errors import RunError, UserError  # noqa: E402
 from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
+from utils.convert_model import refuse_to_replace  # noqa: E402
 from utils.device.runtime import preload_blas  # noqa: E402
 from utils.model.shape import ModelConfig  # noqa: E402
 from utils.model.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: E402
@@ -111,12 +112,7 @@ def check_output(output: Path, force: bool) -> None:
         return
     if not force:
         raise UserError(f"{output} exists already; --force replaces it")
-    # --force must not delete a home folder because of a slip in --output-dir.
-    model_folder = (output / "config.json").is_file() or (
-        output.is_dir() and not any(output.iterdir())
-    )
-    if output.is_symlink() or not model_folder:
-        raise UserError(f"--force replaces model folders only, and {output} is none")
+    refuse_to_replace(output)
 
 
 def find_step(folder: Path, wanted: int | None) -> tuple[Path, Path]:

@@ -284,6 +284,7 @@ def evaluate(
     from .settings.reading import replaced
 
     scores, start = Scores(name), time.perf_counter()
+    os.chdir(config.started_in)  # where a reward may have left, and other models are named from
     asker = Asker(args, replaced(config, model_name=name), rewards, name)
     rows = encode_questions(*asker.encoding, questions, "evaluation")  # leaves too long ones out
     number_of = {id(row["prompt"]): i for i, row in enumerate(questions)}

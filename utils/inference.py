@@ -275,7 +275,11 @@ def settings_of_run(model: str) -> tuple[JsonObject, Path | None]:
         return {}, None
     found, source = recorded_settings(folder)
     types = typing.get_type_hints(load_script().MLXGRPOConfig)
-    values = {k: reading.check_type(k, found[k], types[k]) for k in OF_A_RUN if k in found}
+    try:
+        values = {k: reading.check_type(k, found[k], types[k]) for k in OF_A_RUN if k in found}
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    refuse_uneven(values, source)
     return without_code(values), source if values else None
 
 
@@ -283,14 +287,32 @@ def recorded_settings(folder: Path) -> tuple[JsonObject, Path]:
     """What a model's folder, or else that of its run, records; empty where nothing is."""
     if found := served_prompt.settings_in(folder):
         return found, folder / served_prompt.MARKER
-    source, run = folder / "trainer_state.json", folder.resolve().parent
+    source = folder / "trainer_state.json"
     found = read_object(source).get("config") or {}
     if not found:
-        source = (run.parent if folder.name == "adapters" else run) / "config.resolved.json"
+        source = record_beside(folder)
         found = read_object(source)
     if not isinstance(found, dict):
         raise UserError(f"{source}: config is no JSON object")
     return found, source
+
+
+def record_beside(folder: Path) -> Path:
+    """Where the settings of the run are that wrote it, also where it is a link to another disk."""
+    places = [Path(os.path.abspath(folder)).parent, folder.resolve().parent]
+    places = [place.parent if folder.name == "adapters" else place for place in places]
+    records = [place / "config.resolved.json" for place in places]
+    return next((path for path in records if path.is_file()), records[-1])
+
+
+def refuse_uneven(values: JsonObject, source: Path) -> None:
+    """Raises UserError for settings of rewards that no run can have had."""
+    names, weights = values.get("reward_funcs", []), values.get("reward_weights") or []
+    if weights and len(weights) != len(names):
+        raise UserError(
+            f"{source}: reward_weights has {counted(len(weights), 'value')} for "
+            f"{len(names)} reward_funcs; --config FILE takes the place of these settings"
+        )
 
 
 def without_code(values: JsonObject) -> JsonObject:

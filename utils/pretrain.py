@@ -4,7 +4,7 @@
     uv run python utils/pretrain.py --config configs/pretrain/moe_200m.toml
     uv run python utils/pretrain.py --config FILE.toml --micro-batch-size 2 --compile false
     uv run python utils/pretrain.py --config configs/pretrain/warm_up.toml
-    uv run python utils/pretrain.py --config configs/pretrain/tiny_math.toml   models/tiny-math
+    uv run python utils/pretrain.py --config configs/pretrain/tiny_math.toml --out-dir FOLDER
 
 The options are those of LitGPT's training configuration, with its names and defaults; a file may
 nest them as LitGPT does ([train], [eval], [optimizer], ...) or list them flat. Data are folders of
@@ -12,7 +12,9 @@ text, packed into full sequences, or JSONL with "prompt" and "completion", the p
 
 `out_dir` receives metrics.csv, checkpoint-N/ every save_interval updates, and final/, which
 `mlx_lm.load` and mlx-grpo.py's model_name take. The same command continues a run that was stopped
-(resume = auto) and ends with the weights of one that was not.
+from its newest checkpoint (resume = auto) and ends with the weights of one that was not. The recipe
+tiny_math, which made models/tiny-math, saves only at its end. A finished model is never replaced
+unless --overwrite is typed.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.util
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -14,7 +15,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import ROOT, make_model
-from helpers import SLOW, imports_of, mostly_long
+from helpers import SLOW, imports_of, mostly_long, tree
 from hf_layout import CLASSES, convert, reported, write_checkpoint
 
 from utils import convert_model
@@ -364,15 +365,52 @@ def test_vision_model_goes_through_mlx_vlm(vision, tmp_path, monkeypatch):
 def test_existing_folder_is_kept_unless_forced(source, tmp_path):
     output = tmp_path / "my model"
     output.mkdir()
-    (output / "config.json").write_text("mine")
-    (output / "old").touch()
+    (output / "config.json").write_text('{"model_type": "mine"}')
+    (output / "model-00001-of-00009.safetensors").touch()
     code, _, err = convert("--hf-path", source, "--output-dir", output)
     assert code == 2
     assert f"--hf-path {source} --output-dir '{output}' --force" in err
-    assert (output / "config.json").read_text() == "mine"
+    assert (output / "config.json").read_text() == '{"model_type": "mine"}'
     assert convert("--hf-path", source, "--output-dir", output, "--force")[0] == 0
-    assert not (output / "old").exists()
+    assert not (output / "model-00001-of-00009.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["my model"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": '{"port": 80}', "index.js": "x"},
+        {"config.json": '{"model_type": "llama"}', "model.safetensors": "x", "thesis.tex": "x"},
+        {"config.json": '{"model_type": "llama"}', "src/model.py": "x"},
+        {"config.json": "mine"},
+    ],
+)
+def test_force_deletes_nothing_beside_a_model(source, tmp_path, files):
+    """Many a program has a config.json."""
+    for name, text in files.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    before = tree(tmp_path)
+    code, _, err = convert("--hf-path", source, "--output-dir", tmp_path / "out", "--force")
+    assert code == 2
+    assert "is none" in err or "which is no part of a model" in err
+    assert tree(tmp_path) == before
+
+
+def test_the_handler_of_a_signal_is_put_back(source, tmp_path):
+    """Who calls `main` goes on with their own."""
+
+    def mine(*_):
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        for output, code in ((tmp_path / "out", 0), (source, 2)):
+            assert convert("--hf-path", source, "--output-dir", output)[0] == code
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_force_does_not_delete_other_folders(source, tmp_path):

@@ -429,9 +429,12 @@ def test_existing_folders_are_kept_unless_forced(checkpoint, weights, convert, t
     code, _, err = convert(*command, "--force")
     assert code == 2
     assert "replaces model folders only" in err
-    (output / "config.json").write_text("mine")
+    (output / "config.json").write_text('{"model_type": "mine"}')
+    code, _, err = convert(*command, "--force")
+    assert (code, "thesis.tex, which is no part of a model" in err) == (2, True)
+    (output / "thesis.tex").rename(output / "vocab.txt")
     assert convert(*command, "--force")[0] == 0
-    assert not (output / "thesis.tex").exists()
+    assert not (output / "vocab.txt").exists()
 
 
 def test_weights_that_compute_nan_leave_nothing(checkpoint, weights, convert, tmp_path):

@@ -617,3 +617,43 @@ def test_help_teaches_at_once(script, tmp_path):
     assert result.stdout.count(f"uv run python utils/{script}") >= 4
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"reward_weights": [1.0, 2.0, 3.0]}, "reward_weights has 3 values for 4 reward_funcs"),
+        ({"reward_weights": [1.0], "reward_funcs": []}, "reward_weights has 1 value for 0"),
+        ({"reward_funcs": "int"}, "reward_funcs = 'int' must be a list"),
+        ({"reward_funcs": [["int"]]}, "reward_funcs = ['int'] must be text"),
+        ({"reward_kwargs": [1]}, "reward_kwargs = [1] must be a table"),
+        ({"stop_strings": 3}, "stop_strings = 3 must be a list"),
+        ({"temperature": "hot"}, "temperature = 'hot' must be a number"),
+        ({"seed": None}, "seed = None holds something else"),
+    ],
+)
+@pytest.mark.parametrize("place", ["trainer_state.json", "config.resolved.json"])
+def test_settings_that_no_run_had(tmp_path, settings, said, place):
+    """Of a damaged or foreign trainer_state.json, and of the run beside a final/."""
+    folder = tmp_path / "final"
+    folder.mkdir()
+    funcs = ["file.py:f", "correctness", "xmlcount", "int"]
+    config = {"reward_funcs": funcs, "reward_weights": [1.0] * 4} | settings
+    if place == "trainer_state.json":
+        (folder / place).write_text(json.dumps({"config": config}))
+    else:
+        (tmp_path / place).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"\.json: ") as raised:
+        inference.settings_of_run(str(folder))
+    assert said in str(raised.value)
+    assert place in str(raised.value)
+
+
+def test_a_final_on_another_disk_is_asked_as_its_run_did(tmp_path):
+    (tmp_path / "disk" / "final").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "final").symlink_to(tmp_path / "disk" / "final")
+    record = tmp_path / "out" / "config.resolved.json"
+    record.write_text('{"system_prompt": "Be brief."}')
+    found, source = inference.settings_of_run(str(tmp_path / "out" / "final"))
+    assert (found, source) == ({"system_prompt": "Be brief."}, record)

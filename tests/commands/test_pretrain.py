@@ -591,3 +591,72 @@ def test_a_state_that_somebody_changed_with_its_manifest(work, capsys):
         pretrain.folders.seal(path.parent)
         assert pretrain.main(flags(work)) == 2
         assert "error: resume: " in capsys.readouterr().err
+
+
+# The recipe tiny_math
+
+RECIPE = [
+    *("--config", str(ROOT / "configs/pretrain/tiny_math.toml"), "--train-size", "20"),
+    *("--test-size", "10", "--pool-size", "32", "--finish-steps", "0", "--max-steps", "2"),
+    *("--lr-warmup-steps", "1", "--global-batch-size", "16", "--tokenizer-samples", "400"),
+    *("--compile", "false", "--eval-samples", "1", "--max-new-tokens", "4", "--log-interval", "1"),
+    *("--set", "model={model_type='llama',hidden_size=64,num_hidden_layers=1,"),
+]
+RECIPE[-1] += "num_attention_heads=1,intermediate_size=64,rms_norm_eps=1e-5}"
+
+
+def everything(folder):
+    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_the_recipe_replaces_no_finished_model_unasked(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert pretrain.main([*RECIPE, "--out-dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    for line in ("drawing demonstrations", "tokenizing 32", "stage 1: step 1 of 2", "evaluating:"):
+        assert line in said, "no wait without a word"
+    (out / "README.md").write_text("mine")
+    before = everything(out)
+    assert pretrain.main([*RECIPE, "--out-dir", str(out)]) == 2
+    assert "already holds a model (model.safetensors)" in capsys.readouterr().err
+    assert pretrain.main([*RECIPE, "--out-dir", str(out), "--data-only"]) == 0
+    assert pretrain.main([*RECIPE, "--out-dir", str(out), "--data-only", "--seed", "1"]) == 2
+    assert "already holds another test.jsonl" in capsys.readouterr().err
+    assert everything(out) == before
+    assert pretrain.main([*RECIPE, "--out-dir", str(out), "--seed", "1", "--overwrite"]) == 0
+    after = everything(out)
+    assert after.keys() == before.keys()
+    assert {Path(n).name for n in before if before[n] == after[n]} >= {"README.md"}
+    assert before[str(out / "model.safetensors")] != after[str(out / "model.safetensors")]
+
+
+def test_a_stopped_recipe_leaves_the_model_that_was_there(tmp_path, monkeypatch, capsys):
+    from utils.pretraining import tiny_math_model
+
+    out = tmp_path / "out"
+    assert pretrain.main([*RECIPE, "--out-dir", str(out)]) == 0
+    before = everything(out)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny_math_model, "final_figures", stop)
+    assert pretrain.main([*RECIPE, "--out-dir", str(out), "--overwrite"]) == 130
+    assert "the recipe saves only at its end: the same command starts anew" in (
+        capsys.readouterr().out
+    )
+    assert everything(out) == before
+
+
+def test_the_recipe_overwrites_only_what_it_made(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_text("mine")
+    assert pretrain.main([*RECIPE, "--out-dir", str(tmp_path), "--overwrite"]) == 2
+    assert "which this recipe did not make" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_the_model_in_the_repository_is_safe(capsys):
+    before = everything(ROOT / "models/tiny-math")
+    preset = str(ROOT / "configs/pretrain/tiny_math.toml")
+    code = pretrain.main(["--config", preset, "--out-dir", str(ROOT / "models/tiny-math")])
+    assert (code, everything(ROOT / "models/tiny-math")) == (2, before)

@@ -40,3 +40,13 @@ def test_weights_of_another_shape_or_name_are_refused():
     ):
         with pytest.raises(ValueError, match=f"{name}.* is no part of the model"):
             writing.load_weights(model, {name: value})
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff\x00", b"[" * 100_000])
+def test_a_damaged_generation_config_of_the_source_ends_no_run_at_its_end(tmp_path, text):
+    """mlx-lm reads a model without it, and what was learnt must not be lost for it."""
+    path = tmp_path / "generation_config.json"
+    path.write_bytes(text)
+    writing.write_stop_strings(tmp_path, ["</answer>"], {2})
+    expected = {"eos_token_id": [2], "stop_strings": ["</answer>"]}
+    assert json.loads(path.read_text()) == expected

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,7 +58,7 @@ def check_lora_keys(model: nn.Module, keys: list[str]) -> list[str]:
 
 
 def read_adapter_config(config: Settings) -> tuple[JsonObject, str]:
-    path = config.located(config.adapter_path) / "adapter_config.json"
+    path = Path(config.start, config.adapter_path) / "adapter_config.json"
     try:
         adapter_config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

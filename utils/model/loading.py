@@ -59,16 +59,18 @@ def find_model(name: str, start: str = "") -> Path | None:
         return path
     if path.exists():
         if gguf_file.is_gguf(path):
-            command = shlex.join(["--hf-path", name, "--output-dir", f"models/{path.stem}"])
+            words = shlex.join(["--hf-path", name, "--output-dir", f"models/{path.stem}"])
             raise UserError(
                 f"model_name = {name!r} is a GGUF file. Convert it first with:\n"
-                f"  uv run --extra gguf python utils/convert_model.py {command}"
+                f"  uv run --extra gguf python utils/convert_model.py {words}"
             )
         raise UserError(f"model_name = {name!r} is a file: give the folder that holds config.json")
     normal = os.path.normpath(name)
     command = next((c for known, c in HOW_TO_MAKE.items() if normal.startswith(known)), None)
     if command and not (ROOT / path).is_dir():
-        raise UserError(f"model folder {name} is not there. Make it with:\n  {command}")
+        raise UserError(
+            f"model_name = {name!r}: there is no such folder. Make it with:\n  {command}"
+        )
     files.refuse_mistyped_path("model_name", name)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise UserError(f"model_name = {name!r} is neither a folder nor a hub name (owner/model)")

@@ -1,5 +1,6 @@
 """Model folders that `mlx_lm.load` reads, and adapters in its format."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -44,7 +45,8 @@ def write_model(
     save_config(dict(config), config_path=folder / "config.json")
     tokenizer.save_pretrained(str(folder))
     for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:
-        shutil.copy(file, folder)
+        if file.is_file():
+            shutil.copy(file, folder)
 
 
 def write_lazy_weights(folder: Path, model: "nn.Module") -> None:
@@ -81,8 +83,9 @@ def write_stop_strings(folder: Path, stop_strings: list[str], eos_ids: Iterable[
     """Stop strings into generation_config.json: EOS after the answer was not trained with them."""
     path = folder / "generation_config.json"
     settings = {"eos_token_id": sorted(eos_ids)}  # in a file without it, transformers has none
-    if path.exists():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):  # mlx-lm reads on, too
+        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = found if isinstance(found, dict) else settings
     settings.pop("stop_strings", None)  # transformers minds an empty list
     write_json(path, settings | ({"stop_strings": stop_strings} if stop_strings else {}))
 

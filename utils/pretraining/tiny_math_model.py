@@ -16,12 +16,16 @@ devices, and on a CPU the command takes hours instead of minutes.
 import dataclasses
 import itertools
 import json
+import os
 import platform
 import random
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,6 +45,8 @@ from . import tiny_math
 from .model import new_model
 from .ranges import check_numbers
 
+T = TypeVar("T")
+WEIGHTS, RECORDS = "model.safetensors", ("generation_config.json", "pretrain.json")
 Figures = dict[str, dict[str, float]]
 """Of an evaluation: kind of questions -> metric -> share."""
 
@@ -52,7 +58,9 @@ class TinyMathConfig:
     recipe: str = "tiny_math"
     """This recipe; without the key the file is one for plain pretraining."""
     out_dir: str = "outputs/pretrain"
-    """Folder for the model, its tokenizer and the data; files in it are replaced."""
+    """Folder for the model, its tokenizer and the data."""
+    overwrite: bool = False
+    """Replace the model and the data that out_dir holds."""
     seed: int = 0
     """Seed of data, weights, batches and samples."""
     train_size: int = 4000
@@ -104,7 +112,7 @@ class TinyMathConfig:
     eval_samples: int = 4
     """Completions per test question at temperature 1 in the final evaluation."""
     log_interval: int = 50
-    """Steps between updates of the figures on the progress bar."""
+    """Steps between updates of the figures on the progress bar, or lines without a terminal."""
 
     def __post_init__(self) -> None:
         may_be_zero = {"seed", "finish_steps", "weight_decay", "eval_interval"}
@@ -166,6 +174,7 @@ class Pool:
 def make_pool(
     tokenizer: PreTrainedTokenizerFast, examples: list[tuple[tiny_math.Problem, str]]
 ) -> Pool:
+    say(f"tokenizing {len(examples):,} demonstrations")
     prompts = tiny_math.prompt_ids(tokenizer, [problem.question for problem, _ in examples])
     completions = tiny_math.completion_ids(tokenizer, [text for _, text in examples])
     length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
@@ -180,7 +189,8 @@ def make_pool(
 
 def good_examples(data: tiny_math.TinyMath, size: int) -> list[tuple[tiny_math.Problem, str]]:
     rng = random.Random(data.seed)
-    problems = itertools.islice(data.stream("pretrain"), size)
+    drawn = itertools.islice(data.stream("pretrain"), size)
+    problems = with_progress(drawn, size, "drawing demonstrations for stage 1")
     return [(problem, tiny_math.good(problem, rng)) for problem in problems]
 
 
@@ -189,7 +199,9 @@ def mixed_examples(
 ) -> list[tuple[tiny_math.Problem, str]]:
     rng = random.Random(f"tiny-math mixture {data.seed}")
     mixtures = {1: config.one_step, 2: config.two_step}
-    problems = itertools.islice(data.stream("finish"), config.finish_pool_size)
+    size = config.finish_pool_size
+    drawn = itertools.islice(data.stream("finish"), size)
+    problems = with_progress(drawn, size, "drawing demonstrations for stage 2")
     return [(p, tiny_math.demonstrate(p, mixtures[len(p.ops)], rng)) for p in problems]
 
 
@@ -241,14 +253,34 @@ def fit(
 
     if config.compile:
         step_once = mx.compile(step_once, inputs=state, outputs=state)
+        say(f"{label}: the first step is compiled, which can take a minute")
     batches = pool.batches(config.global_batch_size, np.random.default_rng(config.seed))
     bar = tqdm(range(1, steps + 1), desc=label, unit="step", mininterval=1.0, disable=None)
+    started = time.perf_counter()
     for step in bar:
         loss = step_once(*next(batches))
         mx.eval(loss, state)
-        if step % config.log_interval == 0 or step == steps:
+        if step in (1, steps) or step % config.log_interval == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
+            if bar.disable:  # no terminal: what a bar shows, as a line
+                left = (time.perf_counter() - started) / step * (steps - step)
+                say(f"{label}: step {step:,} of {steps:,}, loss {loss.item():.4f}, {left_of(left)}")
         after_step(step)
+
+
+def left_of(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} minutes left" if seconds >= 90 else f"{seconds:.0f} s left"
+
+
+def with_progress(items: Iterable[T], count: int, label: str) -> Iterator[T]:
+    """The items, with a bar; without a terminal, with a line every tenth of the way."""
+    say(f"{label}: {count:,}")
+    with tqdm(total=count, desc=label, mininterval=1.0, leave=False, disable=None) as bar:
+        for number, item in enumerate(items, start=1):
+            yield item
+            bar.update()
+            if bar.disable and count >= 10_000 and number % (count // 10) == 0:
+                say(f"{label}: {number:,} of {count:,}")
 
 
 def generate(
@@ -292,6 +324,7 @@ def evaluate(
     """Figures on all test questions, on those with seen pairs and on the held-out ones."""
     repeats = config.eval_samples if temperature else 1
     problems = data.test * repeats
+    say(f"evaluating: {len(problems):,} completions at temperature {temperature:g}")
     questions = [problem.question for problem in problems]
     texts = generate(model, tokenizer, questions, temperature, config.max_new_tokens)
     grades = [tiny_math.grade(t, p.answer) for t, p in zip(texts, problems, strict=True)]
@@ -363,12 +396,84 @@ def save(
     tokenizer: PreTrainedTokenizerFast,
     record: dict[str, object],
 ) -> None:
-    """Weights, config.json, generation_config.json and pretrain.json, for `mlx_lm.load`."""
+    """Weights, config.json, generation_config.json and pretrain.json, for `mlx_lm.load`.
+
+    They are written aside and then renamed, so that a stop leaves the model that was there.
+    """
     stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    save_model(folder, model)
-    save_config({**model_config, **stops}, folder / "config.json")
-    for name, content in (("generation_config", stops), ("pretrain", record)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    with aside(folder) as new:
+        save_model(new, model)
+        save_config({**model_config, **stops}, new / "config.json")
+        for name, content in (("generation_config", stops), ("pretrain", record)):
+            (new / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        for name in (WEIGHTS, "model.safetensors.index.json", "config.json", *RECORDS):
+            (new / name).replace(folder / name)
+
+
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """A folder in this one, for files before they take the place of others."""
+    new = folder / ".mlx-grpo-incomplete"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def refuse_to_overwrite(config: TinyMathConfig, data_only: bool) -> None:
+    """Raises UserError where out_dir holds a model, unless it may be replaced; or, also then, what
+    this recipe did not make."""
+    folder = Path(config.out_dir)
+    found = [name for name in (WEIGHTS, "config.json", *RECORDS) if os.path.lexists(folder / name)]
+    if not found or data_only:
+        return
+    if not config.overwrite:
+        raise UserError(
+            f"out_dir = {config.out_dir!r} already holds a model ({found[0]}): choose another "
+            "--out-dir, or --overwrite it"
+        )
+    if not made_here(folder):
+        raise UserError(
+            f"out_dir = {config.out_dir!r} holds {found[0]}, which this recipe did not make: "
+            "choose another --out-dir"
+        )
+
+
+def made_here(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / "pretrain.json").read_text(encoding="utf-8"))
+        return bool(record["settings"]["recipe"] == "tiny_math")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def write_data(
+    folder: Path,
+    data: tiny_math.TinyMath,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TinyMathConfig,
+) -> None:
+    """train.jsonl, test.jsonl and the tokenizer.
+
+    Raises:
+        UserError: one is there with something else in it, and may not be replaced.
+    """
+    with aside(folder) as new:
+        data.write(new, config.train_size)
+        tokenizer.save_pretrained(new)
+        for file in sorted(new.iterdir()):
+            old = folder / file.name
+            if not os.path.lexists(old) or config.overwrite:
+                continue
+            if not old.is_file() or old.read_bytes() != file.read_bytes():
+                raise UserError(
+                    f"out_dir = {config.out_dir!r} already holds another {file.name}: choose "
+                    "another --out-dir, or --overwrite it"
+                )
+        for file in sorted(new.iterdir()):
+            file.replace(folder / file.name)
 
 
 def run(config: TinyMathConfig, data_only: bool) -> None:
@@ -376,12 +481,16 @@ def run(config: TinyMathConfig, data_only: bool) -> None:
     started = time.perf_counter()
     folder = Path(config.out_dir)
     model, model_config = build_model(config)
-    make_folder(folder)
+    refuse_to_overwrite(config, data_only)
+    say("making the data and the tokenizer")
     data = tiny_math.TinyMath.make(config.seed, config.test_size)
-    data.write(folder, config.train_size)
     corpus = tiny_math.tokenizer_corpus(data, config.tokenizer_samples)
     tokenizer = tiny_math.build_tokenizer(corpus, config.vocab_size)
-    tokenizer.save_pretrained(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_data(folder, data, tokenizer, config)
+    except OSError as error:
+        raise UserError(f"out_dir = {config.out_dir!r}: {error.strerror}") from None
     say(f"{folder}: train.jsonl, test.jsonl and the tokenizer are written")
     if data_only:
         return
@@ -389,7 +498,7 @@ def run(config: TinyMathConfig, data_only: bool) -> None:
     say(f"{parameters:,} parameters in float32 on {mx.default_device()}")
     figures = train_both_stages(model, tokenizer, data, config)
     used = dataclasses.asdict(config)
-    del used["out_dir"]  # a path of this machine
+    del used["out_dir"], used["overwrite"]  # a path of this machine, and what was there
     record = {
         "parameters": parameters,
         "figures": figures,
@@ -400,13 +509,6 @@ def run(config: TinyMathConfig, data_only: bool) -> None:
     }
     save(folder, model, model_config, tokenizer, record)
     say(f"saved to {folder} in {record['seconds']} s")
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out_dir = {str(folder)!r}: {error.strerror}") from None
 
 
 def versions() -> dict[str, str]:

@@ -98,5 +98,10 @@ def exit_code_of(work: Callable[[], int], debug: bool) -> int:
             complain(traceback.format_exc(), end="")
         complain(f"error: {error}")
         return error.exit_code
+    except OSError as error:
+        if debug or not error.filename:
+            raise
+        print(f"error: {redact(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         return ending.left_at_once(stop)

@@ -211,6 +211,8 @@ def seal(folder: Path) -> None:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None when it is whole."""
+    if (folder / MANIFEST).exists() and not (folder / MANIFEST).is_file():
+        return f"its {MANIFEST} is no ordinary file"
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         sizes = {name: int(entry["bytes"]) for name, entry in entries.items()}

@@ -44,6 +44,8 @@ OF_NOBODY = (
 def read_object(path: Path) -> dict[str, Json]:
     """A JSON object; empty where there is none, or none that can be read."""
     try:
+        if not path.is_file():  # to read a pipe would wait for ever
+            return {}
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
@@ -106,6 +108,8 @@ def is_log(path: Path) -> bool:
 
 def some_lines(path: Path) -> list[bytes]:
     """The first lines of a file: a damaged one is followed by others."""
+    if not path.is_file():
+        return []
     try:
         with path.open("rb") as file:
             return [file.readline(1_000_000) for _ in range(100)]
