@@ -305,8 +305,7 @@ def centred(rewards: np.ndarray, share: np.ndarray | None = None) -> tuple[np.nd
 
 def deviation(values: np.ndarray) -> float:
     """The standard deviation, ddof = 1, of all that is a number; 0 where fewer than two are."""
-    known = values[~np.isnan(values)]
-    return float(known.std(ddof=1)) if known.size > 1 else 0.0
+    return float(np.nanstd(values, ddof=1)) if (~np.isnan(values)).sum() > 1 else 0.0
 
 
 def group_advantages(rewards: np.ndarray, eps: float = 1e-4) -> np.ndarray:

@@ -101,7 +101,7 @@ def exit_code_of(work: Callable[[], int], debug: bool) -> int:
     except OSError as error:
         if debug or not error.filename:
             raise
-        print(f"error: {redact(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        complain(f"error: {error.filename}: {error.strerror}")
         return 1
     except KeyboardInterrupt as stop:
         return ending.left_at_once(stop)
