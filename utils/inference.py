@@ -386,18 +386,19 @@ def chat_settings(args: argparse.Namespace, loaded: LoadedModel) -> Settings:
     """
     base, adapter = locate(args.model, args.adapter)
     trained, _ = settings_of_run(adapter or str(loaded.folder))
-    asked = {name: trained[name] for name in PROMPT if name in trained}
-    nothing = {"system_prompt": "", "reasoning_prefix": ""}
+    asked: JsonObject = {"system_prompt": "", "reasoning_prefix": ""}
     if args.chat_template:
-        asked = {"chat_template": args.chat_template}
+        check_template("--chat-template", args.chat_template)
+        asked["chat_template"] = args.chat_template
+    else:
+        asked |= {name: trained[name] for name in PROMPT if name in trained}
+        check_template("chat_template =", trained.get("chat_template", ""))
+        if asked["system_prompt"] or asked["reasoning_prefix"]:
+            note("asked as in training; --system and --chat-template take the place of its prompt")
     if args.system is not None:
         asked["system_prompt"] = args.system
-    option = "--chat-template" if args.chat_template else "chat_template ="
-    check_template(option, asked.get("chat_template", ""))
     asked["stop_strings"] = args.stop or stop_strings_of(base, loaded, trained)
-    if not args.chat_template and (trained.get("system_prompt") or trained.get("reasoning_prefix")):
-        note("asked as in training; --system and --chat-template take the place of its prompt")
-    return load_script().MLXGRPOConfig(**nothing | asked)
+    return load_script().MLXGRPOConfig(**asked)
 
 
 def stop_strings_of(base: str, loaded: LoadedModel, trained: JsonObject) -> list[str]:

@@ -58,13 +58,7 @@ def find_model(name: str, start: str = "") -> Path | None:
             raise UserError(f"model_name = {name!r} is a folder without config.json")
         return path
     if path.exists():
-        if gguf_file.is_gguf(path):
-            words = shlex.join(["--hf-path", name, "--output-dir", f"models/{path.stem}"])
-            raise UserError(
-                f"model_name = {name!r} is a GGUF file. Convert it first with:\n"
-                f"  uv run --extra gguf python utils/convert_model.py {words}"
-            )
-        raise UserError(f"model_name = {name!r} is a file: give the folder that holds config.json")
+        raise UserError(f"model_name = {name!r} is a {what_to_give(name, path)}")
     normal = os.path.normpath(name)
     command = next((c for known, c in HOW_TO_MAKE.items() if normal.startswith(known)), None)
     if command and not (ROOT / path).is_dir():
@@ -75,6 +69,15 @@ def find_model(name: str, start: str = "") -> Path | None:
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise UserError(f"model_name = {name!r} is neither a folder nor a hub name (owner/model)")
     return None
+
+
+def what_to_give(name: str, path: Path) -> str:
+    """Instead of a file as the model."""
+    if not gguf_file.is_gguf(path):
+        return "file: give the folder that holds config.json"
+    words = shlex.join(["--hf-path", name, "--output-dir", f"models/{path.stem}"])
+    command = f"uv run --extra gguf python utils/convert_model.py {words}"
+    return f"GGUF file. Convert it first with:\n  {command}"
 
 
 def read_shape(model: Path | str) -> model_shape.ModelShape:

@@ -109,9 +109,11 @@ class RunLog:
             say(f"result    {self.score_text(before)} -> {then} after {counted(update, 'update')}")
 
     def warn_of_no_value(
-        self, questions: Sequence[Row], rollout: "RolloutFigures", names: Iterable[str]
+        self, questions: Sequence[Row], rollout: "RolloutFigures | None", names: Iterable[str]
     ) -> None:
         """At the first update: name a function that gave no completion a value."""
+        if rollout is None:
+            return
         answer = shown(questions[rollout.prompts[0]]["answer"])
         for name, values in zip(names, np.moveaxis(rollout.values, -1, 0), strict=True):
             if np.isnan(values).all():

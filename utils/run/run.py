@@ -87,15 +87,12 @@ class Run:
         """Log, evaluate and save whatever falls due between (step, update) `before` and now.
 
         Raises:
-            RunError: five updates in a row were not finite.
+            RunError: five updates in a row were not finite, or, if set, without any reward.
         """
         a, state, (step, update) = self.args, self.state, before
         if update == 0:
             progress.warn_of_kl(records[0]["kl"], trainer.loaded.train_type)
-            if trainer.rollout:
-                self.log.warn_of_no_value(
-                    trainer.train_dataset, trainer.rollout, trainer.reward_funcs
-                )
+            self.log.warn_of_no_value(trainer.train_dataset, trainer.rollout, trainer.reward_funcs)
         self.show(records, state.update_step - update)
         if due(a.logging_steps, step, state.step):
             self.log.training(self.meter.report())
@@ -111,15 +108,18 @@ class Run:
         if due(a.save_steps, step, state.step) and self.saved_at < state.update_step:
             trainer.save_checkpoint(self.checkpoint())
             self.prune()
-        self.without_reward = (
-            0 if is_known(records[-1].get("reward_mean")) else (self.without_reward + len(records))
-        )
-        if a.stop_without_reward and self.without_reward >= MOST_BAD_UPDATES:
+        self.refuse_to_waste(records)
+
+    def refuse_to_waste(self, records: list[Record]) -> None:
+        """Raises RunError after five updates in a row that taught nothing: see `after_update`."""
+        known = is_known(records[-1].get("reward_mean"))
+        self.without_reward = 0 if known else self.without_reward + len(records)
+        if self.args.stop_without_reward and self.without_reward >= MOST_BAD_UPDATES:
             raise RunError(
                 "no reward function gave any completion of the last five updates a value "
                 "(stop_without_reward = true)"
             )
-        if state.bad_updates >= MOST_BAD_UPDATES:
+        if self.state.bad_updates >= MOST_BAD_UPDATES:
             raise RunError(
                 "five updates in a row were not finite: lower the learning rate, or try "
                 "dtype = float32"
