@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..base.say import say
+from ..base.text import in_one_line
 from .patch import Way
 from .swiglu import LEAN
 
@@ -41,8 +42,11 @@ def switch_on(model: nn.Module) -> None:
 
 @functools.cache
 def problem_of(way: Way) -> str:
-    """What `way.problem` says, said once."""
-    problem = way.problem()
+    """What `way.problem` says, said once; a kernel that cannot be compiled is no way to go."""
+    try:
+        problem = way.problem()
+    except RuntimeError as error:  # MLX's, of its compiler: a header that is missing
+        problem = in_one_line(str(error))[:300]
     if problem:
         say(f"speed     {way.name} left out, and slower for it: {problem}")
     return problem
