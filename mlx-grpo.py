@@ -886,6 +886,7 @@ class MLXGRPOTrainer:
         self.rollout = rollout
         # Only here the run gets ahead: what is stopped before is done once more from a checkpoint.
         self.move_reference(records, rollout.rewards.size)
+        self.run.log.note_right(self.train_dataset, rollout, self.reward_funcs)
         state.reward_moments, state.drawn = moments, stream.position
         state.step += math.ceil(len(batch) / a.batch_size)
         state.rollout += 1

@@ -13,6 +13,8 @@ from conftest import ROOT
 from utils.data.completions import Completion
 from utils.rewards import by_name, importing, servers
 from utils.rewards import calls as reward_calls
+from utils.rewards.answers import same_answer
+from utils.rewards.mathematics import equivalent
 from utils.rewards.rewards import Rewards
 
 TEXT = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
@@ -105,3 +107,16 @@ def test_linked_sections_exist():
     anchors = re.findall(r"\]\(#([\w-]+)\)", TEXT)
     titles = [t.lower().replace(" ", "-") for t in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)]
     assert {*anchors} <= {*titles}
+
+
+def test_what_counts_as_equal():
+    """Every line of the table: each way to write an answer against the last one of its group."""
+    rows = re.findall(r"^\| (.*`.*) \| (equal|not) \| (equal|not) \|$", TEXT, re.M)
+    assert len(rows) > 12
+    for groups, exact, mathematics in rows:
+        for group in groups.split("; "):
+            *ways, last = re.findall(r"`([^`]+)`", group)
+            assert ways, group
+            for way in ways:
+                assert same_answer(way, last) is (exact == "equal"), (way, last)
+                assert equivalent(way, last) is (mathematics == "equal"), (way, last)

@@ -1,5 +1,6 @@
 """What a run says of itself before it begins: how many positions its model is asked for."""
 
+import json
 import re
 
 import mlx.nn as nn
@@ -92,3 +93,27 @@ def test_a_table_of_positions_is_used_to_its_end(
     assert command == "train" or max(positions_read) == needed - 1  # not all rows are trained
     code, message = answer(needed - 1)
     assert (code, f"take {needed}:" in message) == (2, True)
+
+
+def test_the_forms_of_the_answers_are_said_in_one_line(typed, data_dir, tmp_path):
+    code, out, _, _ = typed(max_updates=1)
+    (line,) = re.findall(r"^answers   (.*)\n(?!          )", out, re.M)
+    rows = sum(1 for _ in (data_dir / "train.jsonl").open())
+    assert (code, line) == (0, f"{rows} numbers")
+
+
+def test_answers_that_no_reward_of_the_run_reads_are_said(typed, tmp_path):
+    answers = ["7", "1/2", "12%", r"\sqrt{2}", r"x^2 + 1", "blue", "5 cm"]
+    path = tmp_path / "mixed.jsonl"
+    rows = [{"question": f"How many {i}?", "answer": answer} for i, answer in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    settings = {"dataset": str(path), "eval_samples": 0, "max_updates": 1}
+    code, out, *_ = typed(**settings)
+    assert code == 0
+    assert "answers   3 numbers, 3 fractions, 3 percentages, 6 formulas, 6 texts\n" in out
+    said = r"          correctness compares 9 answers only to the letter ('\\sqrt{2}'): add math to"
+    assert said in out
+    code, out, *_ = typed(**settings, reward_funcs=["math"], overwrite=True)
+    assert code == 0
+    assert "letter" not in out
+    assert "math can't read" not in out

@@ -10,13 +10,14 @@ from ..base.text import counted
 from ..device import runtime
 from ..memory.this_machine import trainable_parameters
 from ..model.loading import beyond_context
+from ..rewards import answer_forms
 from ..rollouts.merged_layers import cost_of_quantizing
 from .run import Trainer
 
 
 def introduce(trainer: Trainer, blas: str | None) -> None:
     """Say what is about to happen; `blas` is what `runtime.preload_blas` returned."""
-    for topic in (model, speed, context, data, sampling, quantizing, plan):
+    for topic in (model, speed, context, data, answers, sampling, quantizing, plan):
         for line in topic(trainer, blas):
             say(line)
 
@@ -64,6 +65,15 @@ def data(trainer: Trainer, _: str | None) -> Iterator[str]:
     names = ", ".join(part["dataset"] for part in a.dataset_mix) or a.dataset
     questions = counted(len(trainer.train_dataset), "question")
     yield f"data      {names}: {questions}, {asked:,} for evaluation"
+
+
+def answers(trainer: Trainer, _: str | None) -> Iterator[str]:
+    """Their forms, and which of them the rewards of the run can't read."""
+    datasets = trainer.train_dataset, trainer.eval_dataset
+    train, test = ([str(question.get("answer", "")) for question in part] for part in datasets)
+    yield f"answers   {answer_forms.forms(train)}"
+    for line in answer_forms.advice(trainer.args, train, test):
+        yield f"          {line}"
 
 
 def sampling(trainer: Trainer, _: str | None) -> Iterator[str]:

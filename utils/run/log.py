@@ -49,6 +49,16 @@ class RunLog:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json_line(record) + "\n")
 
+    def note_right(
+        self, questions: Sequence[Row], rollout: "RolloutFigures", names: Iterable[str]
+    ) -> None:
+        """Which rewards for answers have ever been above 0, for the warnings."""
+        expected = str(questions[rollout.prompts[0]].get("answer"))
+        text = rollout.completions.flat[0].text
+        self.state.watched = warnings_of_learning.noted(
+            self.state.watched, rollout.values, [*names], expected, text
+        )
+
     def watch(self, records: list[Record]) -> None:
         """Warn when learning has gone wrong (utils/run/warnings_of_learning.py)."""
         if not self.args.watchdog_window:

@@ -7,7 +7,10 @@ nothing teaches to ignore it.
 
 import statistics
 
-from ..base.text import Json
+import numpy as np
+
+from ..base.text import Json, shown
+from ..rewards.answer_forms import ANSWER_REWARDS
 from .trackers import Record
 
 Figures = dict[str, float | None]
@@ -15,15 +18,54 @@ Figures = dict[str, float | None]
 FIGURES = ("reward_mean", "entropy", "kl", "groups_without_signal", "truncation_rate")
 
 
-def symptom(recent: list[Record], start: Record) -> str | None:
+TAIL = 60  # characters of the end of a completion that a warning shows
+
+
+def symptom(
+    recent: list[Record], start: Record, wrong: dict[str, Json] | None = None
+) -> str | None:
     """What the records of one window say that needs a person; None when nothing does.
 
     Args:
         recent: the last records of updates, with FIGURES (None or missing: not known).
         start: `level` of the first window, with `best_reward` and `reward_noise` of the best one.
+        wrong: of each reward for answers, a sample; None where one was right (see `noted`).
     """
     now = level(recent)
-    return next(filter(None, (sign(now, start) for sign in SIGNS)), None)
+    found = (no_answer(now, start), never_right(wrong or {}), *(sign(now, start) for sign in SIGNS))
+    return next(filter(None, found), None)
+
+
+def noted(
+    watched: dict[str, Json], values: np.ndarray, names: list[str], expected: str, text: str
+) -> dict[str, Json]:
+    """The state with which rewards for answers have never been above 0.
+
+    Args:
+        values: (P, G, F) of a rollout, NaN where a reward did not apply.
+        names: of the F rewards.
+        expected: what the first completion was to answer.
+        text: that completion.
+    """
+    wrong = dict(watched.get("wrong", {}))
+    sample = {"expected": expected, "end": text[-TAIL:]}
+    for n, name in enumerate(names):
+        if name in ANSWER_REWARDS and wrong.get(name, sample) is not None:
+            wrong[name] = None if (values[..., n] > 0).any() else sample
+    return {**watched, "wrong": wrong}
+
+
+def never_right(wrong: dict[str, Json]) -> str | None:
+    names = [name for name, sample in wrong.items() if sample is not None]
+    if not names:
+        return None
+    sample = wrong[names[0]]
+    has = "have" if len(names) > 1 else "has"
+    return (
+        f"{' and '.join(names)} {has} never been above 0 (expected {shown(sample['expected'])}, "
+        f"a completion ended in {shown(sample['end'])}): compare the two, and see docs/rewards.md "
+        "for what counts as equal; or use easier questions or a model that solves some"
+    )
 
 
 def no_answer(now: Figures, _: Record) -> str | None:
@@ -81,8 +123,8 @@ def entropy_collapsed(now: Figures, start: Record) -> str | None:
     )
 
 
-# Causes before what follows from them.
-SIGNS = (no_answer, no_signal, far_away, reward_collapsed, entropy_collapsed)
+# Causes before what follows from them, after `no_answer` and `never_right`.
+SIGNS = (no_signal, far_away, reward_collapsed, entropy_collapsed)
 
 
 def above(value: float | None, limit: float) -> bool:
@@ -111,7 +153,8 @@ def watched(state: dict[str, Json], records: list[Record], window: int) -> dict[
         if len(recent) < window:
             continue
         state["start"] = compared(state["start"], recent)
-        if not state["quiet"] and (text := symptom(recent, state["start"])):
+        text = symptom(recent, state["start"], state.get("wrong"))
+        if text and not state["quiet"]:
             state |= {"warning": text, "quiet": window}
     return state
 

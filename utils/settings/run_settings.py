@@ -134,7 +134,8 @@ class RunSettings:
     eval_max_new_tokens: int = 128
     """Most tokens per evaluated completion."""
     eval_metric: str = "em"
-    """em (exact match, numbers compare as numbers), or a reward function whose mean is reported."""
+    """em (exact match: numbers as numbers, else to the letter; see docs/rewards.md), or a reward
+    function whose mean is reported."""
 
     logging_steps: int = 1
     """One training record every so many batches."""
