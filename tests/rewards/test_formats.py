@@ -64,7 +64,7 @@ def test_the_last_complete_answer_counts(grpo):
     assert grpo.extract_hash_answer("1,234") is None
 
 
-@pytest.mark.parametrize("number", ["-3", "1,234", "0", "007", "-12,345,678"])
+@pytest.mark.parametrize("number", ["-3", "\u22123", "1,234", "0", "007", "-12,345,678"])
 def test_integers(grpo, number):
     assert reward(grpo, "int", f"<answer>{number}</answer>") == 0.5
 

@@ -5,11 +5,13 @@ import re
 from .answers import extract_xml_answer
 from .calls import Completions
 
+INTEGER = re.compile(r"[-\u2212]?(\d{1,3}(,\d{3})+|\d+)", re.ASCII)
+
 
 def int_reward_func(completions: Completions, **_: object) -> list[float]:
     """0.5 for an answer that is an integer ("-3" and "1,234" are)."""
     given = (extract_xml_answer(c[0]["content"]) for c in completions)
-    return [0.5 if re.fullmatch(r"-?(\d{1,3}(,\d{3})+|\d+)", g, re.ASCII) else 0.0 for g in given]
+    return [0.5 if INTEGER.fullmatch(g) else 0.0 for g in given]
 
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")

@@ -6,6 +6,7 @@ docs/rewards.md says which answers are the same, and why.
 import dataclasses
 import functools
 import math
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ LONGEST = 1000  # characters that math-verify is to read: its time grows with th
 # Decimals agree to six places; small numbers, and large ones that are rounded, to six digits.
 PLACES, DIGITS = Fraction(5, 10**7), Fraction(5, 10**6)
 SMALL, LARGE = Fraction(1, 1000), Fraction(10**15)
+BOUND = re.compile(r"\s*(?:[<>]|\\(?:[lg]eq?|[lg]t|neq?)\b)")  # math-verify drops it
 DEEPEST = 20  # brackets within brackets
 FARTHEST = "1e400"  # size of the numbers that are compared here
 NOT_COMPUTED = (
@@ -85,7 +87,7 @@ def read(text: str) -> Reading:
 
 def parsed(formula: str) -> tuple[Expression, ...]:
     """As math-verify reads it: in a box, it takes all of it for the formula."""
-    if nested(formula) > DEEPEST:
+    if nested(formula) > DEEPEST or BOUND.match(formula):
         return ()
     text = formula if "\\boxed" in formula else f"\\boxed{{{formula}}}"
     return tuple(import_math_verify().parse(text, parsing_timeout=time_limit()))

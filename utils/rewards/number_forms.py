@@ -32,11 +32,12 @@ FRAMES = (
 )
 MARKS = (
     re.compile(r"(?P<mark>\*{1,3}|_{1,3}|`{1,3})(?P<inside>[^*_`]+)(?P=mark)"),
-    re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|mbox)\{(?P<inside>[^{}]+)\}"),
+    re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|mbox|underline)\{(?P<inside>[^{}]+)\}"),
     re.compile(r"\{(?P<inside>[^{}]+)\}"),
 )
 
 NAME = re.compile(r"(?P<name>\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'?(?:\(\w\))?)\s*:?=\s*(?![=<>])")
+BACKWARDS = re.compile(r"(?P<number>[^=<>:!]+?)\s*=\s*(?P<name>[A-Za-z])")
 PERCENT = re.compile(r"\s*(?:\\,\s*)?(?:\\?%|per\s?cent|pct)$", re.IGNORECASE)
 CURRENCY = r"(?P<currency>(?:US)?\\?\$|[\u20a0-\u20c0\u00a3\u00a5])"
 BEFORE = re.compile(rf"(?P<sign>[-+]?)\s*{CURRENCY}?\s*(?P<inner>[-+]?)\s*")
@@ -156,6 +157,7 @@ def read_number(text: str) -> Quantity | None:
     text = text.removesuffix(".").strip()
     if "\n" in text:
         return None
+    text = BACKWARDS.sub(r"\g<name>=\g<number>", text) if BACKWARDS.fullmatch(text) else text
     named = NAME.match(text)
     if named:
         text = text[named.end() :]

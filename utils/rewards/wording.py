@@ -20,14 +20,16 @@ SENTENCE_END = re.compile(r"(?<=[^\s.])[.!?]\s+(?=[A-Z])|\n")
 TAG = re.compile(r"</?[A-Za-z_]+>")
 BOLD = re.compile(r"(?<![\w)*])(\*{1,3}|_{1,3})(?=[^\s*_])([^*\n]*?[^\s*])\1(?![\w(*])")
 CODE = re.compile(r"`+(?:[a-z]*\n)?([^`]*)`+")
-TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}(\^\{?\d\}?)?")
+TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|underline)\s*\{([^{}]*)\}(\^\{?\d\}?)?"
+)
 TRAILING_SPACE = re.compile(r"(?:\s|\\[,;:! ])+$")
 
 SYMBOLS = {
     "\u03c0": r"\pi ",
     "\u221e": r"\infty ",
-    "\u221a(": "sqrt(",
-    "\u221a": r"\sqrt",
+    "\u221a": "sqrt ",
+    "\u2248": r"\approx ",
     "\u00f7": "/",
     "\u2265": r"\ge ",
     "\u2264": r"\le ",
@@ -51,6 +53,8 @@ IN_LATEX = (
     (re.compile(r"(?<![\\A-Za-z])inf(?:ini)?(?:ty)?(?![A-Za-z])", re.IGNORECASE), r"\\infty "),
     (re.compile(r"(?<=[\])])\s*U\s*(?=[(\[])"), r"\\cup "),
     (re.compile(r"\\?(?<![A-Za-z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<![\\A-Za-z])sqrt\s*(\d+(?:\.\d+)?|[a-z]\b)"), r"\\sqrt{\1}"),
+    (re.compile(rf"(?<=\d)-(?!{FUNCTION}|pi\b|inf)(?=[A-Za-z]{{2}})"), " "),
     (re.compile(rf"{FUNCTION}(?=\s*[({{\d]|\s+[a-z]\b)"), r"\\\1 "),
     (re.compile(r"\b(?:minus|negative)\s+(?=\\?\$?\.?\d)", re.IGNORECASE), "-"),
     (re.compile(r"\s*\b(?:instead of|rather than)\b", re.IGNORECASE), ", not"),
