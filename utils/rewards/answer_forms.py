@@ -30,7 +30,7 @@ WORD = re.compile(r"[^\W\d_]{2,}")
 
 def form(answer: str) -> str:
     """One of FORMS."""
-    if as_number(answer):
+    if as_number(answer) is not None:
         return "number"
     if boxed(answer):
         return "boxed"
@@ -88,8 +88,7 @@ def unread_exactly(answers: Sequence[str], names: Sequence[str], advice: str) ->
 
 
 def unread_by_math(answers: Sequence[str]) -> Iterator[str]:
-    different = [answer for answer in {*answers} if not as_number(answer)]
-    different.sort(key=answers.index)
+    different = [answer for answer in dict.fromkeys(answers) if as_number(answer) is None]
     some = different[:: max(1, len(different) // LOOKED_AT)][:LOOKED_AT]
     unread = [a for a in some if len(a) > LONGEST or not read(a).readable]
     if unread:
