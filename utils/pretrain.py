@@ -155,7 +155,7 @@ class PretrainConfig:
     resume: str = "auto"
     """auto: the newest checkpoint in out_dir, if there is one; none; or a checkpoint folder."""
     overwrite: bool = False
-    """Ours: delete what an earlier run left in out_dir."""
+    """Ours: replace what an earlier run left in out_dir; in a file, only a run on the same data."""
     seed: int = 42
     """Seed of fresh weights and of the order of the data."""
     compile: bool = True

@@ -264,22 +264,13 @@ def open_run(
     """
     config, folder, log = run.args, run.folder, run.log.path
     stays = resume_from is not None and in_folder(resume_from, folder)
-    if not stays:
-        consent.refuse_without(run.command, config, made_of)
-    shown = Path(config.output_dir)
-    claim(folder, overwrite=config.overwrite and not stays, lock=lock, shown=shown)
-    clear_leftovers(folder, resume_from, run.state.step)
-    if stays:
-        drop_replaced(folder)
+    take_over(run, made_of, lock, resume_from if stays else None)
     provenance = {**runtime.provenance(repo), "seed": config.seed, **made_of}
     if resume_from is not None:
         provenance["resumed"] = resumptions(run, resume_from)
-        if not log.exists() and (resume_from.parent / LOG).exists():
-            shutil.copy(resume_from.parent / LOG, log)  # from another output_dir
+        bring_log(resume_from.parent / LOG, log)
     else:
         seed_random_states(config.seed)
-    if not stays:
-        keep_damaged(log)
     rewind_log(log, run.state.log_bytes if run.between else 0)
     records = without_torn_line(log, run.state.update_step) if log.exists() else None
     if stays:
@@ -288,6 +279,26 @@ def open_run(
         keep_damaged(folder / name)
         write_json(folder / name, value)
     return records or []
+
+
+def bring_log(theirs: Path, log: Path) -> None:
+    """Of a checkpoint in another output_dir."""
+    if theirs.exists() and not log.exists():
+        shutil.copy(theirs, log)
+
+
+def take_over(run: Run, made_of: Mapping[str, object], lock: RunLock, goes_on: Path | None) -> None:
+    """Claim the folder, in which a run is gone on with (from a checkpoint there) or replaced."""
+    config, folder = run.args, run.folder
+    if goes_on is None:
+        consent.refuse_without(run.command, config, made_of)
+    shown = Path(config.output_dir)
+    claim(folder, overwrite=config.overwrite and goes_on is None, lock=lock, shown=shown)
+    clear_leftovers(folder, goes_on, run.state.step)
+    if goes_on is not None:
+        drop_replaced(folder)
+    else:
+        keep_damaged(run.log.path)
 
 
 def keep_damaged(path: Path) -> None:

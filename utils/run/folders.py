@@ -265,12 +265,16 @@ def prune(output_dir: Path, limit: int, max_gb: float = 0.0) -> None:
     while len(folders) > 1 and (
         (limit and len(folders) > limit) or (max_gb and sum(sizes) > max_gb * 1e9)
     ):
-        oldest = folders.pop(0)
         sizes.pop(0)
-        try:
-            remove(oldest if oldest.is_symlink() else oldest.rename(hidden(oldest, "pruned")))
-        except OSError as error:  # no reason to end a run
-            say(f"warning   {oldest} cannot be deleted: {error.strerror or error}")
+        delete(folders.pop(0))
+
+
+def delete(folder: Path) -> None:
+    """A checkpoint; that it cannot be deleted is no reason to end a run."""
+    try:
+        remove(folder if folder.is_symlink() else folder.rename(hidden(folder, "pruned")))
+    except OSError as error:
+        say(f"warning   {folder} cannot be deleted: {error.strerror or error}")
 
 
 def may_go(folder: Path) -> bool:

@@ -209,8 +209,12 @@ def remains(output_dir: Path) -> list[Path]:
     """
     found = of_runs(output_dir)
     ours = {path for path in found if known(path)}
-    also = {p for p in found if empty(p) or (is_folder(p.name) and damaged(p))} if ours else set()
-    return [path for path in found if path in ours or path in also]
+    return [path for path in found if path in ours or (ours and is_left_over(path))]
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether something unknown is a run's, where there is one."""
+    return empty(path) or (is_folder(path.name) and damaged(path))
 
 
 def obstacles(output_dir: Path, names: set[str]) -> Iterator[tuple[Path, str]]:
@@ -227,12 +231,18 @@ def obstacle(path: Path, ours: bool) -> str:
     """Why a run cannot write at a place, empty where it can."""
     if path.is_symlink() and not path.exists():
         return f"is a link that leads nowhere ({os.path.realpath(path)})"
-    if is_folder(path.name) and not path.is_dir():
-        return "is not a folder, which a run makes of that name"
-    if not is_folder(path.name) and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no ordinary file"
-        return f"is {kind}, and a run writes a file of that name"
     rights = os.R_OK | os.W_OK | (os.X_OK if path.is_dir() else 0)
+    if why := wrong_kind(path):
+        return why
     if not os.access(path, rights):
         return "cannot be read and written (its permissions)"
     return "" if ours or empty(path) else "is not what a run writes there"
+
+
+def wrong_kind(path: Path) -> str:
+    if is_folder(path.name):
+        return "" if path.is_dir() else "is not a folder, which a run makes of that name"
+    if path.is_file():
+        return ""
+    kind = "a folder" if path.is_dir() else "no ordinary file"
+    return f"is {kind}, and a run writes a file of that name"

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Protocol
@@ -210,19 +210,22 @@ def rewind(output_dir: Path, records: list[Record] | None, last: int) -> None:
         return left[update, split] >= 0
 
     for path in (output_dir / "metrics.csv", output_dir / "metrics_eval.csv"):
-        if not (path.is_file() and first_line(path).startswith("update,")):
-            continue
-        path = Path(os.path.realpath(path))  # a link stays one
-        with _CSVFile(path).open() as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or []
-        kept = [r for r in rows if stays(r.get("update") or "", r.get("split") or "")]
-        partial = path.with_suffix(".csv.partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(kept)
-        partial.replace(path)
+        if path.is_file() and first_line(path).startswith("update,"):
+            keep_rows(Path(os.path.realpath(path)), stays)  # a link stays one
+
+
+def keep_rows(path: Path, stays: Callable[[str, str], bool]) -> None:
+    """Rewrite a file with the rows whose update and split stay."""
+    with _CSVFile(path).open() as file:
+        reader = csv.DictReader(file)
+        rows, columns = list(reader), reader.fieldnames or []
+    kept = [r for r in rows if stays(r.get("update") or "", r.get("split") or "")]
+    partial = path.with_suffix(".csv.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept)
+    partial.replace(path)
 
 
 class TensorBoardTracker:

@@ -58,10 +58,11 @@ class RunSettings:
     run_name: str = "Qwen-1.5B-MLX-GRPO-gsm8k"
     """Name of the run in logs and trackers."""
     resume: str = ""
-    """auto continues output_dir's newest whole checkpoint (or starts); or a checkpoint's folder, or
-    its name there."""
+    """auto continues output_dir's newest whole checkpoint (or starts, which is said); or a
+    checkpoint's folder, or its name there."""
     overwrite: bool = False
-    """Replace a run that output_dir already holds."""
+    """Replace a run that output_dir already holds. In a settings file, only one that was made of
+    the same data and model; typed with --set, any."""
     max_hours: float = 0.0
     """Stop cleanly after so many hours; 0 never."""
 
