@@ -393,8 +393,9 @@ def clear_leftovers(output_dir: Path, resume_from: Path | None, step: int) -> No
                 remove(path)
     if resume_from is None:
         return
-    with contextlib.suppress(FileNotFoundError):
-        (output_dir / "final" / ENDED).unlink()
+    ended = output_dir / "final" / ENDED
+    if ended.is_file():
+        ended.unlink()
     for folder in found(output_dir) if in_folder(resume_from, output_dir) else []:
         if int(folder.name[11:]) > step:  # the other may have been renamed
             aside = free_name(folder.with_name(f"{folder.name}.abandoned"))
