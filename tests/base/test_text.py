@@ -1,7 +1,11 @@
 """Passwords and tokens reach no output, no log, no tracker and no file of a run."""
 
+import base64
+import html
 import importlib.util
 import json
+import re
+import urllib.parse
 from types import SimpleNamespace
 
 import pytest
@@ -145,3 +149,151 @@ def test_values_with_secret_names_are_hidden_but_names_of_variables_are_not():
         **{"api_key": "***", "api_key_env": "OPENAI_API_KEY", "max_tokens": 5},
         "list": ["https://***@host.example/reward?name=x&api_key=***"],
     }
+
+
+AWKWARD = "k/e y+'\"é\\n1=23&x"
+FORMS = {
+    "plain": str,
+    "repr": repr,
+    "repr-of-repr": lambda text: repr(repr(text)),
+    "bytes": lambda text: repr(text.encode()),
+    "json": json.dumps,
+    "json-of-json": lambda text: json.dumps(json.dumps(text)),
+    "unicode-json": lambda text: json.dumps(text, ensure_ascii=False),
+    "path": urllib.parse.quote,
+    "parameter": lambda text: urllib.parse.quote(text, safe=""),
+    "form": urllib.parse.quote_plus,
+    "lower-case": lambda text: urllib.parse.quote(text, safe="").replace("%2F", "%2f"),
+    "twice": lambda text: urllib.parse.quote(urllib.parse.quote(text, safe="")),
+    "html": html.escape,
+    "hex": lambda text: text.encode().hex(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_secret_is_hidden_however_it_is_written(form):
+    written = FORMS[form](AWKWARD)
+    told = text.redact(f"no answer from http://host/a/{written}/b", [AWKWARD])
+    assert AWKWARD[:3] not in told
+    assert "23" not in told
+    assert told.startswith("no answer from http://host/a/")
+    assert told.endswith("/b")
+    assert "***" in told
+
+
+@pytest.mark.parametrize("before", ["", "a", "ab", "anna:", "anna1:"])
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
+def test_a_secret_is_hidden_in_base64(before, encode):
+    """Of basic authentication: whatever stands before it and behind it."""
+    secret = "pa?ss~wo>rd"
+    for after in ("", "x", "yz"):
+        encoded = encode((before + secret + after).encode()).decode()
+        told = text.redact(f"header {encoded} sent", [secret])
+        left = told.removeprefix("header ").removesuffix(" sent").split("***")
+        assert len(left) == 2
+        assert all(len(part) <= len(before) * 4 / 3 + 6 for part in left)
+    assert text.redact("Authorization: Basic YTpi") == "Authorization: Basic ***"
+    assert text.redact("{'Authorization': 'Basic YTpi'}") == "{'Authorization': 'Basic ***'}"
+
+
+def test_of_secrets_that_begin_alike_none_shows(monkeypatch):
+    secrets = ["abcdefgh", "abcdefgh-and-more", "abcdefgh-and-more/still"]
+    for order in (secrets, secrets[::-1]):
+        assert text.redact(" ".join(secrets), order) == "*** *** ***"
+    for name, value in zip(("A_KEY", "B_KEY", "C_TOKEN"), secrets, strict=True):
+        monkeypatch.setenv(name, value)
+    assert text.redact(f"x{secrets[2]}y {urllib.parse.quote(secrets[2], safe='')}") == "x***y ***"
+
+
+def test_short_secrets_are_hidden_as_words_and_an_empty_one_nowhere():
+    text.keep_secret("")
+    text.keep_secret("q7Z")
+    assert text.redact("/q7Z/get?k=q7Z&x=%2Fq7Z, not aq7Zb") == "/***/get?k=***&x=%2F***, not aq7Zb"
+    text._secrets.discard("q7Z")
+    assert text.redact("ordinary text", [""]) == "ordinary text"
+
+
+def test_a_secret_whose_variable_is_gone_stays_hidden(monkeypatch):
+    monkeypatch.setenv("OLD_TOKEN", "value-of-old-token")
+    text.redact("anything")
+    monkeypatch.delenv("OLD_TOKEN")
+    assert text.redact("was value-of-old-token") == "was ***"
+
+
+def test_names_and_headers_that_say_it():
+    assert text.redact("{'x-api-key': 'abc', 'n': 'abc'}") == "{'x-api-key': '***', 'n': 'abc'}"
+    assert (
+        text.redact("Client(api_key='abc', max_tokens=5)") == "Client(api_key='***', max_tokens=5)"
+    )
+    value = {"headers": {"Authorization": "abc", "Cookie": ["a"]}, "password": 12345, "auth": True}
+    assert text.redacted(value) == {
+        **{"headers": {"Authorization": "***", "Cookie": ["***"]}, "password": "***"},
+        "auth": True,
+    }
+    assert text.redacted({URL: {"x": 1}}) == {text.redact(URL): {"x": 1}}
+
+
+# What a terminal obeys.
+
+OBEYED = {
+    "clipboard": "\x1b]52;c;ZXZpbA==\x07",
+    "title": "\x1b]0;evil\x1b\\",
+    "clear": "\x1b[2J\x1b[H",
+    "c1": "\x9b2J\x9d0;x\x9c\x90q\x85",
+    "line": "real\rfake",
+    "backspace": "bad\x08\x08\x08",
+    "bell": "\a\x0e\x0f\x0b\x0c\x7f\0",
+    "bidi": "\u202eabc\u202c\u2066x\u2069\u202d",
+}
+COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+@pytest.mark.parametrize("kind", OBEYED)
+def test_what_a_terminal_obeys_is_shown(kind):
+    given = OBEYED[kind]
+    told = text.visible(f"a\n\tb {given} c")
+    assert not COMMANDING.search(told)
+    assert told.startswith("a\n\tb ")
+    assert "\\" in told
+    line = text.json_line({"text": given})
+    assert not COMMANDING.search(line)
+    assert json.loads(line) == {"text": given}, "the data are the same"
+
+
+def test_ordinary_text_stays_as_it_is():
+    for given in ("a\n\n\tb", "naïve 数学 \u05d0\u05d1 ✓ 👍🏽 \u200e", "\\x1b[2J as text"):
+        assert text.visible(given) == given
+    assert text.visible("of Windows\r\nlines\r\n") == "of Windows\nlines\n"
+
+
+EVIL_REWARD = """
+def tells(completion_ids, question, log_extra, **_):
+    log_extra("a \\x1b[2J column", [{question[0]: "\\x9b"}] * len(question))
+    return [float(sum(ids) % 101) for ids in completion_ids]
+
+def fails(completions, question, **_):
+    raise ValueError("it was " + question[0])
+"""
+
+
+def test_a_run_shows_what_a_terminal_would_obey(run, tmp_path):
+    """Of questions, answers, columns, file names, settings and errors; files hold it as it is."""
+    every = "".join(OBEYED.values())
+    (tmp_path / "mine.py").write_text(EVIL_REWARD)
+    rows = [{"question": f"Q {every} {n}?", "answer": f"{every}{n}"} for n in range(8)]
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evil = every.replace("\0", "")
+    shown, _ = run(reward_funcs=["mine.py:tells"], run_name=evil, closing_note=evil)
+    assert shown.returncode == 0
+    assert r"a \x1b[2J column: {'Q \x1b]52" in shown.stdout
+    planned, _ = run("--dry-run", closing_note=evil)
+    failed, _ = run("--debug", reward_funcs=["mine.py:fails"], overwrite=True)
+    assert "it was Q " in failed.stderr
+    refused, _ = run(dataset=f"no{evil}where.jsonl")
+    unknown, _ = run(**{"reward_funcs": [f"mine.py:{evil}"]})
+    for done, code in ((planned, 0), (failed, 1), (refused, 2), (unknown, 2)):
+        assert done.returncode == code, done.stderr
+    for done in (shown, planned, failed, refused, unknown):
+        assert not COMMANDING.search(done.stdout + done.stderr)

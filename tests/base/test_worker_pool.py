@@ -1,6 +1,10 @@
 """Processes that answer one question at a time: prepared once, ended when they hang, made anew."""
 
+import subprocess
+import time
+
 import pytest
+from fuzz import time_limit
 
 from utils.base.worker_pool import Ended, Pool
 
@@ -12,6 +16,10 @@ seen = []
 while True:
     task = connection.recv()
     seen.append(task)
+    if task.get("child"):
+        import subprocess
+        child = subprocess.Popen(["sleep", "600"])
+        open(task["child"], "w").write(str(child.pid))
     if task.get("hang"):
         time.sleep(100)
     if task.get("exit"):
@@ -56,3 +64,24 @@ def test_work_after_a_stop_starts_new_processes(pool):
     first = ask(pool)
     pool.stop()
     assert ask(pool)[0] != first[0]
+
+
+@pytest.mark.parametrize("how", ["in-time", "all"])
+def test_what_a_worker_started_ends_with_it(pool, tmp_path, how):
+    path = tmp_path / "pid"
+    if how == "in-time":
+        with pytest.raises(TimeoutError):
+            ask(pool, timeout=1.0, child=str(path), hang=True)
+    else:
+        ask(pool, child=str(path))
+        pool.stop()
+    pid = int(path.read_text())
+    with time_limit(60):
+        while is_running(pid):
+            time.sleep(0.01)
+
+
+def is_running(pid):
+    """Not as a zombie, which is left where nobody asks for its exit code."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return state.stdout.strip()[:1] not in ("", "Z")

@@ -657,3 +657,32 @@ def test_a_final_on_another_disk_is_asked_as_its_run_did(tmp_path):
     record.write_text('{"system_prompt": "Be brief."}')
     found, source = inference.settings_of_run(str(tmp_path / "out" / "final"))
     assert (found, source) == ({"system_prompt": "Be brief."}, record)
+
+
+EVIL = "\x1b]52;c;ZXZpbA==\x07 \x9b2J\u202e\b\r"
+SHOWN = r"\x1b]52;c;ZXZpbA==\x07 \x9b2J\u202e\x08\r"
+
+
+@pytest.mark.parametrize("how", [["--stream", "Hello"], ["Hello"], ["--chat"]])
+def test_what_a_model_says_is_shown_and_not_obeyed(ask, monkeypatch, how):
+    """In a conversation too, where it is said again; lines and tabs stay."""
+    monkeypatch.setattr(inference.Generator, "stream", lambda *_: iter(["a\n\tb", EVIL, "c"]))
+    typed = f"{EVIL.strip()}\n/history\n/quit\n"
+    monkeypatch.setattr(inference.Chat, "trimmable", lambda _: False)
+    code, out, err = ask("--model", TINY, *how, stdin=typed)
+    assert code == 0, err
+    assert f"a\n\tb{SHOWN}c\n" in out
+    if how == ["--chat"]:
+        assert f"[assistant] a\n\tb{SHOWN}c" in err
+    assert not set(EVIL) - set(" ;]25bcJZXpA=") & set(out + err)
+
+
+def test_lines_of_a_batch_hold_the_data_as_they_are(ask, monkeypatch, tmp_path):
+    """On the terminal as well: what it would obey is an escape of JSON's."""
+    row = {"prompt": f"What {EVIL}?", "a \x9b column": EVIL}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    code, out, err = ask("--model", TINY, "--batch", path, "--max-tokens", 2)
+    assert code == 0, err
+    assert row.items() <= json.loads(out).items()
+    assert not {"\x1b", "\x9b", "\x07", "\u202e", "\b", "\r"} & set(out)

@@ -1,15 +1,16 @@
 """TRL's interface for reward functions, and group advantages."""
 
 import asyncio
+import copy
 import math
 
 import numpy as np
 import pytest
-from helpers import completion, make_config, make_trainer
+from helpers import completion, make_config, make_trainer, snapshot
 
 from utils.base.errors import RunError, UserError
+from utils.rewards import by_name, importing
 from utils.rewards import calls as reward_calls
-from utils.rewards import importing
 
 PERFECT = "<reasoning>\nthree\ntimes four\n</reasoning>\n<answer>\n12\n</answer>"
 
@@ -20,6 +21,7 @@ TRL_STYLE = '''
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 from dataclasses import dataclass
 
@@ -284,3 +286,80 @@ def test_the_default_set_and_the_names_of_the_settings(grpo, model_dir, data_dir
     totals, values = trainer.compute_rewards(rows, [completion([5], text=right)])
     assert totals.tolist() == [3.5]
     assert list(values) == config.reward_funcs
+
+
+def spoils(**columns):
+    """Changes all that it gets, as deep as it goes."""
+
+    def spoil(value):
+        for part in value.values() if isinstance(value, dict) else value:
+            if isinstance(part, list | dict):
+                spoil(part)
+        value.clear()
+
+    count = len(columns["completions"])
+    for value in columns.values():
+        if isinstance(value, list):
+            spoil(value)
+    return [float(n) for n in range(count)]
+
+
+async def spoils_later(**columns):
+    return spoils(**columns)
+
+
+@pytest.mark.parametrize("spoiler", [spoils, spoils_later])
+def test_what_a_function_changes_is_its_own(model_dir, data_dir, tmp_path, spoiler):
+    """Neither trained on, nor seen by the next function, the next update or the log."""
+    seen = []
+
+    def sees(**columns):
+        seen.append(copy.deepcopy({n: v for n, v in columns.items() if isinstance(v, list)}))
+        return [0.0] * len(columns["completions"])
+
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o")
+    for row in trainer.train_dataset:
+        row["tests"] = [{"in": [1, 2], "out": {"is": ["3"]}}]
+    completions = trainer.generate_responses([0, 1])
+    rows = [trainer.train_dataset[n] for n in (0, 1) for _ in range(4)]
+    before = copy.deepcopy((rows, completions))
+    for functions in ({"sees": sees}, {"spoils": spoiler, "sees": sees}):
+        trainer.reward_funcs = functions
+        trainer.compute_rewards(rows, completions)
+    assert (rows, completions) == before
+    assert seen[0] == seen[1]
+    assert seen[0]["completion_ids"] == [c.sampled_ids for c in completions]
+    assert seen[0]["tests"][7] == [{"in": [1, 2], "out": {"is": ["3"]}}]
+
+
+def test_training_is_on_the_tokens_that_were_sampled(model_dir, data_dir, tmp_path):
+    def reverses(completion_ids, completions, prompts, **_):
+        values = [float(sum(n * i for n, i in enumerate(ids)) % 101) for ids in completion_ids]
+        for ids in completion_ids:
+            ids.reverse()
+        completions.reverse()
+        prompts.clear()
+        return values
+
+    def leaves_alone(completion_ids, **_):
+        return [float(sum(n * i for n, i in enumerate(ids)) % 101) for ids in completion_ids]
+
+    trained = []
+    for number, function in enumerate((reverses, leaves_alone)):
+        trainer = make_trainer(model_dir, data_dir, tmp_path / f"o{number}", function)
+        trainer.train_step([0, 1])
+        trainer.train_step([2, 3])
+        trained.append(snapshot(trainer))
+    assert trained[0] == trained[1]
+
+
+def test_parameters_that_a_function_changes_are_not_those_of_the_run(tmp_path, grpo):
+    """They stand in the checkpoint: a run whose settings differ is not gone on with."""
+    path = tmp_path / "mine.py"
+    path.write_text("def f(completions, words=(), **_):\n    words.append(1)\n    return [0.0]\n")
+    config = grpo.MLXGRPOConfig(reward_funcs=["int", f"{path}:f"])
+    config.reward_kwargs = {f"{path}:f": {"words": ["a"]}}
+    path.write_text(path.read_text().replace("words=()", "words=[]"))
+    function = by_name.load_rewards(config, grpo.REWARDS)[f"{path}:f"]
+    call(function, ["x"])
+    assert config.reward_kwargs == {f"{path}:f": {"words": ["a"]}}

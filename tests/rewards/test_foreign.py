@@ -32,7 +32,7 @@ from helpers import (
 from utils.base.errors import RunError, Signalled, UserError
 from utils.rewards import by_name, event_loop, foreign, importing
 from utils.rewards.calls import RewardCalls
-from utils.run import folders
+from utils.run import folders, lock
 
 
 def call(function, timeout=20.0, count=1):
@@ -547,6 +547,19 @@ def test_random_numbers_that_a_function_draws_or_seeds_change_nothing(
     run_training(*where, other, prepared(draws, stop_after(1)), **settings)
     _, resumed = run_training(*where, other, prepared(seeds), **settings, resume="auto")
     assert snapshot(resumed) == snapshot(whole)
+
+
+def test_a_child_that_leaves_the_lock_behind_does_not_delete_it(tmp_path):
+    """Whatever else forks: the lock is its process's."""
+    with lock.RunLock(tmp_path) as held:
+        held.claim()
+        pid = os.fork()
+        if not pid:
+            held.__exit__()
+            foreign.leave_process(0)
+        ends(pid, 0)
+        assert held.path.exists()
+    assert not held.path.exists()
 
 
 def test_threads_that_never_end_do_not_keep_the_program(tmp_path):

@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 import types
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from helpers import make_config, make_trainer, read_log, run_training
 
 from utils.base.errors import RunError, UserError
+from utils.base.text import redact
 from utils.rewards import by_name
 from utils.rewards import calls as reward_calls
 from utils.rewards import servers as remote_rewards
@@ -550,3 +552,22 @@ def test_a_model_behind_mlx_lm_server_judges(mlx_server, model_dir, data_dir, tm
     (record,) = trainer.train_step([0, 1])
     assert record["reward/judge"] == pytest.approx(0.7)
     assert record["metric/judge_without_grade"] == 0
+
+
+def test_a_key_in_the_path_is_hidden_in_every_message(serve, monkeypatch):
+    """The server says it as it got it, percent-encoded, and so do the library's own errors."""
+    key = "s3cr/t k+y"
+    monkeypatch.setenv("RM_KEY", key)
+    monkeypatch.setenv("RM_OTHER", key[:6])  # the other one begins with it
+    server = serve(lambda body: (400, f"no {server.heads[-1][0]} {key!r}".encode()))
+    answering = f"http://{server.address}/a/${{RM_KEY}}/b?z=$RM_OTHER"
+    for url in (answering, "http://127.0.0.1:1/$RM_KEY"):
+        with pytest.raises(RunError) as caught:
+            ask([url], retries=0)
+        told = str(caught.value)
+        assert "$" in told, "variables stand by their names"
+        for part in ("s3cr", "k+y", "k%2By", "t k", "t%20k"):
+            assert part not in told
+        assert (
+            redact(f"http://h/{urllib.parse.quote(key, safe='')}/x {key}") == "http://h/***/x ***"
+        )

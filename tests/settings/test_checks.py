@@ -1,7 +1,12 @@
 """Settings that are out of range, contradict each other, or would do nothing are refused."""
 
+import math
+
 import pytest
 from helpers import assert_names
+
+from utils.base.errors import UserError
+from utils.settings import reading
 
 SETTINGS = [
     # out of range
@@ -26,6 +31,14 @@ SETTINGS = [
     ("reward_funcs=[]", "reward_funcs is empty: nothing would be learned"),
     ("reward_funcs=int,int", "reward_funcs names a function twice"),
     ("reward_weights=1,2", "reward_weights has 2 values for 4 reward_funcs: give each"),
+    ("reward_weights=[nan, 1, 1, 1]", "reward_weights = [nan, 1, 1, 1] must hold finite numbers"),
+    ("reward_weights=1,1,-inf,1", "reward_weights = [1.0, 1.0, -inf, 1.0] must hold finite"),
+    ("reward_weights=[1e999, 1]", "must hold finite numbers: neither nan nor inf"),
+    (
+        "reward_kwargs={int = {list = [{deep = nan}]}}",
+        "reward_kwargs = {'int': {'list': [{'deep': nan}]}} must hold finite numbers",
+    ),
+    ("chat_template_kwargs={a = -inf}", "chat_template_kwargs = {'a': -inf} must hold finite"),
     ("reward_weights=1", "reward_weights has 1 value for 4 reward_funcs"),
     ("eval_metric=accuracy", "eval_metric = 'accuracy' is neither em nor one of reward_funcs"),
     ("stop_strings=['']", "stop_strings holds an empty string"),
@@ -119,3 +132,21 @@ OBJECTIVES = [
 def test_an_objective_that_makes_no_sense(refused, overrides, complaint):
     words = [word for override in overrides.split() for word in ("--set", override)]
     assert_names(refused(*words, quantize_for_rollouts=True), complaint)
+
+
+def test_no_setting_takes_a_number_that_is_none(grpo):
+    """Whatever way it comes: all that are numbers, and all that hold some."""
+    defaults, refused_ones = grpo.MLXGRPOConfig(), 0
+    for name, kind in reading.types_of(grpo.MLXGRPOConfig).items():
+        value = getattr(defaults, name)
+        for none in (math.nan, math.inf, -math.inf):
+            if kind is float:
+                given = none
+            elif kind is int or not isinstance(value, list | dict):
+                continue
+            else:
+                given = [none] if isinstance(value, list) else {"deep": [{"down": none}]}
+            with pytest.raises(UserError, match=name):
+                grpo.MLXGRPOConfig(**{name: given})
+            refused_ones += 1
+    assert refused_ones >= 3 * 30

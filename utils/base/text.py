@@ -108,8 +108,11 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and SECRET_VARIABLE.search(name):
             _secrets.add(value)
-    if every := frozenset(filter(None, {*_secrets, *secrets})):
-        text = _any_of(every).sub(HIDDEN, text)
+    # `secrets` are of a text in which they are to be expected: there they count inside words too.
+    every = {(secret, len(secret) < SHORTEST) for secret in _secrets}
+    every |= {(secret, len(secret) < 4) for secret in secrets if secret}
+    if every:
+        text = _any_of(frozenset(every)).sub(HIDDEN, text)
     text = USER_INFO.sub(HIDDEN, text)
     text = PARAMETER.sub(_parameter, text)
     text = BASIC.sub(rf"\1 {HIDDEN}", QUOTED.sub(rf"\1\2\3{HIDDEN}", text))
@@ -117,19 +120,20 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _any_of(secrets: frozenset[str]) -> re.Pattern[str]:
-    """Finds each secret in any form; a longer one before one that it begins with."""
-    longest_first = sorted(secrets, key=lambda secret: (-len(secret), secret))
-    return re.compile("|".join(form for secret in longest_first for form in _forms(secret)))
+def _any_of(secrets: frozenset[tuple[str, bool]]) -> re.Pattern[str]:
+    """Finds each (secret, only as a whole word) in any form; a longer one before its beginning."""
+    longest_first = sorted(secrets, key=lambda pair: (-len(pair[0]), *pair))
+    return re.compile("|".join(form for pair in longest_first for form in _forms(*pair)))
 
 
-def _forms(secret: str) -> list[str]:
+def _forms(secret: str, whole_word: bool) -> list[str]:
     """Patterns of a secret as it is, with any of its characters escaped, and in base64 and hex."""
     plain = "".join(map(_character, secret))
-    if len(secret) < SHORTEST:  # not in the middle of a word
-        return [rf"(?:(?<!\w)|(?<=%[\da-fA-F]{{2}})){plain}(?!\w)"]
+    if whole_word:
+        plain = rf"(?:(?<!\w)|(?<=%[\da-fA-F]{{2}})){plain}(?!\w)"
     data = secret.encode(errors="surrogateescape")
-    return [plain, *map(_base64, _alignments(data)), f"(?i:{data.hex()})"]
+    encoded = [_base64(text) for text in _alignments(data) if len(text) >= 6]
+    return [plain, *sorted(encoded), f"(?i:{data.hex()})"] if len(data) >= 4 else [plain]
 
 
 SHORT = {"\n": "n", "\t": "t", "\r": "r"}

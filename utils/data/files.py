@@ -228,9 +228,10 @@ def check_curriculum(config: Settings, name: str, rows: list[Row]) -> None:
         if column not in row:
             raise UserError(f"{where}: no column {column!r} for curriculum = {config.curriculum}")
         make_number(row, column)
-        if not (isinstance(row[column], float) and least <= row[column] < math.inf):
+        value = row[column]
+        if not (isinstance(value, float) and math.isfinite(value) and value >= least):
             kind = "at least 0" if least == 0 else "finite"
-            raise UserError(f"{where}: {column} = {shown(row[column])} must be a number, {kind}")
+            raise UserError(f"{where}: {column} = {shown(value)} must be a number, {kind}")
     if not any(row[column] for row in rows) and config.curriculum == "weights":
         raise UserError(f"data set {config.dataset} ({name}): every {column} is 0")
 

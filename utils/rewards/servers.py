@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..base.errors import RunError, UserError
-from ..base.text import Json, filled, shown, without_secrets
+from ..base.text import Json, filled, keep_secret, redact, shown, without_secrets
 
 if TYPE_CHECKING:
     import httpx2
@@ -53,12 +53,15 @@ class Endpoint:
         if retries < 0 or backoff < 0:
             raise UserError(f"retries = {retries} and backoff = {backoff} must be at least 0")
         self.secrets = [s for url in self.urls for s in secrets_of(url)]
-        self.secrets += [os.environ[name] for url in urls for name in VARIABLE.findall(url)]
+        filled_in = [os.environ[name] for url in urls for name in VARIABLE.findall(url)]
         self.headers = {}
         if api_key_env:
             key = key_of(api_key_env)
             self.headers["Authorization"] = f"Bearer {key}"
-            self.secrets.append(key)
+            filled_in.append(key)
+        self.secrets += filled_in
+        for secret in filled_in:
+            keep_secret(secret)  # wherever else it might be said
         self.loop: asyncio.AbstractEventLoop | None = None
 
     async def post(self, body: Body, first: int = 0) -> tuple[Json, str]:
@@ -94,11 +97,11 @@ class Endpoint:
         except httpx2.TransportError as error:
             return None, self.hidden(f"{type(error).__name__}: {error}")
         if response.status_code in RETRIED:
-            return None, f"status {response.status_code}: {self.hidden(response.text[:200])!r}"
+            return None, f"status {response.status_code}: {self.hidden(response.text)[:200]!r}"
         return response, ""
 
     def content(self, shown_url: str, response: "httpx2.Response") -> Json:
-        text = self.hidden(response.text[:200])
+        text = self.hidden(response.text)[:200]
         if response.status_code != 200:
             raise RunError(f"{shown_url} answered status {response.status_code}: {text!r}")
         try:
@@ -117,9 +120,7 @@ class Endpoint:
         return self.http
 
     def hidden(self, text: str) -> str:
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
+        return redact(text, self.secrets)
 
 
 def key_of(variable: str) -> str:
@@ -147,12 +148,12 @@ def checked_url(url: str) -> str:
 
 
 def secrets_of(url: str) -> list[str]:
-    """What a server's message might repeat of a URL and must not be shown, the longest first."""
+    """What a server's message might repeat of a URL and must not be shown."""
     import httpx2
 
     parts = httpx2.URL(url)
     found = {parts.userinfo.decode(), parts.password, parts.query.decode(), *parts.params.values()}
-    return sorted((text for text in found if len(text) > 2), key=len, reverse=True)
+    return [text for text in found if len(text) > 2]
 
 
 class RemoteReward:
@@ -215,7 +216,8 @@ class RemoteReward:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (is_number and abs(value) <= sys.float_info.max):
                 raise RunError(
-                    f"{where} answered {shown(value)}, not a finite number, for the completion:\n"
+                    f"{where} answered {self.endpoint.hidden(shown(value))}, not a finite number, "
+                    "for the completion:\n"
                     f"{text[:2000]}"
                 )
         return [float(value) for value in values]
@@ -303,7 +305,8 @@ class Judge:
         grades = [grade(text, self.scale) for text in said]
         if said and not any(g is not None for g in grades):
             raise RunError(
-                f"none of {len(said)} answers of the judge holds a grade: {shown(said[0])}"
+                f"none of {len(said)} answers of the judge holds a grade: "
+                f"{self.endpoint.hidden(shown(said[0]))}"
             )
         log_metric("judge_without_grade", sum(g is None for g in grades) / max(len(grades), 1))
         log_extra("judge", list(said))

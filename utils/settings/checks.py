@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from ..base.errors import UserError
 from ..base.text import counted, shown
+from .reading import refuse_infinite
 from .run_settings import Loss, Settings
 
 Complaints: TypeAlias = Iterator[tuple[str, bool]]  # what is wrong, and whether it is
@@ -375,6 +376,8 @@ def check_values(c: Settings, choices: Mapping[str, Iterable[str | int]]) -> Non
         for name in names.split():
             if not holds(getattr(c, name)):
                 raise UserError(f"{name} = {shown(getattr(c, name))} must be {rule}")
+    for name, value in vars(c).items():
+        refuse_infinite(name, value)
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             listed = ", ".join(map(str, allowed))

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import textwrap
 import tomllib
@@ -167,11 +168,14 @@ def check_type(key: str, value: object, kind: type) -> Value:
     if typing.get_origin(kind) is list:
         if not isinstance(value, list):
             raise _wrong_type(key, value, kind)
+        refuse_infinite(key, value)
         return [check_type(key, part, typing.get_args(kind)[0]) for part in value]
     if not is_plain(value):
         raise UserError(f"{key} = {shown(value)} holds something else than {PLAIN}")
     if not _is_of(value, typing.get_origin(kind) or kind):
         raise _wrong_type(key, value, kind)
+    if isinstance(value, dict):
+        refuse_infinite(key, value)
     return float(value) if kind is float and isinstance(value, int) else value
 
 
@@ -184,6 +188,25 @@ def _is_of(value: Value, kind: type) -> bool:
 
 WITH_URLS = ("remote_rm_url", "reward_kwargs")
 PLAIN = "text without NUL, numbers of up to 20 digits, true, false, lists and tables of these"
+
+
+def refuse_infinite(key: str, value: object) -> None:
+    """A list or table with a number that is none would drop a reward, or end in JSON that is none.
+
+    Raises:
+        UserError: it holds nan or inf, however deep.
+    """
+    if not is_finite(value):
+        raise UserError(f"{key} = {shown(value)} must hold finite numbers: neither nan nor inf")
+
+
+def is_finite(value: object) -> bool:
+    """Whether no number in a setting is nan or infinite."""
+    if isinstance(value, dict):
+        return all(map(is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def is_plain(value: object) -> TypeGuard[Value]:

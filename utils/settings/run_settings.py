@@ -116,7 +116,10 @@ class RunSettings:
     """Processes for own reward functions: each call gets one prompt's completions, while others are
     computed or sampled; 0: called here, with all completions of an update."""
     reward_timeout: float = 180.0
-    """Seconds for a call in a worker, an async reward function, or one request to a server."""
+    """Seconds for a call of a reward function of your own (with all completions of an update, or in
+    a worker with one prompt's), or one request to a server. A call that takes longer fails the run.
+    Python code, sleep and waiting are interrupted, even in code that catches everything; C code
+    that does not return can only be ended in a worker. Loading functions has no limit."""
     remote_rm_url: list[str] = field(default_factory=list)
     """Reward servers that the reward remote_rm asks (OpenRLHF's protocol). $NAME in a URL is an
     environment variable."""
