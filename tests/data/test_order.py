@@ -1,6 +1,7 @@
 """The order of the questions: shuffled, as they are, easy to hard, weighted, mixed."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -149,6 +150,10 @@ BAD = {
         {"curriculum": "weights", "curriculum_column": "negative"},
         "row 2: negative = -1.0 must be a number, at least 0",
     ),
+    "no end": (
+        {"curriculum": "easy_to_hard", "curriculum_column": "endless"},
+        "row 1: endless = -inf must be a number, finite",
+    ),
     "nothing but zeros": ({"curriculum": "weights", "curriculum_column": "zero"}, "every zero is"),
     "dead column": ({"curriculum_column": "zero"}, "no effect with curriculum = none"),
     "no such curriculum": ({"curriculum": "hard"}, "allowed: none, weights, easy_to_hard"),
@@ -178,7 +183,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_makes_no_sense_is_refused(grpo, model_dir, tmp_path, case):
     settings, complaint = BAD[case]
-    rows = questions("Q", 4, negative=lambda n: -n, zero=lambda n: 0, w=lambda n: n)
+    rows = questions(
+        "Q", 4, negative=lambda n: -n, zero=lambda n: 0, w=lambda n: n, endless=lambda n: -math.inf
+    )
     data = write(tmp_path / "d.jsonl", rows)
     with pytest.raises(UserError, match=complaint):
         grpo.load_questions(make_config(model_dir, data, tmp_path / "o", **settings), "train")

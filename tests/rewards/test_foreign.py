@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -61,6 +62,10 @@ def leaves_at_once(**_):
 
 def aborts(**_):
     os.abort()
+
+
+def becomes_another_program(**_):
+    os.execl("/bin/true", "true")
 
 
 def interrupts(**_):
@@ -158,6 +163,7 @@ HERE = rf" \({re.escape(__file__)}, line \d+\) for 1 completion:\n  'text 0'$"
         (leaves_in_text, rf"{TRIED}sys.exit\(\){HERE}"),
         (leaves_at_once, rf"{TRIED}os._exit\(0\){HERE}"),
         (aborts, rf"{TRIED}os.abort\(\){HERE}"),
+        (becomes_another_program, rf"{TRIED}os.execv\('/bin/true', \('true',\)\){HERE}"),
         (interrupts, rf"raised KeyboardInterrupt, as Ctrl-C does{HERE}"),
         (cancels, rf"raised CancelledError: {HERE}"),
         (leaves_in_a_pool, rf"{TRIED}sys.exit\(5\){HERE}"),
@@ -417,11 +423,22 @@ async def forks_later(**_):
         lambda **_: forks(sys.exit, 0),
         lambda **_: forks(lambda: sys.exit("so"), 1),
         lambda **_: forks(lambda: os._exit(8), 8),
+        lambda **_: forks(lambda: os.execl("/bin/sh", "sh", "-c", "exit 9"), 9),
         lambda **_: forks(fails, 1),
         lambda **_: forks_by_multiprocessing(),
         forks_later,
     ],
-    ids=["returns", "exits", "exits-well", "exits-in-words", "_exits", "fails", "mp", "async"],
+    ids=[
+        "returns",
+        "exits",
+        "exits-well",
+        "exits-in-words",
+        "_exits",
+        "execs",
+        "fails",
+        "mp",
+        "async",
+    ],
 )
 def test_a_child_ends_where_it_leaves_the_function(function):
     """With the code that its parent waits for, and without a step of what follows here."""
@@ -495,7 +512,11 @@ def test_what_is_printed_later_is_seen():
 def changes_settings(**_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     signal.alarm(1000)
+    gc.disable()
     sys.setrecursionlimit(sys.getrecursionlimit() // 2)
     warnings.simplefilter("error")
     np.seterr(all="raise")
@@ -505,9 +526,19 @@ def changes_settings(**_):
 
 def test_what_a_run_relies_on_is_put_back():
     def now():
-        handlers = [signal.getsignal(number) for number in foreign.ENDINGS]
+        handlers = [signal.getsignal(number) for number in foreign.HANDLED]
+        blocked, collects = signal.pthread_sigmask(signal.SIG_BLOCK, []), gc.isenabled()
         depth, timer = sys.getrecursionlimit(), signal.getitimer(signal.ITIMER_REAL)
-        return handlers, depth, timer, warnings.filters[:], np.geterr(), mx.default_device()
+        return (
+            handlers,
+            blocked,
+            collects,
+            depth,
+            timer,
+            warnings.filters[:],
+            np.geterr(),
+            mx.default_device(),
+        )
 
     before = now()
     assert call(changes_settings) == [1.0]

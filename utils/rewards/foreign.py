@@ -6,6 +6,7 @@ into an ordinary error, and puts back what a run relies on.
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -23,6 +24,7 @@ import numpy as np
 
 from ..base.errors import Signalled
 from ..base.say import complain
+from ..base.text import shown
 
 T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], object] | int | None
@@ -31,7 +33,8 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 ALARM = getattr(signal, "SIGURG", None)
 PATIENCE = 1.0  # seconds in which code that is over its time may end in its own way
 STUBBORN = 10  # seconds after which it is said that it can't be ended
-ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+# The first three end a run; without the others it ends at `| head`, or loses its children's codes.
+HANDLED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD]
 
 leave_process = os._exit
 """The real one: see `no_way_out`."""
@@ -42,7 +45,7 @@ class TooLong(BaseException):
 
 
 class Left(BaseException):
-    """Code called os._exit or os.abort."""
+    """Code called os._exit, os.abort or os.exec..., with these words."""
 
 
 class Misbehaved(Exception):
@@ -139,22 +142,23 @@ def end_child(parent: int, error: BaseException | None = None) -> None:
 
 
 def no_way_out() -> None:
-    """From now on os._exit and os.abort raise in this process, and work in those it forks."""
+    """From now on what ends or replaces a process raises in this one, and works in its children."""
     if os._exit is not leave_process:
         return
-    parent, abort = os.getpid(), os.abort
+    for name in ("_exit", "abort", "execv", "execve"):
+        refused = refusing(f"os.{name}", getattr(os, name), os.getpid())
+        for module in (os, sys.modules.get("posix")):
+            if module is not None:
+                setattr(module, name, refused)
 
-    def _exit(status: int) -> NoReturn:
-        if os.getpid() == parent:
-            raise Left(f"os._exit({status!r})")
-        leave_process(status)
 
-    def aborted() -> NoReturn:
-        if os.getpid() == parent:
-            raise Left("os.abort()")
-        abort()
+def refusing(name: str, real: Callable[..., NoReturn], process: int) -> Callable[..., NoReturn]:
+    def way_out(*arguments: object) -> NoReturn:
+        if os.getpid() == process:
+            raise Left(f"{name}({', '.join(map(shown, arguments))})")
+        real(*arguments)
 
-    os._exit, os.abort = _exit, aborted
+    return way_out
 
 
 @contextmanager
@@ -305,11 +309,13 @@ def kept(importing: bool = False) -> Iterator[None]:
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Handlers of the signals that end a run; meanwhile Ctrl-C raises Signalled."""
+    """Handlers of signals, which of them are blocked, and the timer that sends one; meanwhile
+    Ctrl-C raises Signalled."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in ENDINGS}
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     on_interrupt = before[signal.SIGINT]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -327,6 +333,7 @@ def handlers_kept() -> Iterator[None]:
         for number, handler in before.items():
             if signal.getsignal(number) != handler and handler is not None:
                 signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if not timer:  # one that was left running would end the process
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -380,12 +387,14 @@ def settings_kept() -> Iterator[None]:
     """Of Python, NumPy and MLX, those that would change what the run does or whether it goes on."""
     depth, errors, filters = sys.getrecursionlimit(), np.geterr(), warnings.filters[:]
     mx = sys.modules.get("mlx.core")  # not where it is not used, as in workers
-    device = mx.default_device() if mx else None
+    device, collects = mx.default_device() if mx else None, gc.isenabled()
     try:
         yield
     finally:
         if sys.getrecursionlimit() != depth:
             sys.setrecursionlimit(depth)
+        if collects:
+            gc.enable()
         if np.geterr() != errors:
             np.seterr(**errors)
         if warnings.filters[:] != filters:
