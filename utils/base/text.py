@@ -91,10 +91,9 @@ def json_line(value: Json, default: Callable[[Any], Json] | None = None) -> str:
 _secrets: set[str] = set()  # all that were seen, since a variable may go and its value be quoted
 
 
-def keep_secret(value: str) -> None:
-    """Hide this text wherever it stands from now on; a short one only where it is a whole word."""
-    if value:
-        _secrets.add(value)
+def keep_secrets(values: Iterable[str]) -> None:
+    """Hide these texts wherever they stand from now on; a short one where it is a whole word."""
+    _secrets.update(filter(None, values))
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -102,7 +101,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
     Hidden are the user part of an address, parameters with a telling name, bearer tokens, keys
     that begin as those of known services, the values of variables such as HF_TOKEN, what
-    `keep_secret` was told, and `secrets`. Of the last three also what URLs, JSON, Python's repr,
+    `keep_secrets` was told, and `secrets`. Of the last three also what URLs, JSON, Python's repr,
     HTML, base64 and hexadecimal make of them.
     """
     for name, value in os.environ.items():

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,14 +223,15 @@ def check_columns(config: Settings, name: str, rows: list[Row], start: int) -> N
 
 def check_curriculum(config: Settings, name: str, rows: list[Row]) -> None:
     """Make the column that the curriculum goes by numbers, in place."""
-    column, least = config.curriculum_column, 0 if config.curriculum == "weights" else -math.inf
+    column = config.curriculum_column
+    least = 0 if config.curriculum == "weights" else -sys.float_info.max
     for number, row in enumerate(rows, start=1):
         where = f"data set {config.dataset} ({name}), row {number}"
         if column not in row:
             raise UserError(f"{where}: no column {column!r} for curriculum = {config.curriculum}")
         make_number(row, column)
         value = row[column]
-        if not (isinstance(value, float) and math.isfinite(value) and value >= least):
+        if not (isinstance(value, float) and least <= value < math.inf):
             kind = "at least 0" if least == 0 else "finite"
             raise UserError(f"{where}: {column} = {shown(value)} must be a number, {kind}")
     if not any(row[column] for row in rows) and config.curriculum == "weights":

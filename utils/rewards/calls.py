@@ -141,14 +141,21 @@ class RewardCalls:
             done, waiting = concurrent.futures.wait(waiting, timeout=0.1, return_when=when)
             for future in done:
                 future.result()  # raises what it raised
-            for name, parts in self.parts.items():
-                now = time.monotonic()
-                if any(part.values in waiting and part.deadline < now for part in parts):
-                    raise self.given_up(name, columns)
+            if late := self.late(waiting):
+                raise self.given_up(late[0], columns)
             pulse()
         if self.loop and self.loop.failed:
             name, error = self.loop.failed
             raise of_a_task(name or next(iter(self.parts)), error, columns)
+
+    def late(self, waiting: set[Future]) -> list[str]:
+        """The functions that should have answered by now."""
+        now = time.monotonic()
+        return [
+            name
+            for name, parts in self.parts.items()
+            if any(part.values in waiting and part.deadline < now for part in parts)
+        ]
 
     def given_up(self, name: str, columns: Columns) -> RunError:
         """A coroutine is over its time and still there: it blocks, or catches the cancellation."""

@@ -236,10 +236,12 @@ class Limit:
         The timer alone would not do: other code that wants a limit sets it, and then sets it to 0.
         """
         assert ALARM is not None
-        if self.done.wait(self.seconds):
+        assert self.seconds is not None
+        if self.done.wait(self.seconds + 0.1):
             return
-        self.over = True
-        signal.pthread_kill(self.thread, ALARM)
+        if not self.over:  # else the timer has done it, and what follows that is not to be hit
+            self.over = True
+            signal.pthread_kill(self.thread, ALARM)
         if self.done.wait(PATIENCE):
             return
         self.caught = True
@@ -347,10 +349,8 @@ def streams_kept(replaced: bool) -> Iterator[None]:
         yield
     finally:
         for number, copy in spare.items():
-            if copy is not None and not is_open(number):
-                os.dup2(copy, number)
             if copy is not None:
-                os.close(copy)
+                put_back(copy, number)
         for number, (name, stream) in enumerate(before.items(), start=1):
             if stream is not None and (replaced or is_closed(getattr(sys, name))):
                 setattr(sys, name, reopened(stream, number) if is_closed(stream) else stream)
@@ -362,6 +362,13 @@ def duplicate(number: int) -> int | None:
         return os.dup(number)
     except OSError:
         return None
+
+
+def put_back(copy: int, number: int) -> None:
+    """Open a descriptor again by its duplicate, which is closed."""
+    if not is_open(number):
+        os.dup2(copy, number)
+    os.close(copy)
 
 
 def is_open(number: int) -> bool:

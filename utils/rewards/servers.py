@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..base.errors import RunError, UserError
-from ..base.text import Json, filled, keep_secret, redact, shown, without_secrets
+from ..base.text import Json, filled, keep_secrets, redact, shown, without_secrets
 
 if TYPE_CHECKING:
     import httpx2
@@ -52,16 +52,14 @@ class Endpoint:
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         if retries < 0 or backoff < 0:
             raise UserError(f"retries = {retries} and backoff = {backoff} must be at least 0")
-        self.secrets = [s for url in self.urls for s in secrets_of(url)]
         filled_in = [os.environ[name] for url in urls for name in VARIABLE.findall(url)]
         self.headers = {}
         if api_key_env:
             key = key_of(api_key_env)
             self.headers["Authorization"] = f"Bearer {key}"
             filled_in.append(key)
-        self.secrets += filled_in
-        for secret in filled_in:
-            keep_secret(secret)  # wherever else it might be said
+        self.secrets = [*filled_in, *(s for url in self.urls for s in secrets_of(url))]
+        keep_secrets(filled_in)  # wherever else they might be said
         self.loop: asyncio.AbstractEventLoop | None = None
 
     async def post(self, body: Body, first: int = 0) -> tuple[Json, str]:
