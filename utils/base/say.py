@@ -23,7 +23,7 @@ def say(text: str) -> None:
     terminal, a full disk), it is dropped.
     """
     try:
-        line = fit(text, sys.stdout)
+        line = fit(redact(text), sys.stdout)
         bars = sys.modules.get("tqdm")  # who has not imported it shows no bar
         if bars is None:
             sys.stdout.write(line + "\n")
@@ -39,22 +39,22 @@ def say(text: str) -> None:
 def complain(text: str, end: str = "\n") -> None:
     """A line on standard error: an error, or what is no result."""
     try:
-        sys.stderr.write(fit(text, sys.stderr) + end)
+        sys.stderr.write(fit(redact(text), sys.stderr) + end)
         sys.stderr.flush()
     except (OSError, ValueError):  # it has nowhere to go: the exit code says it as well
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def put(text: str, file: TextIO) -> None:
-    """Part of a text, at once: what a model says, while it says it."""
+    """Part of a result, at once: what a model says, while it says it. Nothing of it is hidden."""
     file.write(fit(text, file))
     file.flush()
 
 
 def fit(text: str, file: TextIO) -> str:
-    """For a terminal: without secrets, nothing that it obeys, only what its encoding has."""
+    """For a terminal: nothing that it obeys, and only what its encoding has."""
     encoding = file.encoding or "utf-8"
-    return visible(redact(text)).encode(encoding, "replace").decode(encoding)
+    return visible(text).encode(encoding, "replace").decode(encoding)
 
 
 as_python_does = warnings.formatwarning
