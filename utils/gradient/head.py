@@ -127,6 +127,8 @@ def _logit_gradient(
     """d log p = onehot - p and d H = -p (log p + H), both over the temperature."""
     logp = logits.astype(mx.float32) / temperature - normaliser
     p = fast.exp(logp)
+    if logits.dtype == mx.float32:  # the rounding of logp is much of 1 - p where p is nearly 1
+        p = p / p.sum(axis=-1, keepdims=True)
     gradient = d_logprob * ((columns == targets) - p)
     if d_entropy is not None and entropy is not None:
         gradient = gradient - d_entropy * p * (logp + entropy)

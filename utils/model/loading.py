@@ -253,6 +253,7 @@ def load_model(config: Settings) -> LoadedModel:
 
     from ..device import fast
     from .adapters import add_adapters, narrow_adapters
+    from .rwkv7 import make_trainable
 
     local = find_model(config.model_name, config.start)
     try:
@@ -269,6 +270,7 @@ def load_model(config: Settings) -> LoadedModel:
         raise RunError(
             f"model {config.model_name} cannot be loaded from the hub: {text}{HUB_ADVICE}"
         ) from error
+    make_trainable(model)
     train_type = choose_train_type(config, model)
     folder = folder.absolute()  # its other files are copied when the model is saved
     fingerprint = fingerprints.of_model(folder)
