@@ -102,6 +102,25 @@ def test_a_file_is_known_by_its_first_bytes_too(file, tmp_path):
     assert convert("--hf-path", blob, "--output-dir", tmp_path / "out")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: nothing was written"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+    ],
+)
+def test_an_interrupted_unpacking_leaves_nothing(
+    file, tmp_path, monkeypatch, error, expected, message
+):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(mx, "save_safetensors", fail)
+    code, _, err = convert("--hf-path", file, "--output-dir", tmp_path / "out")
+    assert (code, message in err) == (expected, True), err
+    assert nothing_left(tmp_path, [])
+
+
 def nothing_left(folder, kept):
     return sorted(path.name for path in folder.iterdir()) == sorted(kept)
 

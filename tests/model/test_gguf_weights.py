@@ -132,6 +132,30 @@ def test_mlx_packs_a_file_in_the_same_way(llama, tmp_path, kind):
         assert mx.array_equal(ours, theirs[f"blk.0.ffn_down.{part}"]), part
 
 
+@pytest.mark.parametrize("kind", ["Q2_K", "Q6_K"])
+def test_mlx_reads_the_same_numbers(llama, tmp_path, kind):
+    """Rounded to float16. Not of Q4_K, which MLX 0.32 reads wrongly."""
+    path = gguf_layout.write_gguf(tmp_path / "m.gguf", llama, "llama", kinds=lambda _: Kind[kind])
+    name = "blk.0.ffn_down.weight"
+    ours = gguf_file.unpack(gguf_file.open_gguf(path).tensors[name])
+    np.testing.assert_array_equal(ours.astype(np.float16), np.array(mx.load(str(path))[name]))
+
+
+def test_q4_k_is_read_by_its_definition():
+    """Eight groups of 32: (d x scale) x level - dmin x least, scales and leasts in 6 bits."""
+    block = gguf_layout.random_blocks(np.zeros((1, 256)), Kind.Q4_K)
+    found = gguf_file.unpack(gguf_file.Tensor(block, "Q4_K", (1, 256)))[0]
+    d, dmin = block[0, :4].copy().view(np.float16).astype(float)
+    bits, levels = block[0, 4:16].astype(int), block[0, 16:].astype(int)
+    low, middle, high = bits[:4], bits[4:8], bits[8:]
+    scales = [*(low & 63), *((high & 15) | (low >> 6 << 4))]
+    leasts = [*(middle & 63), *((high >> 4) | (middle >> 6 << 4))]
+    for group in range(8):
+        part = levels[32 * (group // 2) : 32 * (group // 2 + 1)] >> 4 * (group % 2) & 15
+        wanted = d * scales[group] * part - dmin * leasts[group]
+        np.testing.assert_array_equal(found[32 * group : 32 * group + 32], wanted)
+
+
 def test_a_mixture_packs_what_it_can_and_says_the_rest(llama, tmp_path):
     kinds = {"token_embd.weight": Kind.Q8_0, "output.weight": Kind.Q6_K}
     kinds["blk.0.ffn_up.weight"] = Kind.F16
@@ -186,27 +210,29 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 LLAMA3["original_max_position_embeddings"] = 8192
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     ("scaling", "metadata"),
     [
-        ({"rope_type": "linear", "factor": 4.0}, {"linear": None}),
+        (LINEAR, {"scaling__type": "linear", "scaling__factor": 4.0}),
+        (LINEAR, {"scale_linear": 4.0}),
         (
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-            {"yarn": 64},
+            YARN,
+            {
+                "scaling__type": "yarn",
+                "scaling__factor": 4.0,
+                "scaling__original_context_length": 64,
+            },
         ),
     ],
 )
 def test_stretched_positions_are_kept(tmp_path, scaling, metadata):
     source = gguf_layout.random_model(tmp_path / "hf", "qwen3", rope_scaling=scaling)
-    kind, original = next(iter(metadata.items()))
-    path = gguf_layout.write_gguf(
-        tmp_path / "m.gguf",
-        source,
-        "qwen3",
-        qwen3__rope__scaling__type=kind,
-        qwen3__rope__scaling__factor=4.0,
-        qwen3__rope__scaling__original_context_length=original,
-    )
+    values = {f"qwen3__rope__{key}": value for key, value in metadata.items()}
+    path = gguf_layout.write_gguf(tmp_path / "m.gguf", source, "qwen3", **values)
     np.testing.assert_array_equal(log_softmax(unpacked(path)[0]), log_softmax(source))
 
 
@@ -222,6 +248,30 @@ def test_llama_3s_stretching_is_found_again(tmp_path):
     np.testing.assert_array_equal(log_softmax(folder), log_softmax(source))
     gguf_layout.write_gguf(path, source, "llama", tensors={"rope_freqs.weight": divisors + 1})
     assert "by a rule of its own (rope_freqs.weight)" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "period"), [([True, False] * 2, 2), (3, 3), (None, 6), ([True] * 4, 5)]
+)
+def test_gemma_3_slides_as_the_file_says(tmp_path, said, period):
+    source = gguf_layout.random_model(tmp_path / "hf", "gemma3_text", layers=4)
+    values = {"gemma3__attention__sliding_window_pattern": said}
+    path = gguf_layout.write_gguf(tmp_path / "m.gguf", source, "gemma3", **values)
+    assert config_of(unpacked(path)[0])["sliding_window_pattern"] == period
+
+
+def test_layers_that_slide_without_a_period_are_refused(tmp_path):
+    source = gguf_layout.random_model(tmp_path / "hf", "gemma3_text", layers=4)
+    values = {"gemma3__attention__sliding_window_pattern": [True, False, True, True]}
+    path = gguf_layout.write_gguf(tmp_path / "m.gguf", source, "gemma3", **values)
+    assert "sliding_window_pattern follows no period" in refusal(path)
+
+
+def test_an_output_layer_of_its_own_is_refused_where_mlx_lm_has_none(tmp_path):
+    source = gguf_layout.random_model(tmp_path / "hf", "gemma2")
+    extra = {"output.weight": np.zeros((384, 64))}
+    path = gguf_layout.write_gguf(tmp_path / "m.gguf", source, "gemma2", tensors=extra)
+    assert "has the tensor output.weight, which is not known" in refusal(path)
 
 
 def test_models_of_27_b_divide_attention_otherwise():
@@ -243,6 +293,7 @@ def test_models_of_27_b_divide_attention_otherwise():
             {"llama__embedding_length": 128},
             "has the shape (128, 256), but the metadata say (128, 128)",
         ),
+        ({"llama__logit_scale": 0.5}, "llama.logit_scale = 0.5 has no counterpart in mlx-lm"),
         ({"llama__attention__head_count": 0}, "llama.attention.head_count = 0"),
         ({"llama__attention__head_count": [4, 8]}, "has layers of different kinds"),
         ({"llama__attention__value_length": 32}, "value_length = 32, but a head has 64"),

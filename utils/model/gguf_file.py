@@ -7,6 +7,7 @@ tensor is unpacked.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -81,7 +82,7 @@ def is_gguf(path: Path) -> bool:
     """By its name or by its first bytes."""
     if path.suffix.lower() == ".gguf":
         return not path.is_dir()
-    if not path.is_file():
+    if not path.is_file() or not os.access(path, os.R_OK):
         return False
     with path.open("rb") as file:
         return file.read(4) == MAGIC

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 SHARD_BYTES = 2**30
+SCALES = (  # 0 and 1 stand for none
+    "attention.scale", "attention.clamp_kqv", "embedding_scale", "logit_scale", "residual_scale",
+    "rope.scaling.attn_factor",
+)  # fmt: skip
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 LAYER_NAMES = {
@@ -59,6 +63,7 @@ class Architecture(NamedTuple):
     """Layers that always have one."""
 
 
+ALWAYS_TIED = ("gemma", "gemma2")  # in mlx-lm
 QKV = ("attn_q", "attn_k", "attn_v")
 LLAMA = Architecture("llama", "LlamaForCausalLM", paired_rows=True)
 ARCHITECTURES = {
@@ -148,7 +153,7 @@ def model_config(file: GGUF) -> ModelConfig:
     """config.json as mlx-lm and transformers read it."""
     architecture = architecture_of(file)
     name = file.need("general.architecture", str)
-    refuse_experts(file, name)
+    refuse_what_is_not_read(file, name)
     hidden = file.need(f"{name}.embedding_length", int)
     heads = one_for_all_layers(file, f"{name}.attention.head_count", None)
     head_dim = file.get(f"{name}.attention.key_length", int) or hidden // max(heads, 1)
@@ -197,11 +202,22 @@ def settings_of(
         return {
             "query_pre_attn_scalar": attention_scalar(config, layers_of_27b=62),
             "sliding_window": file.need(f"{name}.attention.sliding_window", int),
-            "sliding_window_pattern": file.get(f"{name}.attention.sliding_window_pattern", int)
-            or 6,
+            "sliding_window_pattern": sliding_pattern(file, name),
             "rope_local_base_freq": file.get(f"{name}.rope.freq_base_swa", float) or 10000.0,
         }
     return {}
+
+
+def sliding_pattern(file: GGUF, name: str) -> int:
+    """Every so many layers one attends to everything; a file may say it layer by layer."""
+    key = f"{name}.attention.sliding_window_pattern"
+    slides = file.metadata.get(key)
+    if not isinstance(slides, list):
+        return file.get(key, int) or 6
+    period = next((n for n, slide in enumerate(slides, 1) if not slide), len(slides) + 1)
+    if any(bool(slide) != (n % period > 0) for n, slide in enumerate(slides, 1)):
+        raise UserError(f"{file.path}: {key} follows no period, which mlx-lm's gemma3 needs")
+    return period
 
 
 def attention_scalar(config: ModelConfig, layers_of_27b: int) -> int:
@@ -234,12 +250,17 @@ def one_for_all_layers(file: GGUF, key: str, otherwise: int | None) -> int:
     return file.need(key, int)
 
 
-def refuse_experts(file: GGUF, name: str) -> None:
+def refuse_what_is_not_read(file: GGUF, name: str) -> None:
+    """Raises UserError for numbers that would make the model compute something else."""
     if file.get(f"{name}.expert_count", int):
         raise UserError(
             f"{file.path} is a mixture of experts, whose GGUF form is not read; convert the "
             "model's Hugging Face folder instead"
         )
+    for key in SCALES:
+        value = file.get(f"{name}.{key}", float)
+        if value not in (None, 0, 1):
+            raise UserError(f"{file.path}: {name}.{key} = {value:g} has no counterpart in mlx-lm")
 
 
 def check_heads(file: GGUF, name: str, head_dim: int) -> None:
@@ -266,6 +287,9 @@ def rope_scaling(file: GGUF, name: str, config: ModelConfig) -> JsonObject | Non
     if "rope_freqs.weight" in file.tensors:
         return llama3_scaling(file, name, config)
     kind = file.get(f"{name}.rope.scaling.type", str) or "none"
+    factor = file.get(f"{name}.rope.scale_linear", float)  # of 2023
+    if kind == "none" and factor not in (None, 0, 1):
+        return {"rope_type": "linear", "type": "linear", "factor": factor}
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
@@ -320,6 +344,8 @@ def hf_names(file: GGUF) -> dict[str, str]:
     architecture = architecture_of(file)
     layers = file.need(f"{file.need('general.architecture', str)}.block_count", int)
     names = {f"{short}.weight": f"{long}.weight" for short, long in TOP_NAMES.items()}
+    if architecture.model_type in ALWAYS_TIED:
+        del names["output.weight"]
     for short, long in (LAYER_NAMES | architecture.extra_names).items():
         for layer in range(layers):
             for part in ("weight", "bias"):

@@ -58,7 +58,7 @@ def find_model(name: str, start: str = "") -> Path | None:
             raise UserError(f"model_name = {name!r} is a folder without config.json")
         return path
     if path.exists():
-        raise UserError(f"model_name = {name!r} is a {what_to_give(name, path)}")
+        refuse_file(name, path)
     normal = os.path.normpath(name)
     command = next((c for known, c in HOW_TO_MAKE.items() if normal.startswith(known)), None)
     if command and not (ROOT / path).is_dir():
@@ -71,13 +71,14 @@ def find_model(name: str, start: str = "") -> Path | None:
     return None
 
 
-def what_to_give(name: str, path: Path) -> str:
-    """Instead of a file as the model."""
-    if not gguf_file.is_gguf(path):
-        return "file: give the folder that holds config.json"
-    words = shlex.join(["--hf-path", name, "--output-dir", f"models/{path.stem}"])
-    command = f"uv run --extra gguf python utils/convert_model.py {words}"
-    return f"GGUF file. Convert it first with:\n  {command}"
+def refuse_file(name: str, path: Path) -> None:
+    if gguf_file.is_gguf(path):
+        words = shlex.join(["--hf-path", name, "--output-dir", f"models/{path.stem}"])
+        raise UserError(
+            f"model_name = {name!r} is a GGUF file. Convert it first with:\n"
+            f"  uv run --extra gguf python utils/convert_model.py {words}"
+        )
+    raise UserError(f"model_name = {name!r} is a file: give the folder that holds config.json")
 
 
 def read_shape(model: Path | str) -> model_shape.ModelShape:
