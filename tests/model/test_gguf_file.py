@@ -47,6 +47,13 @@ def test_an_open_file_says_what_was_written(folder, whole, tmp_path):
     assert gguf_file.unpack(tensor).shape == (64, 128)
 
 
+@pytest.mark.parametrize("value", [1e-05, 1e-6, 500000.0, 1e6, 0.1234567, 8.0, 16777217.0, 0.0])
+def test_numbers_of_float32_are_read_as_they_were_written(value):
+    stored = float(np.float32(value))
+    assert gguf_file.shortest(stored) in (value, stored)
+    assert np.float32(gguf_file.shortest(stored)) == np.float32(value)
+
+
 @pytest.mark.parametrize(
     ("key", "kind", "message"),
     [

@@ -288,6 +288,7 @@ def test_models_of_27_b_divide_attention_otherwise():
         ({"llama__expert_count": 8}, "is a mixture of experts"),
         ({"llama__block_count": None}, "lacks llama.block_count"),
         ({"llama__block_count": 2}, "lacks the tensor blk.1.attn_norm.weight"),
+        ({"llama__block_count": 2**31}, "has 2147483648 layers, but 12 tensors"),
         ({"llama__block_count": 0}, ", which is not known here"),
         (
             {"llama__embedding_length": 128},

@@ -62,6 +62,8 @@ def test_repetition_counts_ngrams_as_trl_does(load):
         ("1,234,567 and 1,2345", "2345"),
         ("2, 3,4", "4"),
         ("half is .5", ".5"),
+        ("minus half is -.5", "-.5"),
+        ("5 - $-3 is 2, or 5-$3", "$3"),
         ("42%", "42"),
         ("**42**\n", "42"),
         ("\\boxed{42}", "42"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -51,8 +52,8 @@ class GGUF(NamedTuple):
     def get(self, key: str, kind: type[V]) -> V | None:
         """A value of the metadata, None where it is absent. Raises UserError for another type."""
         value = self.metadata.get(key)
-        if kind is float and type(value) in (int, float):
-            value = float(f"{value:.7g}")  # what float32 knows of it: 1e-05, not 9.9999997e-06
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = shortest(float(value))
         if value is not None and type(value) is not kind:
             raise UserError(f"{self.path}: {key} = {str(value)[:80]!r} should be {kind.__name__}")
         return value
@@ -76,6 +77,15 @@ class GGUF(NamedTuple):
         if not isinstance(value, list) or any(isinstance(item, str) for item in value):
             raise UserError(f"{self.path}: {key} should be a list of numbers")
         return [float(item) for item in value]
+
+
+def shortest(value: float) -> float:
+    """The shortest number that float32 rounds to `value`: 1e-05, not 9.999999747378752e-06."""
+    for digits in range(6, 10):
+        rounded = float(f"{value:.{digits}g}")
+        if struct.unpack("f", struct.pack("f", rounded))[0] == value:
+            return rounded
+    return value
 
 
 def is_gguf(path: Path) -> bool:

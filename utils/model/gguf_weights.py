@@ -163,7 +163,7 @@ def model_config(file: GGUF) -> ModelConfig:
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         "hidden_size": hidden,
-        "num_hidden_layers": file.need(f"{name}.block_count", int),
+        "num_hidden_layers": layer_count(file, name),
         "intermediate_size": one_for_all_layers(file, f"{name}.feed_forward_length", None),
         "num_attention_heads": heads,
         "num_key_value_heads": one_for_all_layers(file, f"{name}.attention.head_count_kv", heads),
@@ -182,6 +182,13 @@ def model_config(file: GGUF) -> ModelConfig:
     if scaling := rope_scaling(file, name, config):
         config["rope_scaling"] = scaling
     return config | settings_of(architecture, file, name, config)
+
+
+def layer_count(file: GGUF, name: str) -> int:
+    layers = file.need(f"{name}.block_count", int)
+    if layers > len(file.tensors):
+        raise UserError(f"{file.path} has {layers} layers, but {len(file.tensors)} tensors")
+    return layers
 
 
 def settings_of(
@@ -221,7 +228,7 @@ def sliding_pattern(file: GGUF, name: str) -> int:
 
 
 def attention_scalar(config: ModelConfig, layers_of_27b: int) -> int:
-    """Not in the file: the width of a head, but in the models of 27 B the width per head."""
+    """Not in the file: head_dim, but in the models of 27 B hidden_size / heads."""
     if config["num_hidden_layers"] == layers_of_27b:
         return int(config["hidden_size"] // config["num_attention_heads"])
     return int(config["head_dim"])
@@ -342,7 +349,7 @@ def llama3_divisors(scaling: JsonObject, config: ModelConfig) -> np.ndarray:
 def hf_names(file: GGUF) -> dict[str, str]:
     """Names in the file and in Hugging Face's layout, of every tensor that may occur."""
     architecture = architecture_of(file)
-    layers = file.need(f"{file.need('general.architecture', str)}.block_count", int)
+    layers = layer_count(file, file.need("general.architecture", str))
     names = {f"{short}.weight": f"{long}.weight" for short, long in TOP_NAMES.items()}
     if architecture.model_type in ALWAYS_TIED:
         del names["output.weight"]

@@ -17,9 +17,7 @@ from .servers import Judge, RemoteReward
 
 # A minus between two operands is none of the number: the last one of "12-5" is 5.
 NUMBERS = re.compile(
-    r"(?<![\w)\]])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    r"|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+",
-    re.ASCII,
+    r"(?:(?<![\w)\]])[-+])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII
 )
 
 
