@@ -292,9 +292,8 @@ def has_signal(rewards: np.ndarray) -> np.ndarray:
 def centred(rewards: np.ndarray, share: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(P, G) rewards minus the mean of their group, and the (P, 1) number that were valued.
 
-    A reward of NaN (no function applied) counts nowhere and gets 0, and so does a group without
-    signal: it says nothing about which completion was better. So does what differs from the mean
-    only by rounding. `share`: (P, G) of each in the mean, if they are not equal.
+    NaN (no function applied) counts nowhere and gets 0, as do a group without signal, and what
+    differs from the mean by rounding only. `share`: (P, G) of each in the mean, if not equal.
     """
     count = np.maximum((~np.isnan(rewards)).sum(axis=1, keepdims=True), 1)
     total = np.nansum(rewards if share is None else rewards * share, axis=1, keepdims=True)

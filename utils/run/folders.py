@@ -391,13 +391,17 @@ def clear_leftovers(output_dir: Path, resume_from: Path | None, step: int) -> No
                 discard(path, path.with_name(match[1]))
             else:
                 remove(path)
-    if resume_from is None:
-        return
-    ended = output_dir / "final" / ENDED
-    if ended.is_file():
-        ended.unlink()
-    for folder in found(output_dir) if in_folder(resume_from, output_dir) else []:
-        if int(folder.name[11:]) > step:  # the other may have been renamed
+    if resume_from is not None:
+        ended = output_dir / "final" / ENDED
+        if ended.is_file():
+            ended.unlink()
+        abandon(found(output_dir) if in_folder(resume_from, output_dir) else [], step)
+
+
+def abandon(checkpoints: list[Path], step: int) -> None:
+    """Those after `step`, from which the run goes on."""
+    for folder in checkpoints:
+        if int(folder.name[11:]) > step:  # the one gone on from may have been renamed
             aside = free_name(folder.with_name(f"{folder.name}.abandoned"))
             move(folder, aside)
             say(f"resume    {aside} is set aside")
