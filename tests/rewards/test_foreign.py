@@ -604,6 +604,29 @@ def test_threads_that_never_end_do_not_keep_the_program(tmp_path):
     assert done.stderr == "warning: left although threads still run: busy\n"
 
 
+WAYS = """
+import os, threading
+from utils.rewards import foreign
+from utils.rewards.calls import RewardCalls
+call = lambda f: RewardCalls(5.0)({"own": f}, {"completions": [[{"content": ""}]]})
+call(lambda **_: [1.0])
+if FOR_GOOD:
+    foreign.stay_for_good()
+try:
+    os._exit(5)
+except foreign.Left:
+    print("stays", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("for_good", "code"), [(False, 5), (True, 0)])
+def test_between_calls_the_process_of_somebody_else_can_be_left(for_good, code):
+    """A notebook's kernel ends itself so; a thread that a reward left behind ends no command."""
+    program = WAYS.replace("FOR_GOOD", str(for_good))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "" if code else "stays\n"), done.stderr
+
+
 def test_a_library_that_ends_the_program_is_told(model_dir, data_dir, tmp_path, capsys):
     def prepare(trainer):
         after_update = trainer.run.after_update

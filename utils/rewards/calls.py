@@ -230,8 +230,9 @@ class RewardCalls:
     ) -> object:
         deadline, process = asyncio.timeout(limit), os.getpid()
         try:
-            async with deadline:
-                value = await result
+            with foreign.no_way_out():
+                async with deadline:
+                    value = await result
         except BaseException as error:
             foreign.end_child(process, error)
             if deadline.expired() and isinstance(error, TimeoutError):

@@ -65,8 +65,7 @@ def called(work: Callable[[], T], seconds: float | None = None, importing: bool 
         Signalled: a signal came meanwhile.
         Exception: that it raised.
     """
-    no_way_out()
-    with kept(importing), threads_watched() as ended:
+    with no_way_out(), kept(importing), threads_watched() as ended:
         try:
             result = Limit(seconds).spent_on(work)
         except BaseException as error:
@@ -98,7 +97,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 def did(error: BaseException) -> str:
     """What code did that raised this."""
     if isinstance(error, SystemExit):
-        code = "" if error.code is None else repr(error.code)
+        code = "" if error.code is None else shown(error.code)
         return f"tried to end the program with sys.exit({code})"
     if isinstance(error, Left):
         return f"tried to end the program with {error}"
@@ -141,8 +140,34 @@ def end_child(parent: int, error: BaseException | None = None) -> None:
     leave_process(status if isinstance(status, int) else int(status is not None))
 
 
-def no_way_out() -> None:
-    """From now on what ends or replaces a process raises in this one, and works in its children."""
+class Ways:
+    """When what ends or replaces this process raises: while such code runs, or (a command, whose
+    process is all its own, also against threads that stay) for good."""
+
+    calls = 0
+    for_good = False
+    lock = threading.Lock()
+
+
+@contextmanager
+def no_way_out() -> Iterator[None]:
+    """While this lasts, what ends or replaces a process raises in this one, not in its children."""
+    close_ways()
+    with Ways.lock:
+        Ways.calls += 1
+    try:
+        yield
+    finally:
+        with Ways.lock:
+            Ways.calls -= 1
+
+
+def stay_for_good() -> None:
+    close_ways()
+    Ways.for_good = True
+
+
+def close_ways() -> None:
     if os._exit is not leave_process:
         return
     for name in ("_exit", "abort", "execv", "execve"):
@@ -154,7 +179,7 @@ def no_way_out() -> None:
 
 def refusing(name: str, real: Callable[..., NoReturn], process: int) -> Callable[..., NoReturn]:
     def way_out(*arguments: object) -> NoReturn:
-        if os.getpid() == process:
+        if os.getpid() == process and (Ways.calls or Ways.for_good):
             raise Left(f"{name}({', '.join(map(shown, arguments))})")
         real(*arguments)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..base.errors import RunError, UserError
 from ..base.say import Parser, complain, tell_everything
+from ..rewards import foreign
 from ..settings import checks, reading
 from ..settings.run_settings import Settings
 from . import ending, trackers
@@ -87,6 +88,7 @@ def exit_code_of(work: Callable[[], int], debug: bool) -> int:
     """What `work` returns. Errors and signals that end it are told in a line: 2 (bad input), 1
     (failed run), 128 + n (signal n, so 130 for Ctrl-C)."""
     tell_everything()
+    foreign.stay_for_good()
     try:
         with ending.signals_raise():
             return work()
