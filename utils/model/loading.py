@@ -254,6 +254,7 @@ def load_model(config: Settings) -> LoadedModel:
 
     from ..device import fast
     from .adapters import add_adapters, narrow_adapters
+    from .embeddings import sum_in_float32
     from .rwkv7 import make_trainable
 
     local = find_model(config.model_name, config.start)
@@ -279,6 +280,8 @@ def load_model(config: Settings) -> LoadedModel:
     if train_type != "full":
         loaded.adapter_config, loaded.train_type = add_adapters(config, model, train_type)
         narrow_adapters(model)
+    else:
+        sum_in_float32(model)
     fast.switch_on(model)
     model.eval()  # new adapters come with their dropout on
     mx.eval(model.parameters())
