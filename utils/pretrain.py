@@ -52,7 +52,7 @@ from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
 from utils.base.text import counted  # noqa: E402
 from utils.device import runtime  # noqa: E402
 from utils.gradient.shared_prompts import checkpoint_layers  # noqa: E402
-from utils.model import writing  # noqa: E402
+from utils.model import embeddings, writing  # noqa: E402
 from utils.model.shape import ModelConfig  # noqa: E402
 from utils.pretraining import data as pretrain_data  # noqa: E402
 from utils.pretraining import litgpt  # noqa: E402
@@ -386,6 +386,7 @@ class Trainer:
         )
         self.optimizer.init(self.cast(self.params, mx.float32))
         mx.eval(self.params, self.optimizer.state)
+        embeddings.sum_in_float32(self.model)
         if config.gradient_checkpointing:
             checkpoint_layers(self.model)
         wrap = mx.compile if config.compile else (lambda function: function)

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, make_tokenizer
 
 from utils import pretrain
+from utils.model import embeddings
 from utils.pretraining import data as pretrain_data
 from utils.settings import reading
 
@@ -158,6 +159,14 @@ def test_precisions(work, precision, learns_in, computes_in):
     assert {x.dtype for _, x in tree_flatten(trainer.params)} == {learns_in}
     assert {x.dtype for _, x in tree_flatten(trainer.optimizer.state["model"])} == {mx.float32}
     assert set(seen) == {computes_in}
+
+
+def test_frequent_tokens_keep_their_gradient_in_bfloat16(work):
+    """MLX sums an embedding's in the type of the weights: tests/model/test_embeddings.py."""
+    trainer = trainer_of(flags(work, "--precision", "bf16-mixed"))
+    assert trainer.model.training
+    tables = [m for _, m in trainer.model.named_modules() if isinstance(m, pretrain.nn.Embedding)]
+    assert {type(table) for table in tables} == {embeddings.Embedding}
 
 
 class _Spy(pretrain.nn.Module):
