@@ -97,7 +97,7 @@ def test_a_table_of_positions_is_used_to_its_end(
 
 def test_the_forms_of_the_answers_are_said_in_one_line(typed, data_dir, tmp_path):
     code, out, _, _ = typed(max_updates=1)
-    (line,) = re.findall(r"^answers   (.*)\n(?!          )", out, re.M)
+    (line,) = re.findall(r"^          answers: (.*)\n(?!          )", out, re.M)
     rows = sum(1 for _ in (data_dir / "train.jsonl").open())
     assert (code, line) == (0, f"{rows} numbers")
 
@@ -110,7 +110,7 @@ def test_answers_that_no_reward_of_the_run_reads_are_said(typed, tmp_path):
     settings = {"dataset": str(path), "eval_samples": 0, "max_updates": 1}
     code, out, *_ = typed(**settings)
     assert code == 0
-    assert "answers   3 numbers, 3 fractions, 3 percentages, 6 formulas, 6 texts\n" in out
+    assert "          answers: 3 numbers, 3 fractions, 3 percentages, 6 formulas, 6 texts\n" in out
     said = r"          correctness compares 9 answers only to the letter ('\\sqrt{2}'): add math to"
     assert said in out
     code, out, *_ = typed(**settings, reward_funcs=["math"], overwrite=True)

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-import numpy as np
-
 from ..base.errors import RunError, UserError
 from ..base.script import ROOT
 from ..base.text import is_unicode, shown
@@ -24,11 +22,8 @@ from ..settings.run_settings import Settings
 S = TypeVar("S", bound=Settings)
 Row = dict[str, Any]
 """A question: the columns of its data set, and what the trainer adds."""
-SHORT_FLOATS = {
-    **dict.fromkeys(("float", "float32"), np.float32),
-    **dict.fromkeys(("halffloat", "float16"), np.float16),
-}
-"""By the names of pyarrow and of datasets."""
+SHORT_FLOATS = {"float": "f4", "float32": "f4", "halffloat": "f2", "float16": "f2"}
+"""By the names of pyarrow and of datasets, as NumPy has them."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -155,10 +150,14 @@ def _parquet(path: Path) -> list[Row]:
 def as_written(rows: list[Row], kinds: dict[str, str]) -> list[Row]:
     """Python has no 32-bit floats: the 0.1 of one would become 0.10000000149011612."""
     short = {n: SHORT_FLOATS[kind] for n, kind in kinds.items() if kind in SHORT_FLOATS}
-    for row in rows if short else ():
+    if not short:
+        return rows
+    import numpy as np  # here: commands that read no such column begin at once
+
+    for row in rows:
         for name, kind in short.items():
             if row[name] is not None:
-                row[name] = float(str(kind(row[name])))
+                row[name] = float(str(np.dtype(kind).type(row[name])))
     return rows
 
 

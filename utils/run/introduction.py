@@ -71,7 +71,7 @@ def answers(trainer: Trainer, _: str | None) -> Iterator[str]:
     """Their forms, and which of them the rewards of the run can't read."""
     datasets = trainer.train_dataset, trainer.eval_dataset
     train, test = ([str(question.get("answer", "")) for question in part] for part in datasets)
-    yield f"answers   {answer_forms.forms(train)}"
+    yield f"          answers: {answer_forms.forms(train)}"
     for line in answer_forms.advice(trainer.args, train, test):
         yield f"          {line}"
 
