@@ -97,8 +97,15 @@ SETS = 'set eval_metric = "math"'
                 "write the answer alone into the answer column"
             ],
         ),
+        (
+            ["last_number"],
+            ["7", "$1,200", "3/4", "blue", "red"],
+            [],
+            "last_number",
+            ["last_number does not apply to 2 answers that are no numbers ('blue')"],
+        ),
     ],
-    ids=["all", "exact", "both", "math", "as it says", "own", "unread"],
+    ids=["all", "exact", "both", "math", "as it says", "own", "unread", "last number"],
 )
 def test_what_a_run_is_told_to_set(funcs, train, test, metric, lines):
     assert advice(funcs, train, test, metric) == lines

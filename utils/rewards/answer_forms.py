@@ -12,7 +12,7 @@ from .number_forms import boxed, read_number, unframed
 
 EXACT = ("correctness", "cosine")
 """The rewards for answers that compare as exact match does."""
-ANSWER_REWARDS = (*EXACT, "math")
+ANSWER_REWARDS = (*EXACT, "math", "last_number")
 LOOKED_AT = 200  # answers that math-verify reads before a run; a formula takes it milliseconds
 CUT = 60  # characters of an answer that is shown
 
@@ -70,8 +70,10 @@ def advice(config: Settings, train: Sequence[str], test: Sequence[str]) -> Itera
     names = [name for name in config.reward_funcs if name in ANSWER_REWARDS]
     if "math" in names:
         yield from unread_by_math(train)
-    elif names:
-        yield from unread_exactly(train, names, "add math to reward_funcs")
+    elif exact := [name for name in names if name in EXACT]:
+        yield from unread_exactly(train, exact, "add math to reward_funcs")
+    if "last_number" in names:
+        yield from no_numbers(train)
     if config.eval_metric == "em":
         also = "" if "math" in names else ", with math in reward_funcs"
         what = f'set eval_metric = "math"{also}'
@@ -85,6 +87,13 @@ def unread_exactly(answers: Sequence[str], names: Sequence[str], advice: str) ->
         number = counted(len(unread), "answer")
         sample = short(unread[0])
         yield f"{' and '.join(names)} {compare} {number} only to the letter ({sample}): {advice}"
+
+
+def no_numbers(answers: Sequence[str]) -> Iterator[str]:
+    others = [answer for answer in answers if read_number(answer) is None]
+    if others:
+        number = counted(len(others), "answer")
+        yield f"last_number does not apply to {number} that are no numbers ({short(others[0])})"
 
 
 def unread_by_math(answers: Sequence[str]) -> Iterator[str]:
