@@ -140,6 +140,13 @@ class World:
         self.files.mkdir()
 
 
+def out_of_time(error: BaseException | None) -> bool:
+    """Whether the limit of a case ended it, whatever was made of that."""
+    while error is not None and not isinstance(error, OutOfTime):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def run_case(world: World, surface: Surface, seed: str) -> tuple[Case | None, str, str, float]:
     """(case, "accepted" or "refused" or "", failure or "", seconds)."""
     case, outcome, failure, start = None, "", "", time.perf_counter()
@@ -152,7 +159,9 @@ def run_case(world: World, surface: Surface, seed: str) -> tuple[Case | None, st
         outcome = "accepted"
     except (UserError, RunError) as error:
         outcome = "refused"
-        if case is None or case.good:
+        if out_of_time(error):  # a reward that hangs is told by its name
+            failure = f"OutOfTime: {error}"
+        elif case is None or case.good:
             failure = f"refused a good case: {error}"
         elif len(str(error)) > 6000 or "Traceback" in str(error):
             failure = f"a message of {len(str(error))} characters: {str(error)[:300]}"

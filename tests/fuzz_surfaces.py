@@ -1,6 +1,5 @@
 """The surfaces that tests/fuzz.py covers: how each makes its cases, and what it promises."""
 
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -28,6 +27,7 @@ from utils.model import loading
 from utils.rewards import by_name
 from utils.rewards.answers import as_number
 from utils.rewards.calls import RewardCalls, TrainerState
+from utils.rewards.number_forms import read_number
 from utils.rollouts import sampler
 from utils.rollouts.stop_rule import StopRule
 from utils.run import checkpoints, folders, trackers
@@ -708,7 +708,7 @@ def output_case(world: World, rng: Random) -> Case:
         for name, got in values.items():
             low, high = BOUNDS[name]
             known = got[~np.isnan(got)]
-            numbers = sum(as_number(answer) is not None for answer in answers)
+            numbers = sum(read_number(answer) is not None for answer in answers)
             applies = {"last_number": numbers}.get(name, len(texts))
             assert name == "math" or known.size == applies, name
             assert np.all((low - 1e-9 <= known) & (known <= high + 1e-9)), (name, known)
@@ -852,9 +852,8 @@ def inference_case(world: World, rng: Random) -> Case:
         stops = json.dumps({"stop_strings": value(rng)}).encode()
         path = world.file("model/generation_config.json", stops)
         world.file("model/config.json", b"{}")
-        args = argparse.Namespace(model=str(path.parent), adapter="", stop=None)
-        loaded = SimpleNamespace(folder=path.parent)
-        run = lambda: check_texts(inference.stop_strings_of(args, loaded))  # noqa: E731
+        base, loaded = str(path.parent), SimpleNamespace(folder=path.parent)
+        run = lambda: check_texts(inference.stop_strings_of(base, loaded, {}))  # noqa: E731
         data = stops
     lines = [line for line in data.split(b"\n") if line.strip()]
     return Case(run, all(parses(json.loads, line) for line in lines), good)
