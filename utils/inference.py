@@ -690,10 +690,9 @@ class Chat:
             note(f"error: {error}")
             return
         text, tokens = generator.config.reasoning_prefix, []  # type: tuple[str, list[int]]
-        write(text)
-        ids_left = self.prepare_cache(ids)
-        try:
-            for piece in generator.stream(ids_left, tokens, self.cache):
+        try:  # Ctrl-C is for the reply from its first character on, and that may be the prefix
+            write(text)
+            for piece in generator.stream(self.prepare_cache(ids), tokens, self.cache):
                 text += piece
                 write(piece)
             self.cached = (ids + tokens)[: self.cache[0].offset] if self.trimmable() else []

@@ -576,6 +576,68 @@ def endless(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir):
+    """What a run wrote that asks with a system prompt and begins the answers."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    settings = {"system_prompt": "Be brief.", "reasoning_prefix": "<reasoning>\n"}
+    run_training(TINY, data_dir, folder, max_updates=1, save_steps=2, **settings)
+    return folder / "final"
+
+
+def test_a_trained_model_is_asked_as_in_training(ask, trained, tmp_path):
+    """Without --grpo-prompt, too; one's own system prompt and template take its place."""
+    whole = ask("--model", trained, "--grpo-prompt", QUESTION, "--max-tokens", 9)
+    code, out, err = ask("--model", trained, QUESTION, "--max-tokens", 9)
+    assert code == 0
+    assert "asked as in training" in err
+    assert out.startswith("<reasoning>\n")
+    assert whole[1].startswith(out)
+    plain = generator_of("--model", trained, "x")
+    ids = plain.encode(plain.conversation(QUESTION))
+    text = plain.tokenizer.decode(ids)
+    assert text.count("Be brief.") == text.count("<reasoning>") == 1
+    assert plain.encode(plain.with_system([{"role": "user", "content": QUESTION}])) == ids
+    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": QUESTION}]
+    assert plain.with_system(own) == own
+    other = generator_of("--model", trained, "--system", "Mine.", "x")
+    text = other.tokenizer.decode(other.encode(other.conversation(QUESTION)))
+    assert "Mine." in text
+    assert "Be brief." not in text
+    assert "<reasoning>" in text
+    without = generator_of(
+        "--model", trained, "--chat-template", trained / "chat_template.original.jinja", "x"
+    )
+    text = without.tokenizer.decode(without.encode(without.conversation(QUESTION)))
+    assert "Be brief." not in text
+    assert "<reasoning>" not in text
+
+
+def test_rows_of_messages_get_the_system_prompt_they_lack(ask, trained, tmp_path):
+    user = {"role": "user", "content": QUESTION}
+    rows = [{"messages": [user]}, {"prompt": QUESTION}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = ask("--model", trained, "--batch", path, "--max-tokens", 5)
+    assert code == 0
+    first, second = map(json.loads, out.splitlines())
+    assert first["completion"] == second["completion"]
+    assert first["completion"].startswith("<reasoning>\n")
+
+
+def test_ctrl_c_before_the_first_token_stops_the_reply_only(ask, monkeypatch):
+    """The prefix is on the terminal by then."""
+
+    def interrupted(self, ids):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference.Chat, "prepare_cache", interrupted)
+    code, out, err = ask("--model", TINY, "--grpo-prompt", "--chat", stdin="Hello\n/quit\n")
+    assert code == 0
+    assert "<reasoning>" in out
+    assert " (stopped)" in err
+
+
 def test_ctrl_c_ends_a_reply_cleanly(endless):
     process = start("--model", endless, "Hello", "--stream", "--max-tokens", 10**6)
     assert process.stdout.read(20)

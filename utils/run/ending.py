@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from ..base.errors import DiskError, RunError, Signalled, UserError
 from ..base.say import complain, say
-from ..base.text import redact
+from ..base.text import redact, visible
 from ..model import writing
 from ..rewards import foreign
 from . import checkpoints, folders, model_card, ours
@@ -191,7 +191,7 @@ def put_back(handlers: dict[signal.Signals, Handler]) -> None:
 
 def unexpected(error: Exception, folder: Path) -> RunError:
     """One line for an error that nobody foresaw; its traceback goes into a file."""
-    text = redact("".join(traceback.format_exception(error)))
+    text = visible(redact("".join(traceback.format_exception(error))))
     said = redact(f"unexpected {type(error).__name__}: {error}")
     names = ("traceback.txt", *(f"traceback-{number}.txt" for number in range(2, 100)))
     paths = [folder / name for name in names]
