@@ -192,12 +192,12 @@ def test_prompts_that_no_template_makes_are_counted(tokenizer, rows_of, tmp_path
 
 
 def test_a_template_that_fails_without_the_arguments_of_training(tokenizer, rows_of):
-    original = "{{ messages[0].content if messages|length == 2 else raise_exception('two!') }}"
+    original = "{{ messages[0].content if style is defined else raise_exception('style!') }}"
     served.put_template(tokenizer, original)
-    config, rows = rows_of(system_prompt="Think.")
+    config, rows = rows_of(chat_template_kwargs={"style": "brief"})
     assert served.fitting(tokenizer, config, original, rows)[1] == ""
-    config.system_prompt = ""
-    with pytest.raises(UserError, match="two!"):
+    config.chat_template_kwargs = {}
+    with pytest.raises(UserError, match="style!"):
         served.fitting(tokenizer, config, original, rows)
 
 

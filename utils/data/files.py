@@ -18,21 +18,16 @@ from ..base.errors import RunError, UserError
 from ..base.script import ROOT
 from ..base.text import is_unicode, shown
 from ..settings.run_settings import Settings
+from . import layouts
 
 S = TypeVar("S", bound=Settings)
 Row = dict[str, Any]
 """A question: the columns of its data set, and what the trainer adds."""
 SHORT_FLOATS = {"float": "f4", "float32": "f4", "halffloat": "f2", "float16": "f2"}
 """By the names of pyarrow and of datasets, as NumPy has them."""
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
-
-def find_split(path: Path, split: str) -> Path | None:
-    """The file of a split: `path` itself, or `split.*` in the folder `path`; None when absent."""
-    if path.is_file():
-        return path
-    found = [path / f"{split}{suffix}" for suffix in SUFFIXES]
-    return next((file for file in found if file.is_file()), None)
+SUFFIXES = layouts.SUFFIXES
+MESSAGE = ("role", "content")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -42,7 +37,7 @@ def read_rows(path: Path) -> list[Row]:
         UserError: unknown kind, unreadable, malformed (with line and column) or empty.
     """
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    reader = readers.get(path.suffix.lower())
+    reader = layouts.read_arrow if path.is_dir() else readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"data file {path}: expected one of {', '.join(SUFFIXES)}")
     try:
@@ -100,6 +95,8 @@ def _json(path: Path) -> list[Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1:  # an object a line, as `datasets` reads
+            return _jsonl(path)
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}, {where}: not JSON: {error.msg}") from None
     except UnicodeDecodeError:
@@ -205,19 +202,60 @@ def for_training(config: Settings, name: str, rows: list[Row]) -> list[Row]:
 
 def check_columns(config: Settings, name: str, rows: list[Row], start: int) -> None:
     """Refuse a row without question or answer; `start` is the number of the first one."""
+    what = f"data set {config.dataset} ({name})"
+    refuse_media(what, rows[0])
     for column in (config.question_column, config.answer_column):
-        if column not in rows[0]:
+        if not is_there(rows[0], column):
             raise UserError(
-                f"data set {config.dataset} ({name}) has no column {column!r}; it has "
-                f"{', '.join(rows[0])}: set question_column and answer_column"
+                f"{what} has no column {column!r}; it has "
+                f"{', '.join(rows[0])}: set {columns_to_set(rows[0])}"
             )
         for number, row in enumerate(rows, start=start):
-            complaint = wrong_cell(row.get(column), column == config.answer_column)
+            complaint = wrong_cell(cell(row, column), column == config.answer_column)
             if complaint:
                 raise UserError(
                     f"data set {config.dataset} ({name}), row {number}: {complaint} in column "
                     f"{column!r}: {shown(row)}"
                 )
+
+
+def cell(row: Row, column: str) -> Any:
+    """What stands in a column; "reward_model.ground_truth" is within another one's table."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def is_there(row: Row, column: str) -> bool:
+    return column in row or cell(row, column) is not None
+
+
+def columns_to_set(row: Row) -> str:
+    """Which settings name the columns; for verl's rows, with their values."""
+    if is_there(row, "reward_model.ground_truth") and "prompt" in row:
+        return "question_column=prompt and answer_column=reward_model.ground_truth"
+    return "question_column and answer_column"
+
+
+def refuse_media(what: str, row: Row) -> None:
+    """Raises UserError for questions whose pictures, sounds or films would be left out."""
+    found = [name for name in MEDIA if row.get(name) not in (None, [], "")]
+    if found:
+        raise UserError(
+            f"{what} has the column {found[0]!r}, and only text is trained on: the questions would "
+            "be asked without it. Remove the column if they make sense so"
+        )
+
+
+def is_conversation(value: object) -> bool:
+    """TRL's and verl's prompts: messages with role and content, of which the user's is last."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    texts = [m.get(key) if isinstance(m, dict) else None for m in value for key in MESSAGE]
+    return all(isinstance(text, str) for text in texts) and value[-1]["role"] == "user"
 
 
 def check_curriculum(config: Settings, name: str, rows: list[Row]) -> None:
@@ -252,6 +290,8 @@ def wrong_cell(value: object, is_answer: bool) -> str:
     Numbers, dates and truth values count as what they print; a list or a table would train on
     Python's way of writing it.
     """
+    if not is_answer and is_conversation(value):
+        value = value[-1]["content"]  # type: ignore[index]
     if isinstance(value, list | tuple | dict | bytes):
         return f"{type(value).__name__} instead of a text"
     missing = value is None or value != value  # NaN is how pandas writes None
@@ -302,18 +342,33 @@ def find_rows(config: Settings, split: str, name: str) -> tuple[list[Row], int]:
     path = local_path(config.dataset, config.start)
     if path is None:
         return read_hub_dataset(config, name), 1
-    file = find_split(path, name)
-    if file is None:
+    found, shared = files_of(config, path, split, name)
+    rows = [row for file in found for row in read_rows(file)]
+    return share(rows, split, found[0]) if shared else (rows, 1)
+
+
+def files_of(config: Settings, path: Path, split: str, name: str) -> tuple[list[Path], bool]:
+    """The files of a split, and whether they are for training and evaluation both."""
+    single = path.is_file() or layouts.is_saved(path)
+    of_test = single or layouts.find(path, config.dataset_config, config.test_split)
+    shared = bool(config.eval_samples) and (single or not of_test)
+    source = config.train_split if shared and split == "test" else name
+    found = layouts.find(path, config.dataset_config, source)
+    if not found:
         raise UserError(f"dataset {path} has no file {name}.jsonl (or .json, .csv, .parquet)")
-    rows = read_rows(file)
-    if file != path or not config.eval_samples:
+    return found, shared
+
+
+def share(rows: list[Row], split: str, file: Path) -> tuple[list[Row], int]:
+    """The last tenth is for evaluation; see `find_rows`."""
+    if len(rows) < 2 and split == "train":
         return rows, 1
     if len(rows) < 2:
         raise UserError(
             f"data file {file} has one row, but evaluation needs another: add one, or set "
             "eval_samples = 0"
         )
-    kept = len(rows) - max(1, len(rows) // 10)  # one file: its last tenth is for evaluation
+    kept = len(rows) - max(1, len(rows) // 10)
     return (rows[:kept], 1) if split == "train" else (rows[kept:], kept + 1)
 
 

@@ -5,8 +5,8 @@ from decimal import Decimal
 
 from ..settings.run_settings import Settings
 from .chat_template import chat_ids
-from .files import Row, read_dataset, sources, usable_prompts
-from .tokenizer import Tokenizer
+from .files import MESSAGE, Row, cell, is_conversation, read_dataset, sources, usable_prompts
+from .tokenizer import Messages, Tokenizer
 
 
 def extract_hash_answer(text: str) -> str | None:
@@ -39,11 +39,15 @@ def load_questions(config: Settings, split: str) -> list[Row]:
 
 def as_question(config: Settings, row: Row) -> Row:
     """A row of the data as the trainer takes it."""
-    question, solution = row[config.question_column], row[config.answer_column]
+    question, solution = cell(row, config.question_column), cell(row, config.answer_column)
+    messages: Messages = []
+    if is_conversation(question):
+        messages = [{key: message[key] for key in MESSAGE} for message in question]
+        question = messages[-1]["content"]
     text = written(solution)
     answer = extract_hash_answer(text)
-    messages = [{"role": "user", "content": str(question)}]
-    if config.system_prompt:
+    messages = messages or [{"role": "user", "content": str(question)}]
+    if config.system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.system_prompt})
     return {
         "solution": solution,

@@ -15,7 +15,7 @@ from ..settings import reading
 from ..settings.run_settings import Settings
 from .chat_template import chat_ids, read
 from .files import Row
-from .tokenizer import Tokenizer
+from .tokenizer import Messages, Tokenizer
 
 PromptSettings: TypeAlias = "dict[str, Any]"  # by their names in the settings, as JSON takes them
 PROMPT = ("system_prompt", "reasoning_prefix", "chat_template", "chat_template_kwargs")
@@ -159,6 +159,13 @@ def fitting(
     return templates[best], trouble if wrong[best] else ""
 
 
+def by_a_caller(config: Settings, row: Row) -> Messages:
+    """The messages of a question without the system prompt that the template is to add."""
+    first, *rest = row["prompt"]
+    added = config.system_prompt and first == {"role": "system", "content": config.system_prompt}
+    return rest if added else row["prompt"]
+
+
 def differing(tokenizer: Tokenizer, config: Settings, template: str, rows: Sequence[Row]) -> int:
     """How many rows get other ids by this template, asked as a server asks, than in training."""
     plainly = copy.copy(config)
@@ -166,7 +173,7 @@ def differing(tokenizer: Tokenizer, config: Settings, template: str, rows: Seque
     before = template_of(tokenizer)
     put_template(tokenizer, template)
     try:
-        asked = [chat_ids(tokenizer, plainly, row["prompt"][-1:]) for row in rows]
+        asked = [chat_ids(tokenizer, plainly, by_a_caller(config, row)) for row in rows]
     finally:
         put_template(tokenizer, before)
     return sum(ids != row["prompt_ids"] for ids, row in zip(asked, rows, strict=True))

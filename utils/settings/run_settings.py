@@ -31,7 +31,8 @@ class RunSettings:
     model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"
     """Model to train: a folder, or a Hugging Face hub name."""
     dataset: str = "openai/gsm8k"
-    """Hub name, or a .jsonl/.json/.csv/.parquet file, or a folder of such files named by split."""
+    """Hub name, or a .jsonl/.json/.csv/.parquet file, or a folder of such files by split (also as
+    the hub and datasets.save_to_disk lay it out)."""
     train_type: str = "auto"
     """full, lora, dora; auto is full, or lora when the model is quantized."""
 
@@ -73,9 +74,9 @@ class RunSettings:
     test_split: str = "test"
     """Split to evaluate on; a single local file keeps its last tenth for this."""
     question_column: str = "question"
-    """Column with the question."""
+    """Column with the question, or with messages that end in it."""
     answer_column: str = "answer"
-    """Column with the answer; what follows `####` counts where that occurs."""
+    """Column with the answer, or a.b in a table; what follows `####` counts where that occurs."""
     max_train_samples: int = 0
     """Train on the first so many questions; 0 all."""
     dataset_mix: list[dict[str, Any]] = field(default_factory=list)
