@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import sys
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from helpers import (
     RESUMED,
     both,
+    change_json,
     mostly_long,
     read_log,
     run_training,
@@ -466,3 +468,40 @@ def test_the_last_checkpoint_outlives_a_limit_that_is_too_small(tmp_path):
         assert [f.name for f in found] == [f"checkpoint-{step}" for step in kept]
     folders.prune(tmp_path, limit=1, max_gb=1e-9)
     assert [f.name for f in folders.found(tmp_path)] == ["checkpoint-10"]
+
+
+DATED = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }} {{ messages[-1].content }}"
+
+
+def test_a_prompt_with_the_date_has_that_of_the_runs_start(data_dir, tmp_path, own_model):
+    """So a run can be resumed on another day (here: a moment later); other changes are refused."""
+    change_json(own_model, name="tokenizer_config.json", chat_template=DATED)
+    shutil.copytree(data_dir, tmp_path / "data")
+    settings = {"max_updates": 3, "save_steps": 2, "max_new_tokens": 2}
+    run = partial(run_training, own_model, tmp_path / "data")
+    _, straight = run(tmp_path / "o", **settings)
+    _, resumed = run(tmp_path / "o", resume="checkpoint-2", **settings)
+    assert resumed.args.started_on == straight.args.started_on
+    assert [r["prompt_ids"] for r in resumed.train_dataset] == [
+        r["prompt_ids"] for r in straight.train_dataset
+    ]
+    _, other = run(tmp_path / "other", **settings)
+    assert other.train_dataset[0]["prompt_ids"] != straight.train_dataset[0]["prompt_ids"]
+    (tmp_path / "data/train.jsonl").write_text('{"question": "New?", "answer": "1"}\n' * 24)
+    with pytest.raises(UserError, match="has changed since"):
+        run(tmp_path / "o", resume="checkpoint-2", **settings)
+
+
+@pytest.mark.parametrize("date", [None, 3, "yesterday"])
+def test_a_checkpoint_without_a_date_is_gone_on_from(model_dir, data_dir, tmp_path, date):
+    """As those of older versions are; a template that tells the date would give other prompts."""
+    settings = {"max_updates": 3, "save_steps": 2, "max_new_tokens": 2}
+    run_training(model_dir, data_dir, tmp_path / "o", **settings)
+    folder = tmp_path / "o/checkpoint-2"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state.pop("started_on")
+    changed = state | ({} if date is None else {"started_on": date})
+    (folder / "trainer_state.json").write_text(json.dumps(changed))
+    folders.seal(folder)
+    code, _ = run_training(model_dir, data_dir, tmp_path / "o", resume="checkpoint-2", **settings)
+    assert code == 0

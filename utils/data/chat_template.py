@@ -1,9 +1,12 @@
 """Chat messages to token ids, through whichever template there is."""
 
+import json
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from ..base.errors import UserError, panics_as_errors
 from ..settings.run_settings import Settings
 from .tokenizer import Messages, Tokenizer
 
+# transformers gives templates this function. The formats of public ones are all literals.
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 SECONDS = 10.0  # for one prompt, which takes a template milliseconds
 
 
@@ -31,6 +36,9 @@ def chat_ids(tokenizer: Tokenizer, config: Settings, messages: Messages) -> list
             f"the tokenizer of {config.model_name} has no chat template: set chat_template to a "
             'Jinja file, or chat_template = "plain"'
         )
+    template = options.get("chat_template", getattr(tokenizer, "chat_template", ""))
+    if isinstance(template, str) and "strftime_now" in template:
+        options["chat_template"] = dated(template, config.started_on)
     which = f"chat template ({config.chat_template or config.model_name})"
     try:
         with time_limit(SECONDS, which), panics_as_errors():
@@ -40,6 +48,14 @@ def chat_ids(tokenizer: Tokenizer, config: Settings, messages: Messages) -> list
     except Exception as error:  # a template is code, although in a sandbox: it can raise anything
         hint = '; system_prompt = "" leaves the system message out' if config.system_prompt else ""
         raise UserError(f"{which} refuses the prompt: {error}{hint}") from error
+
+
+@cache
+def dated(template: str, started_on: str) -> str:
+    """The template with the date on which the run began in place of today's: resumed on another
+    day, it asks the same."""
+    began = datetime.fromisoformat(started_on)
+    return NOW.sub(lambda match: json.dumps(began.strftime(match[2]), ensure_ascii=False), template)
 
 
 @cache

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,6 +27,7 @@ from ..model.writing import (
 from ..rewards import importing
 from ..settings import reading
 from ..settings.on_resume import changes, refuse_changes
+from ..settings.run_settings import Settings
 from . import consent, ours, trackers
 from .folders import (
     claim,
@@ -90,6 +92,7 @@ def save(path: Path, trainer: Trainer) -> None:
     # What was halved in an update that was dropped need not be found out again.
     state = dataclasses.replace(run.between, halved=run.state.halved)
     made_with = {"format": FORMAT, "config": reading.recorded(trainer.args), **sources(trainer)}
+    made_with["started_on"] = trainer.args.started_on
     with written_aside(path) as folder:
         write_learnt(folder, trainer)
         write_state(folder, vars(state) | made_with, arrays)
@@ -162,6 +165,13 @@ def state_arrays(trainer: Trainer) -> Arrays:
         reference = flat(trainer.ref_model.parameters())
         arrays |= {f"reference.{name}": reference[name] for name in reference.keys() & weights}
     return arrays
+
+
+def keep_date(folder: Path, config: Settings) -> None:
+    """The run that goes on from a checkpoint began when that one's did: see `chat_ids`."""
+    with contextlib.suppress(ValueError, TypeError):  # none in it, or none that is one
+        began = ours.read_object(folder / STATE).get("started_on")
+        vars(config)["started_on"] = datetime.fromisoformat(began).isoformat()  # type: ignore[arg-type]
 
 
 def load(folder: Path, trainer: Trainer) -> None:

@@ -50,6 +50,8 @@ def find_place(config: Settings, folder: Path, command: str, lock: RunLock) -> P
     resume_from = folders.to_resume(folder, config.resume) if config.resume else None
     if resume_from is None:
         consent.refuse_without(command, config, {})
+    else:
+        checkpoints.keep_date(resume_from, config)
     if config.resume and resume_from is None:
         say(f"resume    there is no checkpoint in {folder} to go on from: the run starts anew")
     return Place(lock, resume_from)

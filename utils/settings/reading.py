@@ -122,7 +122,8 @@ def replaced(config: S, **changes: Any) -> S:
     """`dataclasses.replace`, after which only what was set on purpose counts as that."""
     result = dataclasses.replace(config, **changes)
     result.explicit = config.explicit
-    vars(result).update(inherited=config.inherited, started_in=config.started_in)
+    kept = ("inherited", "started_in", "started_on")
+    vars(result).update({name: getattr(config, name) for name in kept})
     return result
 
 

@@ -6,6 +6,7 @@ Those of the algorithm are in mlx-grpo.py, whose MLXGRPOConfig extends this clas
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -192,6 +193,7 @@ class RunSettings:
 
     explicit = frozenset[str]()  # what was set on purpose
     inherited = frozenset[str]()  # what of that a file says, and not this command
+    started_on = ""  # date and time of the run's start, which some chat templates tell the model
     started_in = "."  # the current folder when the settings were made: others' code may leave it
 
     def __new__(cls, **given: object) -> Self:
@@ -206,6 +208,7 @@ class RunSettings:
             set_ -= {f.name for f in own if given[f.name] == default_of(f)}
         config.__dict__["explicit"] = frozenset(set_)
         config.__dict__["started_in"] = current_folder()
+        config.__dict__["started_on"] = datetime.now().isoformat()
         return config
 
     @property
