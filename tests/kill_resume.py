@@ -228,7 +228,7 @@ def described(output: Path) -> dict[str, object]:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "trainer_state.json":
             state = json.loads(path.read_text())
-            for key in ("elapsed", "log_bytes", "pending", "config", "watched"):
+            for key in ("elapsed", "log_bytes", "pending", "config", "watched", "started_on"):
                 del state[key]
             found[name] = state
         else:

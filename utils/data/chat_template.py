@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..base.errors import UserError, panics_as_errors
 from ..settings.run_settings import Settings
@@ -25,10 +26,24 @@ def chat_ids(tokenizer: Tokenizer, config: Settings, messages: Messages) -> list
     Raises:
         UserError: the tokenizer has no chat template, or its template refuses the messages.
     """
-    options = dict(config.chat_template_kwargs)
     if config.chat_template == "plain":
         text = "\n\n".join(message["content"].strip() for message in messages) + "\n\n"
         return tokenizer.encode(text)
+    options = template_options(tokenizer, config)
+    which = f"chat template ({config.chat_template or config.model_name})"
+    try:
+        with time_limit(SECONDS, which), panics_as_errors():
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # a template is code, although in a sandbox: it can raise anything
+        hint = '; system_prompt = "" leaves the system message out' if config.system_prompt else ""
+        raise UserError(f"{which} refuses the prompt: {error}{hint}") from error
+
+
+def template_options(tokenizer: Tokenizer, config: Settings) -> dict[str, Any]:
+    """What the tokenizer is to be called with: arguments, and a template that is not its own."""
+    options = dict(config.chat_template_kwargs)
     if config.chat_template:
         options["chat_template"] = read(str(config.located(config.chat_template)))
     elif getattr(tokenizer, "has_chat_template", True) is False:
@@ -39,15 +54,7 @@ def chat_ids(tokenizer: Tokenizer, config: Settings, messages: Messages) -> list
     template = options.get("chat_template", getattr(tokenizer, "chat_template", ""))
     if isinstance(template, str) and "strftime_now" in template:
         options["chat_template"] = dated(template, config.started_on)
-    which = f"chat template ({config.chat_template or config.model_name})"
-    try:
-        with time_limit(SECONDS, which), panics_as_errors():
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
-    except UserError:
-        raise
-    except Exception as error:  # a template is code, although in a sandbox: it can raise anything
-        hint = '; system_prompt = "" leaves the system message out' if config.system_prompt else ""
-        raise UserError(f"{which} refuses the prompt: {error}{hint}") from error
+    return options
 
 
 @cache

@@ -283,7 +283,7 @@ def open_run(
         seed_random_states(config.seed)
     rewind_log(log, run.state.log_bytes if run.between else 0)
     records = without_torn_line(log, run.state.update_step) if log.exists() else None
-    if stays:
+    if stays or config.resume:  # also where a run was killed before its first checkpoint
         trackers.rewind(folder, records, reported(run))
     for name, value in ((CONFIG, reading.recorded(config)), (PROVENANCE, provenance)):
         keep_damaged(folder / name)

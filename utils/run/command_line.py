@@ -88,9 +88,8 @@ def exit_code_of(work: Callable[[], int], debug: bool) -> int:
     """What `work` returns. Errors and signals that end it are told in a line: 2 (bad input), 1
     (failed run), 128 + n (signal n, so 130 for Ctrl-C)."""
     tell_everything()
-    foreign.stay_for_good()
     try:
-        with ending.signals_raise():
+        with foreign.no_way_out(), ending.signals_raise():
             return work()
     except SystemExit as stop:
         complain(f"error: {ending.foreign_exit(stop)}")

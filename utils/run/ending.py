@@ -169,7 +169,9 @@ def foreign_exit(error: SystemExit) -> RunError:
 
 
 def leave(code: int) -> NoReturn:
-    """End the program, also where threads that other people's code started do not."""
+    """End the program, also where threads that other people's code started do not, and with this
+    code, whatever such a thread would end it with."""
+    foreign.stay_for_good()
     threading.Thread(target=end_anyway, args=[code], daemon=True).start()
     sys.exit(code)
 
