@@ -48,6 +48,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from utils.base.errors import RunError, UserError  # noqa: E402
+from utils.base.json_files import write_json  # noqa: E402
 from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
 from utils.base.text import counted  # noqa: E402
 from utils.device import runtime  # noqa: E402
@@ -491,7 +492,7 @@ def save_folder(folder: Path, trainer: Trainer, materials: Materials, dtype: mx.
     save_model(folder, trainer.weights_into_model(dtype))
     name = {"torch_dtype": str(dtype).rpartition(".")[2]}
     save_config({**materials.model_config, **end, **name}, folder / "config.json")
-    writing.write_json(folder / "generation_config.json", end)
+    write_json(folder / "generation_config.json", end)
     tokenizer.save_pretrained(folder)
 
 
@@ -749,7 +750,7 @@ def run(config: PretrainConfig, smoke_test: bool) -> None:
     record["settings"] = dataclasses.asdict(config)
     with folders.written_aside(out_dir / "final") as folder:
         save_folder(folder, trainer, materials, trainer.compute)
-        writing.write_json(folder / ours.PRETRAINED, record)
+        write_json(folder / ours.PRETRAINED, record)
         ours.sign(folder)
     folders.drop_replaced(out_dir)
     say(f"saved {out_dir / 'final'} after {seconds} s")

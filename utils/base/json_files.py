@@ -23,9 +23,9 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it can't be read, or holds something else.
     """
-    if not path.is_file():
-        return {}
     try:
+        if not path.is_file():  # to read a pipe would wait for ever
+            return {}
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..base.errors import DiskError, RunError, UserError
+from ..base.json_files import write_json
 from ..base.say import say
 from ..device import runtime
 from ..model import served_prompt
@@ -21,7 +22,6 @@ from ..model.writing import (
     load_weights,
     write_adapters,
     write_fused,
-    write_json,
     write_trained,
 )
 from ..rewards import importing

@@ -20,9 +20,9 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from ..base.errors import DiskError, RunError, Signalled, UserError
+from ..base.json_files import write_json
 from ..base.say import complain, say
 from ..base.text import redact, visible
-from ..model import writing
 from ..rewards import foreign
 from . import checkpoints, folders, model_card, ours
 from .log import RunLog
@@ -251,7 +251,7 @@ def finish(trainer: Trainer, early: str) -> None:
         if adapters:
             compare_fused(trainer, folder)
         ended = {"updates": state.update_step, "of": trainer.total_updates, "reason": early}
-        writing.write_json(folder / folders.ENDED, ended)
+        write_json(folder / folders.ENDED, ended)
         prompt = checkpoints.prompt_of(trainer)
         model_card.write(folder, run.shown(run.folder / "final"), trainer, prompt, early)
         ours.sign(folder)

@@ -20,10 +20,10 @@ from ..base.errors import (
     nearest_existing,
     readable,
 )
+from ..base.json_files import write_json
 from ..base.say import say
 from ..base.text import Json
 from ..model import fingerprints
-from ..model.writing import write_json
 from ..settings.on_resume import refuse_changes
 from ..settings.run_settings import Settings
 from . import ours, trackers

@@ -148,7 +148,7 @@ class RunLog:
 
 def figure(value: float | None, form: str) -> str:
     """A number as a person reads it; "none" where there is none."""
-    return "none" if value is None or math.isnan(value) else format(value, form)
+    return format(value, form) if warnings_of_learning.is_known(value) else "none"
 
 
 def finite(value: object) -> object:

@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..base import json_files
+from ..base.errors import UserError
+from ..base.json_files import write_json
 from ..base.text import Json
-from ..model.writing import write_json
 from . import trackers
 from .trackers import SIGNED, WANDB_ID, first_line
 
@@ -44,12 +46,9 @@ OF_NOBODY = (
 def read_object(path: Path) -> dict[str, Json]:
     """A JSON object; empty where there is none, or none that can be read."""
     try:
-        if not path.is_file():  # to read a pipe would wait for ever
-            return {}
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return json_files.read_object(path)
+    except UserError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def sign(folder: Path) -> None:
