@@ -416,36 +416,36 @@ def sample_batch(
     rows: list[int],
     keys: np.ndarray,
     how: Sampling,
-    stop: StopRule,
+    reader: Reader,
 ) -> Generator[tuple[mx.array, mx.array], None, list[Completion]]:
-    """One completion for each of `rows` (B indices into `prompts`), by (B, 2) `keys`, in one batch.
+    """A completion for each of `rows` (N indices into `prompts`), by (N, 2) `keys`.
 
-    The loop is a plain one; that it yields each step, before MLX has computed it, is for CPUs,
-    where the sampler lets several batches take turns on cores of their own. The host looks for
-    ends one block of steps behind the device; what was sampled past them is dropped.
+    B at once, the places that the reader has; the next takes the place of one that has ended. Each
+    step is yielded before MLX has computed it: batches can take turns on the cores of a CPU. The
+    host looks for ends one block of steps behind the device, and drops what was sampled past them.
     """
-    cache = caches.prefill(model, prompts, rows, how.max_tokens)
-    tokens = mx.array([prompts[row][-1] for row in rows])  # (B,) that the cache has not yet
-    # The key of a position is the row's with the position added: (max_tokens, B, 2)
-    positions = np.arange(how.max_tokens, dtype=np.uint32)[:, None, None] * np.array([0, 1], "u4")
-    step_keys = mx.array(keys + positions)
+    begun = [rows[n] for n in reader.next()]
+    cache = caches.prefill(model, prompts, begun, how.max_tokens)
+    tokens = mx.array([prompts[row][-1] for row in begun])  # (B,) that the cache has not yet
+    keys_now, next_position = mx.array(keys[: len(begun)]), mx.array([0, 1], mx.uint32)  # (B, 2)
     forward = compiled_step.forward(model, cache)  # (B, 1) tokens -> (B, 1, V) logits
-    reader = Reader(stop, len(rows), compiled_step.part_to_leave(forward))
     sample_step = caches.compiled(partial(sample_tokens, how=how))
-    for start in range(0, how.max_tokens, reader.block):
+    while steps := reader.steps():
         block = []
-        for step in range(start, min(start + reader.block, how.max_tokens)):
+        for _ in steps:
             logits = forward(tokens[:, None])[:, -1]  # (B, V)
-            tokens, logprobs = sample_step(logits, step_keys[step])  # (B,)
+            tokens, logprobs = sample_step(logits, keys_now)  # (B,)
             yield tokens, logprobs  # the device works while the host builds the next step
             block.append((tokens, logprobs))
-        keep = reader.read(block)
-        if not keep:
-            break
-        if len(keep) < len(tokens):  # the rows that have ended leave the batch
-            index = mx.array(keep)
-            tokens, step_keys = tokens[index], step_keys[:, index]
-            caches.keep_rows(cache, keep)
+            keys_now = keys_now + next_position
+        keep = reader.read(block, compiled_step.part_to_leave(forward))
+        if len(keep) == len(tokens):
+            continue
+        index, new = mx.array(keep, mx.int32), reader.next()
+        last = mx.array([prompts[rows[n]][-1] for n in new], tokens.dtype)
+        tokens = mx.concatenate([tokens[index], last])
+        keys_now = mx.concatenate([keys_now[index], mx.array(keys[new])])
+        caches.refill(cache, keep, model, prompts, [rows[n] for n in new], how.max_tokens)
     return reader.completions()
 
 

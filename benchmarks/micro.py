@@ -80,7 +80,9 @@ class Bench:
             sorted(n % len(prompts) for n in range(rows)),
             np.stack([self.grpo.random_key(0, n, ()) for n in range(rows)]),
             self.grpo.Sampling(temperature=1.0, max_tokens=tokens),
-            self.grpo.StopRule(WithoutStop(self.trainer.tokenizer), ()),
+            self.grpo.Reader(
+                self.grpo.StopRule(WithoutStop(self.trainer.tokenizer), ()), rows, rows, tokens
+            ),
         )
         (done,) = cores.in_turns([sampler])
         assert {len(completion.ids) for completion in done} == {tokens}

@@ -61,7 +61,7 @@ using Strides = const int64_t*;
 
 struct Arguments {
   T *queries, *new_keys, *new_values, *keys, *values, *out;
-  const int *ends, *padding, *position;
+  const int *padding, *position;
   const float* frequencies;
   Shape keys_shape;
   Strides queries_strides, new_keys_strides, new_values_strides;
@@ -69,7 +69,7 @@ struct Arguments {
 static Arguments arguments;
 
 static void kernel() {
-  const auto [queries_, new_keys_, new_values_, keys_, values_, out, ends, padding, position,
+  const auto [queries_, new_keys_, new_values_, keys_, values_, out, padding, position,
               frequencies, keys_shape, queries_strides, new_keys_strides, new_values_strides] = arguments;
   const T *queries = queries_, *new_keys = new_keys_, *new_values = new_values_;
   const T *keys = keys_, *values = values_;

@@ -369,14 +369,15 @@ def keys_for(grpo, count):
     return np.stack([grpo.random_key(7, n, ()) for n in range(count)])
 
 
-def sample(grpo, loaded, prompts, rows=None, keys=None, stops=(), **how):
+def sample(grpo, loaded, prompts, rows=None, keys=None, stops=(), places=0, **how):
     model, tokenizer = loaded
     fast.switch_on(model)  # as load_model does
     rows = list(range(len(prompts))) if rows is None else rows
     keys = keys_for(grpo, len(rows)) if keys is None else keys
     how = grpo.Sampling(**{"temperature": 1.0, "max_tokens": 30, **how})
     stop = grpo.StopRule(tokenizer, stops)
-    return cores.in_turns([grpo.sample_batch(model, prompts, rows, keys, how, stop)])[0]
+    reader = grpo.Reader(stop, len(rows), places or len(rows), how.max_tokens)
+    return cores.in_turns([grpo.sample_batch(model, prompts, rows, keys, how, reader)])[0]
 
 
 def random_prompts(*lengths):

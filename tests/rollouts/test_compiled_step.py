@@ -51,9 +51,8 @@ def to_rows(queries, keys, values, cache, scale, rotation=None):
     at = rows.position[:, None, None, None]
     cache.keys = mx.put_along_axis(cache.keys, at, keys, axis=2)
     cache.values = mx.put_along_axis(cache.values, at, values, axis=2)
-    n, end = mx.arange(count), rows.ends[:, None, None, None]
-    gap_end = end + rows.padding[:, None, None, None]
-    seen = (n < end) | (n >= gap_end) & (n <= at)
+    n = mx.arange(count)
+    seen = (n >= rows.padding[:, None, None, None]) & (n <= at)
     return mx.fast.scaled_dot_product_attention(
         queries, cache.keys, cache.values, scale=scale, mask=seen
     )
@@ -116,6 +115,38 @@ def test_compiled_steps_sample_the_same(
     for a, b in zip(ours, plain, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     assert "not compiled" not in capsys.readouterr().out
+
+
+def test_places_that_are_filled_again_compile_nothing_anew(
+    grpo, model_dir, monkeypatch, as_on_cuda
+):
+    """Longer prompts come too, which the batch has to move for."""
+    loaded, stops = mlx_lm.load(str(model_dir)), tuple("taei01")
+    prompts = random_prompts(5, 9, 2, 5, 40, 3, 7, 5, 23, 6)
+    rows = [n % len(prompts) for n in range(40)]
+    plain = sample(grpo, loaded, prompts, rows, stops=stops)
+    shapes, refills = [], []
+    trace, refill = compiled_step._at_position, caches.refill
+
+    def traced(*given):
+        shapes.append((len(given[2]), given[5][0][0].shape[2]))
+        return trace(*given)
+
+    def noted(cache, keep, model, prompts, rows, max_tokens):
+        refills.append(len(rows))
+        refill(cache, keep, model, prompts, rows, max_tokens)
+
+    monkeypatch.setattr(compiled_step, "_at_position", traced)
+    monkeypatch.setattr(caches, "refill", noted)
+    monkeypatch.setattr(caches, "STEP", 100)
+    as_on_cuda(True)
+    ours = sample(grpo, loaded, prompts, rows, stops=stops, places=8)
+    assert [c.ids for c in ours] == [c.ids for c in plain]
+    for a, b in zip(ours, plain, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    full = [room for count, room in shapes if count == 8]
+    assert sum(map(bool, refills)) > 3
+    assert len(full) == len(set(full)) <= 3, "once for each room"
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 5), (2,), (2, 3)])
@@ -242,7 +273,7 @@ def test_each_size_of_a_model_is_compared_once(grpo, tmp_path, as_on_cuda):
 def test_a_window_is_for_plain_steps_unless_it_holds_everything(window):
     rows = caches.Rows([5, 2], 11)  # positions 0 to 15
     cache = caches.RolloutCache(rows)
-    rows.be_at(mx.full((2,), 9))
+    rows.be_at(mx.full((2,), 9), rows.padding)
     assert cache.make_mask(1) is rows.all_seen
     assert (cache.make_mask(1, window_size=window) is rows.all_seen) == (window >= 16)
     assert cache.offset.tolist() == [9, 6]
@@ -291,7 +322,7 @@ def test_what_the_kernel_would_rotate_otherwise_mlx_rotates(monkeypatch, as_on_c
     """Elsewhere than the step is, only queries or only keys, or not alike."""
     rows, seen = caches.Rows([4, 2], 9), []
     monkeypatch.setattr(attention, "to_rows", lambda *given: seen.append(given))
-    rows.be_at(mx.full((2,), 4))
+    rows.be_at(mx.full((2,), 4), rows.padding)
     cache, x = caches.RolloutCache(rows), mx.random.normal((2, 2, 1, 16), key=mx.random.key(0))
 
     def rope(offset=rows.offset_at_position, base=1e4):
@@ -313,7 +344,7 @@ def test_what_the_kernel_would_rotate_otherwise_mlx_rotates(monkeypatch, as_on_c
 
 def test_nothing_is_left_of_a_step_that_fails():
     rows, plain = caches.Rows([4, 2], 9), mx.fast.rope
-    rows.be_at(mx.full((2,), 4))
+    rows.be_at(mx.full((2,), 4), rows.padding)
 
     def failing_step():
         with attention.noting_rotations(rows):
@@ -346,7 +377,7 @@ def test_what_the_kernel_does_not_take_is_refused(model_dir, monkeypatch, as_on_
     monkeypatch.setattr(attention, "fits", lambda *x: len({y.dtype for y in x}) == 1)
     cache = caches.RolloutCache(caches.Rows([4, 4], 9))
     cache.keys = cache.values = mx.zeros((2, 2, 9, 16))
-    cache.rows.be_at(mx.full((2,), 4))
+    cache.rows.be_at(mx.full((2,), 4), cache.rows.padding)
     queries, new = mx.zeros((2, 4, 1, 16)), mx.zeros((2, 2, 1, 16))
     given = {"cache": cache, "scale": 1.0, "mask": cache.rows.all_seen, "sinks": None}
     dispatching = attention.dispatching(None)
@@ -478,7 +509,7 @@ def test_attention_to_rows_is_mlxs_with_a_mask(
     ]  # (count, heads, 1, size), (count, groups, 1, size) twice
     shape = (count, groups, end + 100, size)
     cache = caches.RolloutCache(caches.Rows([150, 20, 100, 1][:count], end))
-    cache.rows.be_at(mx.full((count,), end))
+    cache.rows.be_at(mx.full((count,), end), cache.rows.padding)
     rotation = rotary and attention.rotation_of(size=size, **ROTARY[rotary])
     assert bool(rotation) == bool(rotary)
     cache.keys, cache.values = (mx.random.normal(shape, key=k).astype(dtype) for k in keys[1:])

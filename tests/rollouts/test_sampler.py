@@ -29,6 +29,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from utils.base.errors import UserError
+from utils.base.script import load_script
+from utils.device import cores as streams
 from utils.device import patch, runtime
 from utils.rollouts import caches, merged_layers, stop_rule
 from utils.rollouts import draw as drawing
@@ -242,6 +244,62 @@ def test_a_batch_of_ragged_prompts_is_each_prompt_alone(grpo, tmp_path, family):
 
 
 @pytest.mark.parametrize("family", mostly_long(FAMILIES, *ONE_OF_A_KIND))
+@pytest.mark.parametrize("places", [1, 3])
+def test_a_place_that_is_left_goes_to_the_next(grpo, tmp_path, monkeypatch, family, places):
+    """Whatever has been there before, and whoever is beside it."""
+    folder = make_model(tmp_path / family, model_type=family, **FAMILIES[family])
+    loaded = mlx_lm.load(str(folder))
+    prompts, rows = random_prompts(5, 23, 1, 40), [0, 0, 1, 2, 3, 3, 1, 2]
+    whole = sample(grpo, loaded, prompts, rows, stops=tuple("taei01"))
+    widths, forward = [], type(loaded[0]).__call__
+
+    def noted(self, tokens, *args, **kwargs):
+        if tokens.shape[1] == 1:
+            widths.append(len(tokens))
+        return forward(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(type(loaded[0]), "__call__", noted)
+    refilled = sample(grpo, loaded, prompts, rows, stops=tuple("taei01"), places=places)
+    assert max(widths) == places
+    assert [c.ids for c in refilled] == [c.ids for c in whole]
+    assert [(c.text, c.finish_reason) for c in refilled] == [
+        (c.text, c.finish_reason) for c in whole
+    ]
+    for a, b in zip(refilled, whole, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 30])
+def test_rows_that_come_later_have_the_same_limit(grpo, loaded, limit):
+    prompts, stops = random_prompts(5, 9, 1, 7), tuple("tae")
+    rows = [n % 4 for n in range(12)]
+    whole = sample(grpo, loaded, prompts, rows, stops=stops, max_tokens=limit)
+    for places in (1, 2, 5):
+        refilled = sample(grpo, loaded, prompts, rows, stops=stops, max_tokens=limit, places=places)
+        assert [c.ids for c in refilled] == [c.ids for c in whole]
+        assert [c.finish_reason for c in refilled] == [c.finish_reason for c in whole]
+    assert max(len(c.ids) for c in whole) == limit
+
+
+def test_what_is_done_is_known_in_order_while_the_rest_is_sampled(model_dir, data_dir, tmp_path):
+    settings = {"stop_strings": ["t", "0"], "rollout_batch_size": 2, "max_new_tokens": 40}
+    trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
+    seen, keys = [], keys_for(load_script(), 12)
+    prompts = [trainer.train_dataset[n]["prompt_ids"] for n in (0, 1, 2)]
+    ask = partial(trainer.sampler, trainer.model, prompts, keys, trainer.sampling)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "EVERY", 0)
+        completions = ask(lambda done: seen.append(list(done)))
+    assert seen[0] == []
+    counts = [len(done) for done in seen]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 4
+    for done in seen:
+        assert [c.ids for c in done] == [c.ids for c in completions[: len(done)]]
+    assert counts[-1] == 12
+
+
+@pytest.mark.parametrize("family", mostly_long(FAMILIES, *ONE_OF_A_KIND))
 def test_long_prompts_are_read_in_pieces(grpo, tmp_path, monkeypatch, family):
     folder = make_model(tmp_path / family, model_type=family, **FAMILIES[family])
     loaded, prompts = mlx_lm.load(str(folder)), random_prompts(5, 23, 1, 40)
@@ -308,20 +366,28 @@ def test_a_window_is_masked_from_the_first_token_that_it_leaves_out():
 
 
 def test_a_mask_hides_padding_and_what_is_out_of_the_window():
-    """Against the tokens' true positions, before and after the longest prompt has left."""
+    """Against the tokens' true positions, before and after the longest prompt has left, and when
+    others have come."""
     rows = caches.Rows([5, 2, 9], 20)
-    for lengths, end in (([5, 2, 9], 9), ([5, 2, 9], 13), ([5, 2], 13)):
-        if len(lengths) == 2:
-            assert rows.keep([0, 1]) == slice(5, 9)
-        width = max(lengths)
-        assert rows.offset(end).tolist() == [end - width + length for length in lengths]
+
+    def check(begins, end):
+        assert rows.offset(end).tolist() == [end - begin for begin in begins]
         for window in (None, 3, 6, 100):
             mask = np.array(rows.mask(end, window))[:, 0, 0]
-            for row, length in enumerate(lengths):
-                true = [p if p < width else p - width + length for p in range(end + 1)]
-                real = [p < length or p >= width for p in range(end + 1)]
-                near = [true[end] - t < (window or 99) for t in true]
-                assert mask[row].tolist() == [r and n for r, n in zip(real, near, strict=True)]
+            for row, begin in enumerate(begins):
+                near = [end - position < (window or 99) for position in range(end + 1)]
+                seen = [position >= begin for position in range(end + 1)]
+                assert mask[row].tolist() == [s and n for s, n in zip(seen, near, strict=True)]
+
+    check([4, 7, 0], 9)
+    check([4, 7, 0], 13)
+    assert rows.keep([0, 1]) == 4
+    check([0, 3], 9)
+    assert rows.extend(caches.Rows([4, 3], 20), 9, 20) == 0
+    check([0, 3, 5, 6], 9)
+    assert rows.extend(caches.Rows([12], 20), 10, 20) == 2
+    check([2, 5, 7, 8, 0], 12)
+    assert (rows.limit, rows.longest) == (32, 32)
     assert caches.Rows([4, 4], 9).mask(6, None) is None
     assert np.array(caches.Rows([4, 4], 9).mask(6, 3))[1, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1]
 

@@ -597,7 +597,7 @@ def starve(monkeypatch, stage, most):
 
     def sampling(trainer):
         sample = trainer.sampler.sample_batch
-        trainer.sampler.sample_batch = starved(sample, lambda _, __, rows, *rest: len(rows), most)
+        trainer.sampler.sample_batch = starved(sample, lambda *given: given[-1].places, most)
 
     def gradient(trainer):
         trainer.loss_and_grad = starved(trainer.loss_and_grad, lambda batch: batch.count, most)

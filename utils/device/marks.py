@@ -23,7 +23,6 @@ class Rotated(NamedTuple):
 class Rows(Protocol):
     """What the rows of a batch see: `rollouts.caches.Rows`, with its meanings."""
 
-    ends: mx.array
     padding: mx.array
     all_seen: mx.array
     position: mx.array | None

@@ -3,7 +3,7 @@
 Three kinds, whichever the model's own caches allow:
 
 * plain KV caches in every layer (most models): `RolloutCache`, with one set of positions and one
-  mask for all layers; no mask when the prompts are equally long;
+  mask for all layers; no mask when all rows begin at the same position;
 * caches that mlx-lm can merge (rotating ones, recurrent state, mixtures): mlx-lm's batch caches;
 * any other: the rows of one prompt, which need no padding, in caches of the model's own kind.
 """
@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..base.say import say
 from ..device.marks import DecodeCache, Rotated
@@ -30,16 +31,20 @@ Layer = Any
 Cache = list[Layer]
 
 
-def batches(model: nn.Module, count: int, group: int, size: int) -> Iterator[range]:
-    """Cut `count` rows, `group` of each prompt, into batches of at most `size` rows.
+def batches(
+    model: nn.Module, count: int, group: int, places: int, together: int = 1
+) -> Iterator[range]:
+    """Cut `count` rows, `group` of each prompt, into batches with so many `places` each.
 
-    Rows of different prompts are apart where the model's caches can't hold them together.
+    In as many as are sampled `together`, if a row can have any place that another has left.
+    Otherwise in batches of `places` rows, and of one prompt.
     """
-    together = _can_batch(model)
+    refillable = _can_batch(model)
+    size = -(-count // together) if refillable else places
     start = 0
     while start < count:
         end = min(start + size, count)
-        if not together:
+        if not refillable:
             end = min(end, start - start % group + group)
         yield range(start, end)
         start = end
@@ -97,14 +102,43 @@ def prefill(model: nn.Module, prompts: list[list[int]], rows: list[int], max_tok
     return layers
 
 
+def refill(
+    cache: Cache,
+    keep: list[int],
+    model: nn.Module,
+    prompts: list[list[int]],
+    rows: list[int],
+    max_tokens: int,
+) -> None:
+    """Keep the rows `keep`, and put `rows` (indices into `prompts`) behind them, as `prefill` has
+    them."""
+    if not rows:
+        if keep:  # else all is sampled
+            keep_rows(cache, keep)
+        return
+    new = prefill(model, prompts, rows, max_tokens)
+    if isinstance(cache[0], RolloutCache):
+        shared, index = cache[0].rows, mx.array(keep, mx.int32)
+        unused = shared.keep(keep)
+        shift = shared.extend(new[0].rows, cache[0].end - unused, max_tokens)
+        for layer, other in zip(cache, new, strict=True):
+            layer.refill(index, unused, other, shift)
+    elif keep:
+        keep_rows(cache, keep)
+        for layer, other in zip(cache, new, strict=True):
+            layer.extend(other)
+    else:
+        cache[:] = new
+
+
 def keep_rows(cache: Cache, keep: list[int]) -> None:
     """Drop all rows but `keep` (indices in order) from every layer."""
     index = mx.array(keep)
     shared = cache[0].rows if isinstance(cache[0], RolloutCache) else None
-    gap = shared.keep(keep) if shared is not None else None
+    unused = shared.keep(keep) if shared is not None else None
     for layer in cache:
-        if gap is not None:
-            layer.keep(index, gap)
+        if unused is not None:
+            layer.keep(index, unused)
         elif hasattr(layer, "filter"):
             layer.filter(index)
         else:  # the batch is the first axis of everything that a cache holds
@@ -143,15 +177,25 @@ def _row_caches(
 ) -> Cache:
     # Padding comes later than its prompt, so no token of the prompt sees it.
     _read(model, layers, [prompt[:-1] for prompt in prompts])
-    index = mx.array(rows)
-    shared = Rows([len(prompts[row]) - 1 for row in rows], max_tokens)
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    shared = Rows([lengths[row] for row in rows], max_tokens)
+    width, index = max(lengths), mx.array(rows)
     caches = [RolloutCache(shared) for _ in layers]
     for cache, layer in zip(caches, layers, strict=True) if shared.width else ():
         # Cut to what is in use: a capacity of 256, 512, ... makes MLX on CUDA take cuDNN for one
         # query, which is slower than its own kernel (64 rows, H200: 4.6 against 3.9 ms a step).
-        cache.keys = mx.take(layer.keys[:, :, : shared.width], index, axis=0)
-        cache.values = mx.take(layer.values[:, :, : shared.width], index, axis=0)
+        keys, values = (_at_the_end(x, lengths, width) for x in (layer.keys, layer.values))
+        cache.keys = mx.take(keys[:, :, width - shared.width :], index, axis=0)
+        cache.values = mx.take(values[:, :, width - shared.width :], index, axis=0)
     return caches
+
+
+def _at_the_end(x: mx.array, lengths: list[int], width: int) -> mx.array:
+    """(P, heads, T, D) -> (P, heads, width, D), the first `lengths` of each moved to the end."""
+    if min(lengths) == width:
+        return x[:, :, :width]
+    index = np.arange(width) - (width - np.array(lengths))[:, None]  # (P, width)
+    return mx.take_along_axis(x, mx.array(np.maximum(index, 0))[:, None, :, None], axis=2)
 
 
 def _merged_caches(model: nn.Module, prompts: list[list[int]], rows: list[int]) -> Cache:
@@ -183,35 +227,35 @@ def _read_together(model: nn.Module, merged: Cache, prompts: list[list[int]]) ->
 
 
 class Rows:
-    """What the layers of a batch share: where the prompt of each row ends, and so what it sees.
+    """What the layers of a batch share: where each row begins, and so what it sees.
 
-    Prompts are at positions 0..width - 1, the shorter ones padded on the right, and completions
-    from `width` on.
+    All rows get their next token at the same position. A prompt ends where the batch was when its
+    row came; what is before it, in its row, is padding.
     """
 
     def __init__(self, lengths: list[int], max_tokens: int) -> None:
-        self.limit = max(lengths) + max_tokens  # no position beyond it will be used
+        self.width = max(lengths)  # positions that the prompts take
+        self.limit = self.width + max_tokens  # no position beyond it will be used
+        self.longest = self.limit  # tokens of a row
         # Only in a step that is compiled for every position (utils/rollouts/compiled_step.py):
         self.position: mx.array | None = None  # (B,) of the tokens
         self.offset_at_position: mx.array | None = None  # (B,) the same without padding
         self.all_seen = mx.array(True)  # stands for the mask of all that they see
         self.rotated: dict[int, Rotated] = {}  # by id, see noting_rotations in device/cuda
-        self._set(lengths)
+        self._set([self.width - length for length in lengths])
 
-    def _set(self, lengths: list[int]) -> None:
-        self.lengths, self.width = lengths, max(lengths)
-        self.padded = min(lengths) < self.width
+    def _set(self, begins: list[int]) -> None:
+        self.begins, self.padded = begins, any(begins)
         # (B,). The sum is on the device: CUDA kernels would read lists from the host's memory.
-        padding = [self.width - length for length in lengths]
-        self.ends, self.padding = mx.array([lengths, padding]) + 0
-        mx.async_eval(self.ends, self.padding)  # or compiled steps would compute them each time
+        self.padding = mx.array(begins) + 0
+        mx.async_eval(self.padding)  # or compiled steps would compute it each time
         self._visible: mx.array | None = None  # (B, 1, 1, limit)
         self._offset, self._offset_end = self.padding, -1
 
-    def be_at(self, position: mx.array | None) -> None:
+    def be_at(self, position: mx.array | None, padding: mx.array) -> None:
         """A step that is compiled for every position begins, or ends with None."""
-        self.position = position
-        self.offset_at_position = None if position is None else position - self.padding
+        self.position, self.padding = position, padding
+        self.offset_at_position = None if position is None else position - padding
 
     def offset(self, end: int) -> mx.array | int:
         """RoPE position of the token at position `end`: one for all, or (B,) where rows differ."""
@@ -231,27 +275,30 @@ class Rows:
         if not self.padded and (window is None or end < window):
             return None
         if self._visible is None:
-            self._visible = self._unpadded(self.limit)
+            behind = mx.arange(self.limit) >= self.padding[:, None]
+            self._visible = behind[:, None, None]
         visible = self._visible[..., : end + 1]
-        return visible if window is None else visible & self._near(end, end + 1, window)
+        return visible if window is None else visible & (mx.arange(end + 1) > end - window)
 
-    def _unpadded(self, count: int) -> mx.array:
-        position, ends = mx.arange(count), self.ends[:, None]
-        seen = (position < ends) | (position >= ends + self.padding[:, None])
-        return seen[:, None, None]
+    def keep(self, keep: list[int]) -> int:
+        """Drop rows. Returns how many positions, from 0 on, only padding is left at: they go."""
+        begins = [self.begins[i] for i in keep]
+        unused = min(begins, default=0)
+        self.limit -= unused
+        self._set([begin - unused for begin in begins])
+        return unused
 
-    def _near(self, end: int, count: int, window: int) -> mx.array:
-        """Distance in tokens: from behind the padding, a prompt is so much nearer."""
-        position, padding = mx.arange(count), self.padding[:, None, None, None]
-        behind = position < self.ends[:, None, None, None]
-        return end - position - mx.where(behind, padding, 0) < window
+    def extend(self, other: "Rows", end: int, max_tokens: int) -> int:
+        """Rows of other prompts, which end at position `end`, where the batch is.
 
-    def keep(self, keep: list[int]) -> slice:
-        """Drop rows. Returns the positions that only padding is left at."""
-        gap = slice(max(self.lengths[i] for i in keep), self.width)
-        self.limit -= gap.stop - gap.start
-        self._set([self.lengths[i] for i in keep])
-        return gap
+        Returns by how many positions all rows move: longer prompts need more room before it.
+        """
+        shift = max(0, other.width - end)
+        self.limit = max(self.limit + shift, end + shift + max_tokens)
+        self.longest = max(self.longest, other.longest)
+        own = [begin + shift for begin in self.begins]
+        self._set(own + [begin + end + shift - other.width for begin in other.begins])
+        return shift
 
 
 class RolloutCache(DecodeCache):
@@ -273,7 +320,7 @@ class RolloutCache(DecodeCache):
         assert count == 1
         if self.rows.position is None:
             return self.rows.mask(self.end, window_size)
-        everything = window_size is None or self.rows.limit <= window_size
+        everything = window_size is None or self.rows.longest <= window_size
         return self.rows.all_seen if everything else None
 
     def make_room(self, keys: mx.array, values: mx.array) -> None:
@@ -296,18 +343,34 @@ class RolloutCache(DecodeCache):
         self.keys[:, :, end - 1 : end], self.values[:, :, end - 1 : end] = keys, values
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def keep(self, index: mx.array, gap: slice) -> None:
-        """Keep the rows of `index`, and cut out the positions of `gap`."""
-        self.keys, self.values = (_cut(x, index, gap) for x in (self.keys, self.values))
-        self.end -= gap.stop - gap.start
+    def keep(self, index: mx.array, unused: int) -> None:
+        """Keep the rows of `index`, without the first, `unused` positions."""
+        self.keys, self.values = (x[:, :, unused:][index] for x in (self.keys, self.values))
+        self.end -= unused
+
+    def refill(self, index: mx.array, unused: int, other: "RolloutCache", shift: int) -> None:
+        """Keep the rows of `index`, without the first, `unused` positions, moved by `shift`; the
+        other's come behind them. There is as much room as before, or steps that are compiled would
+        be compiled anew."""
+        end = self.end - unused + shift
+        kept, count = index.size, index.size + len(other.rows.begins)
+
+        def both(own: mx.array, new: mx.array) -> mx.array:
+            like = own if own.size else new
+            if not like.size:  # prompts of one token, at the first step
+                return NOTHING
+            shape = count, like.shape[1], max(end, own.shape[2]), like.shape[3]
+            joined = mx.zeros(shape, like.dtype)
+            if own.size and kept:
+                joined[:kept, :, shift:end] = own[:, :, unused : self.end][index]
+            if new.size:
+                joined[kept:, :, end - new.shape[2] : end] = new
+            return joined
+
+        self.keys, self.values = both(self.keys, other.keys), both(self.values, other.values)
+        self.end = end
 
 
 def _grown(stored: mx.array, new: mx.array, room: int) -> mx.array:
     zeros = mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype)
     return mx.concatenate([stored, zeros], axis=2) if stored.size else zeros
-
-
-def _cut(x: mx.array, index: mx.array, gap: slice) -> mx.array:
-    if gap.start < gap.stop:
-        x = mx.concatenate([x[:, :, : gap.start], x[:, :, gap.stop :]], axis=2)
-    return x[index]

@@ -56,8 +56,8 @@ def _disagreement(model: nn.Module, cache: list[RolloutCache]) -> str:
     They are not where a model needs the position as a number, or has an attention of its own.
     """
     cache = copy.deepcopy(cache)
-    lengths = cache[0].rows.lengths
-    keep_rows(cache, [lengths.index(min(lengths)), lengths.index(max(lengths))])
+    begins = cache[0].rows.begins
+    keep_rows(cache, [begins.index(max(begins)), begins.index(min(begins))])
     cache[0].rows.limit += 1  # a batch may be for one step, and two are compared
     plain = _two_steps(partial(model, cache=copy.deepcopy(cache)), cache)
     for layer in cache:  # what is not to be seen shall be noticed
@@ -74,7 +74,7 @@ def _disagreement(model: nn.Module, cache: list[RolloutCache]) -> str:
 
 def _two_steps(forward: Step, cache: list[RolloutCache]) -> mx.array:
     """The second sees what the first has stored."""
-    count = len(cache[0].rows.lengths)
+    count = len(cache[0].rows.begins)
     # All different: attention to tokens that are alike is the same, whichever it is to.
     tokens = mx.arange(2 * count).reshape(2, count, 1)
     logits = []
@@ -99,7 +99,8 @@ class CompiledStep:
         self.cache = cache
         # Of functions, not of methods: in a circle of references, the cache would stay in memory
         # until Python looks for circles.
-        self.compiled = mx.compile(partial(_at_position, model, cache))
+        self.traced = partial(_at_position, model, cache)
+        self.compiled, self.longest = mx.compile(self.traced), cache[0].rows.longest
         self.position = mx.zeros((0,), mx.int32)  # (B,) of the next tokens, alike
         self.stands_for = -1, 0  # the position in it, and B
 
@@ -107,13 +108,16 @@ class CompiledStep:
         for layer in self.cache:
             layer.make_room(layer.keys, layer.values)
         rows, end, count = self.cache[0].rows, self.cache[0].end, len(tokens)
+        padding = rows.padding
+        if rows.longest > self.longest:  # a sliding window may not hold all of a row any more
+            self.compiled, self.longest = mx.compile(self.traced), rows.longest
         if self.stands_for != (end, count):  # at first, and when rows have left
             # Made by a sum, or it would be in the host's memory, as all that Python gives to MLX.
             self.position = mx.zeros((count,), mx.int32) + end
         try:
-            result = self.compiled(tokens, self.position, _stored(self.cache))
+            result = self.compiled(tokens, self.position, padding, _stored(self.cache))
         finally:
-            rows.be_at(None)
+            rows.be_at(None, padding)
         logits, self.position, stored = result
         _store(self.cache, stored)  # when it was traced, placeholders came in their place
         for layer in self.cache:
@@ -127,9 +131,10 @@ def _at_position(
     cache: list[RolloutCache],
     tokens: mx.array,
     position: mx.array,
+    padding: mx.array,
     stored: Stored,
 ) -> tuple[mx.array, mx.array, Stored]:
-    cache[0].rows.be_at(position)
+    cache[0].rows.be_at(position, padding)
     _store(cache, stored)
     cuda = fast.part("cuda")
     assert cuda is not None, "`forward` would have taken plain steps"

@@ -19,7 +19,7 @@ from ..model.loading import LoadedModel
 from ..settings.checks import room_for_sampling
 from ..settings.run_settings import Settings
 from . import caches, merged_layers
-from .stop_rule import StopRule
+from .stop_rule import Reader, StopRule
 
 Batch = Generator[tuple[mx.array, mx.array], None, list[Completion]]
 """Completions of one batch; what it yields, tokens and their log-probs, is to be computed."""
@@ -51,7 +51,7 @@ class Sampler:
 
     Args:
         sample_batch: The script's, which samples one batch: (policy, prompts, rows, keys, how,
-            stop) -> Batch.
+            reader) -> Batch.
         stop: Where completions end, and the text that they begin with.
         memory: How much is sampled at once.
         pulse: Called with "sampling" every now and then; may raise to stop.
@@ -94,15 +94,19 @@ class Sampler:
             so_far([])
             view = merged_layers.joined(policy, self.memory.spare_for_rollouts)
             together = cores.batches_at_once(most())
-            size, group = math.ceil(most() / together), len(keys) // len(prompts)
-            chunks = list(caches.batches(view, len(keys), group, size))
+            places, group = math.ceil(most() / together), len(keys) // len(prompts)
+            chunks = list(caches.batches(view, len(keys), group, places, together))
             completions: list[Completion] = []
             for start in range(0, len(chunks), together):
+                at_once = chunks[start : start + together]
+                readers = [Reader(self.stop, len(c), places, how.max_tokens) for c in at_once]
                 batches = [
-                    self.batch(view, prompts, keys, how, chunk)
-                    for chunk in chunks[start : start + together]
+                    self.batch(view, prompts, keys, how, chunk, reader)
+                    for chunk, reader in zip(at_once, readers, strict=True)
                 ]
-                for finished in cores.in_turns(batches, partial(self.pulse, "sampling")):
+                for finished in cores.in_turns(
+                    batches, partial(self.between, readers, completions, so_far)
+                ):
                     completions += finished
                 so_far(completions)
             return completions
@@ -111,6 +115,22 @@ class Sampler:
         refuse_broken_policy(completions)
         return completions
 
+    def between(
+        self,
+        readers: Sequence[Reader],
+        before: list[Completion],
+        so_far: Callable[[list[Completion]], None],
+    ) -> None:
+        """While batches are sampled: a sign of life, and what is done of them."""
+        self.pulse("sampling")
+        done = list(before)
+        for reader in readers:
+            done += reader.finished()
+            if len(reader.done) < len(reader.rows):
+                break
+        if done:  # nothing would mean the start
+            so_far(done)
+
     def batch(
         self,
         policy: nn.Module,
@@ -118,13 +138,14 @@ class Sampler:
         keys: Sequence[np.ndarray],
         how: Sampling,
         chunk: range,
+        reader: Reader,
     ) -> Batch:
         """Completions n of `chunk`, each of prompt n // group by keys[n], not yet begun."""
         group = len(keys) // len(prompts)
         first, last = chunk[0] // group, chunk[-1] // group
         rows = [n // group - first for n in chunk]
         own_keys = np.stack([keys[n] for n in chunk])
-        return self.sample_batch(policy, prompts[first : last + 1], rows, own_keys, how, self.stop)
+        return self.sample_batch(policy, prompts[first : last + 1], rows, own_keys, how, reader)
 
 
 def sampler_of_command(

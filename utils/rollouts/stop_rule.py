@@ -63,38 +63,61 @@ def block_steps() -> int:
 
 @dataclass
 class _Row:
-    """A completion that is being sampled."""
+    """A completion that is being sampled, up to `limit` tokens."""
 
+    limit: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    left: int = 0  # steps until the limit
     ended: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is sampled for it; the last of it may still be unread."""
+        return self.ended or self.left <= 0
 
 
 class Reader:
     """Reads sampled tokens, one block behind the device, which so never waits, into `count`
-    completions.
-
-    Rows leave the batch once this `part_to_leave` of it has ended.
+    completions of up to `max_tokens`, of which so many at once are sampled as there are `places`.
     """
 
-    def __init__(self, stop: StopRule, count: int, part_to_leave: float) -> None:
-        self.stop, self.part_to_leave, self.block = stop, part_to_leave, block_steps()
-        self.rows = [_Row() for _ in range(count)]
-        self.live = list(self.rows)
+    def __init__(self, stop: StopRule, count: int, places: int, max_tokens: int) -> None:
+        self.stop, self.places, self.block = stop, places, block_steps()
+        self.rows = [_Row(max_tokens, left=max_tokens) for _ in range(count)]
+        self.begun = 0
+        self.live: list[_Row] = []
         self.unread: tuple[list[_Row], mx.array, mx.array] | None = None
+        self.done: list[Completion] = []
 
-    def read(self, block: Sequence[tuple[mx.array, mx.array]]) -> list[int]:
+    def next(self) -> list[int]:
+        """The numbers of the completions that take the free places, if any are left to begin."""
+        first = self.begun
+        self.begun = min(len(self.rows), first + self.places - len(self.live))
+        self.live += self.rows[first : self.begun]
+        return list(range(first, self.begun))
+
+    def steps(self) -> range:
+        """The next block; empty when all is sampled."""
+        return range(min(self.block, max((row.left for row in self.live), default=0)))
+
+    def read(self, block: Sequence[tuple[mx.array, mx.array]], part_to_leave: float) -> list[int]:
         """Take a block of (B,) tokens and their (B,) log-probs, and read the one before.
 
-        Returns the indices of the rows that stay in the batch; none if all have ended.
+        Returns the indices of the rows that stay in the batch; none if all have ended. Rows leave
+        once this part of it has ended, and at once when they have had their time, as their places
+        in the cache are the oldest.
         """
         columns = zip(*block, strict=True)
         ids, logprobs = (mx.stack(list(column), axis=1) for column in columns)  # (B, K)
         mx.async_eval(ids, logprobs)  # now: later it would queue behind the next block
         self._read_unread()
-        self.unread = self.live, ids, logprobs
-        going = [i for i, row in enumerate(self.live) if not row.ended]
-        if len(going) > len(self.live) * (1 - self.part_to_leave):
+        self.unread = list(self.live), ids, logprobs
+        for row in self.live:
+            row.left -= len(block)
+        going = [i for i, row in enumerate(self.live) if not row.over]
+        late = any(row.left <= 0 for row in self.live)
+        if not late and len(going) > len(self.live) * (1 - part_to_leave):
             return list(range(len(self.live)))
         self.live = [self.live[i] for i in going]
         return going
@@ -102,16 +125,25 @@ class Reader:
     def completions(self) -> list[Completion]:
         """Read the last block. What has not ended by itself has ended by its length."""
         self._read_unread()
-        return [
-            Completion(
-                row.ids,
-                row.logprobs,
-                mask=[1] * len(row.ids),
-                finish_reason="stop" if row.ended else "length",
-                text=self.stop.prefix + self.stop.text(row.ids),
-            )
-            for row in self.rows
-        ]
+        self.unread = None
+        return self.finished()
+
+    def finished(self) -> list[Completion]:
+        """The completions that are done, in order, up to the first that is not."""
+        for row in self.rows[len(self.done) :]:
+            if not row.ended and len(row.ids) < row.limit:
+                break
+            self.done.append(self._completion(row))
+        return self.done
+
+    def _completion(self, row: _Row) -> Completion:
+        return Completion(
+            row.ids,
+            row.logprobs,
+            mask=[1] * len(row.ids),
+            finish_reason="stop" if row.ended else "length",
+            text=self.stop.prefix + self.stop.text(row.ids),
+        )
 
     def _read_unread(self) -> None:
         if self.unread is None:
@@ -123,8 +155,8 @@ class Reader:
             if row.ended:
                 continue
             checked = len(row.ids)
-            row.ids += new
-            row.logprobs += new_values
+            row.ids += new[: row.limit - checked]
+            row.logprobs += new_values[: row.limit - checked]
             end = self.stop.length(row.ids, checked)
             if end is not None:
                 del row.ids[end:], row.logprobs[end:]

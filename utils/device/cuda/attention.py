@@ -216,7 +216,7 @@ def to_rows(
     dims, traditional, frequencies = rotation or Rotation(0, False, (0.0,))
     sizes = {"D": size, "HEADS": together, "LANES": LANES, "WORKERS": WORKERS, "AT_ONCE": AT_ONCE}
     sizes |= {"DIMS": dims, "TRADITIONAL": traditional}
-    seen = cache.rows.ends, cache.rows.padding, cache.rows.position
+    seen = cache.rows.padding, cache.rows.position
     (out,) = kernel(scale)(
         inputs=[queries, keys, values, cache.keys, cache.values, *seen, on_device(frequencies)],
         template=[("T", queries.dtype), *sizes.items()],
@@ -235,7 +235,7 @@ def kernel(scale: float) -> Callable[..., list[mx.array]]:
         name="attention_to_rows",
         input_names=[
             *("queries", "new_keys", "new_values", "keys", "values"),
-            *("ends", "padding", "position", "frequencies"),
+            *("padding", "position", "frequencies"),
         ],
         output_names=["out"],
         source=SOURCE.replace("SCALE", f"{float(scale)!r}f"),
@@ -259,7 +259,7 @@ const int groups = keys_shape[1], room = keys_shape[2];
 const int group = blockIdx.x / (gridDim.x / groups);
 const int64_t head = blockIdx.x * HEADS;  // the first of the block's
 const int64_t start = (int64_t(row) * groups + group) * room * D + lane * OWN;
-const int end = ends[row], gap = padding[row], last = position[row] - gap;
+const int gap = padding[row], last = position[row] - gap;  // positions before the row's own
 
 // Rotary embedding: of two numbers APART lanes, or next to each other. `last` is the offset.
 constexpr int APART = TRADITIONAL || DIMS == 0 ? 0 : DIMS / 2 / OWN;
@@ -320,7 +320,7 @@ Part next_key[AT_ONCE], next_value[AT_ONCE];
 auto load = [&](int n) {
   #pragma unroll
   for (int j = 0; j < AT_ONCE; j++) {
-    const int64_t at = start + int64_t(n + j < end ? n + j : n + j + gap) * D;
+    const int64_t at = start + int64_t(n + j + gap) * D;
     const bool stored = n + j < last;
     next_key[j] = stored ? *reinterpret_cast<const Part*>(keys + at) : new_key;
     next_value[j] = stored ? *reinterpret_cast<const Part*>(values + at) : new_value;
