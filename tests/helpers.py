@@ -42,6 +42,22 @@ QUIET = {
     "max_grad_norm": 1.0,
 }
 
+STATE_SPACE = {"state_size": 16, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True}
+LOW_RANKS = ("a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim")
+WITHOUT_ATTENTION = {
+    "mamba": {**STATE_SPACE, "time_step_rank": 4},
+    "mamba2": {
+        **STATE_SPACE,
+        "num_heads": 8,
+        "n_groups": 2,
+        "layer_norm_epsilon": 1e-5,
+        "time_step_limit": [0.0, 100.0],
+        "time_step_rank": 4,
+    },
+    "rwkv7": {"norm_eps": 1e-5, "head_dim": 32, **dict.fromkeys(LOW_RANKS, 8)},
+}
+"""What a configuration of these has beside the usual."""
+
 
 def mostly_long(cases, *kept):
     """Cases of a parametrization, of which a plain `pytest` runs only those `kept`."""

@@ -11,7 +11,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from conftest import ROOT, make_model
-from helpers import QWEN_1_5B, TINY, digest, make_trainer, mostly_long, tiny_model
+from helpers import (
+    QWEN_1_5B,
+    TINY,
+    WITHOUT_ATTENTION,
+    digest,
+    make_trainer,
+    mostly_long,
+    tiny_model,
+)
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen2
 from mlx_lm.models.cache import ConcatenateKVCache
@@ -148,6 +156,16 @@ def test_a_kv_cache_is_counted_while_it_grows():
     for completion, positions in ((100, 300 + 200), (256, 456 + 200), (400, 600 + 344)):
         rows = plan(shape, **run, completion_tokens=completion, num_generations=3)
         assert rows.kv_cache == position * positions
+
+
+def test_a_state_of_fixed_size_is_counted_once_for_each_row():
+    config = {**TINY, "model_type": "mamba", "state_size": 16, "conv_kernel": 4}
+    shape = model_shape.shape_from_config(config, 4)
+    inner = TINY["intermediate_size"]
+    run = {"train_dtype_bytes": 4, "prompts_per_update": 1, "num_generations": 3}
+    for completion in (100, 400):
+        rows = plan(shape, **run, completion_tokens=completion)
+        assert rows.kv_cache == 3 * 2 * shape.layers * inner * (16 + 3) * 4
 
 
 # Choosing batch sizes
@@ -407,6 +425,7 @@ MEASURED = [
     ({"vocab": 16_000}, {"entropy_coeff": 0.01}),
     ({"vocab": 16_000}, {"top_entropy_quantile": 0.5}),
     ({"layers": 4, "hidden": 128}, {"micro_batch_tokens": 400}),
+    *(({"hidden": 128, "model_type": kind, **own}, {}) for kind, own in WITHOUT_ATTENTION.items()),
 ]
 
 

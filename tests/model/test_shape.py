@@ -5,10 +5,13 @@ import struct
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import pytest
-from helpers import QWEN_1_5B, TINY, tiny_model
+from conftest import make_model
+from helpers import QWEN_1_5B, TINY, WITHOUT_ATTENTION, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, mixtral, qwen2, qwen3
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import get_total_parameters
 
 from utils.model import shape as model_shape
@@ -188,3 +191,44 @@ def test_hub_model_uses_the_cached_copy_or_its_headers(folder, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: pytest.fail("downloaded"))
     with pytest.raises(ValueError, match="owner/name: cannot be read from the hub"):
         model_shape.read_hub_shape("owner/name")
+
+
+@pytest.mark.parametrize("kind", WITHOUT_ATTENTION)
+def test_the_state_of_a_block_without_attention_is_what_its_cache_holds(tmp_path, kind):
+    folder = make_model(tmp_path / kind, model_type=kind, **WITHOUT_ATTENTION[kind])
+    written = json.loads((folder / "config.json").read_text())
+    without = {k: v for k, v in written.items() if "attention_heads" not in k}  # as on the hub
+    (folder / "config.json").write_text(json.dumps(without))
+    shape = model_shape.read_shape(folder)
+    model, _ = mlx_lm.load(str(folder))
+    for tokens in (3, 20):
+        cache = make_prompt_cache(model)
+        model(mx.ones((2, tokens), mx.int32), cache=cache)
+        held = sum(part.size for part in cache[0].cache)
+        assert held == 2 * shape.state
+    assert shape.layers == 2
+    assert shape.experts == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"d_model": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 96, "ffn_config": {
+            "ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2},
+            "attn_config": {"kv_n_heads": 2}}, (64, 3, 4, 2, 16, 32, 8, 2)),
+        ({"model_dim": 64, "num_transformer_layers": 2, "num_query_heads": [2, 4], "head_dim": 16,
+          "num_kv_heads": [1, 2], "vocab_size": 96}, (64, 2, 4, 2, 16, 256, 1, 1)),
+        ({"hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "vocab_size": 96,
+          "intermediate_size": [128, 64]}, (64, 2, 4, 4, 16, 128, 1, 1)),
+        ({"model_dim": 64, "num_layers": 2, "num_heads": 4, "num_vocab": 96, "num_local_experts": 4,
+          "num_experts_per_tok": 2}, (64, 2, 4, 4, 16, 256, 4, 2)),
+        ({"hidden_size": 64, "hybrid_override_pattern": "M*-E", "num_attention_heads": 4,
+          "vocab_size": 96, "n_routed_experts": 8}, (64, 4, 4, 4, 16, 256, 8, 1)),
+    ],
+    ids=["dbrx", "openelm", "exaone, gemma3n", "phixtral", "nemotron_h"],
+)  # fmt: skip
+def test_sizes_have_other_names_in_other_families(config, expected):
+    shape = model_shape.shape_from_config(config, 4)
+    attention = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim)
+    assert (*attention, shape.intermediate_size, shape.experts, shape.experts_per_token) == expected
+    assert shape.state is None

@@ -20,6 +20,8 @@ What is counted, in bytes (P parameters, b bytes per weight, GB are 10^9 bytes):
   Logits of one piece of the completion positions (gradient/scorer.py), and, without checkpointing
   and where there is room, of all in the weights' type. The backward pass begins with all
   activations, and ends with all gradients.
+  Blocks without attention (mamba, mamba2, rwkv7) keep a state of fixed size for each row, and for
+  the backward pass what model/shape.py calls `scanned`, for each token.
 * Work in flight: CUDA's queue holds what operations that are not done yet still use, but MLX waits
   where memory is short, so that it decides about the peak and not about what fits.
 * Writing `final/`: merged adapters, 1 GB at a time.
@@ -335,8 +337,11 @@ def _row_bytes(shape: ModelShape, demand: Demand) -> tuple[int, int]:
     """KV cache and logits of one row of a rollout batch."""
     before = max(demand.prompt_tokens, demand.sequence - KV_CACHE_STEP)
     length = demand.sequence + before  # a cache that grows is copied
-    values = 2 * shape.layers * shape.kv_heads * shape.head_dim * length
-    return values * demand.train_dtype_bytes, ROLLOUT_LOGIT_COPIES * 4 * shape.vocab_size
+    values = 2 * shape.kv_heads * shape.head_dim * length
+    if shape.state is not None:  # of fixed size: the old one, and the new one in its place
+        values = 2 * shape.state
+    cache = values * shape.layers * demand.train_dtype_bytes
+    return cache, ROLLOUT_LOGIT_COPIES * 4 * shape.vocab_size
 
 
 class MicroBatch(NamedTuple):
@@ -367,12 +372,14 @@ def block_bytes(shape: ModelShape, batch: MicroBatch) -> tuple[int, int]:
     prompt, completion = demand.lengths
     lean = demand.platform != "cpu" and shape.experts == 1 and shape.activation == "silu"
     kept = 3 if lean else 5  # device/swiglu.py
-    token = width * (4 * hidden + 3 * query + 2 * kv + kept * inner)
+    token = width * (4 * hidden + 3 * query + 2 * kv + kept * inner + shape.scanned)
     temporary = width * (3 * hidden + 4 * inner)
     # Attention: what a completion sees of its prompt is copied for each row.
     joined = batch.rows * prompt * 2 * kv if demand.shares_prompts else 0
     before = batch.prompts * prompt * (prompt if demand.shares_prompts else prompt + completion)
     scores = shape.heads * (before + batch.rows * completion * (prompt + completion))
+    if shape.state is not None:
+        scores = 0
     passing = 2 * scores
     if demand.platform == "cuda":  # fused; with masks of shared prompts, fitted to one H200
         scores, passing = (6 * scores // 5 if demand.shares_prompts else 0), 0

@@ -44,6 +44,7 @@ def plan_memory(
             trainable_parameters=trainable_parameters,
             compiled=config.use_compile,
             entropy_bonus=config.entropy_coeff > 0,
+            shares_prompts=shape.state is None,
             platform=platform,
             prompts_per_update=config.batch_size * config.gradient_accumulation_steps,
             num_generations=config.num_generations,

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ..base.text import in_one_line, shown
 
@@ -24,6 +24,17 @@ JsonObject = dict[str, Any]
 """Of a file: each value is checked where it is read."""
 ModelConfig = JsonObject
 """What a config.json holds."""
+
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
+INNER = ("intermediate_size", "n_inner", "ff_intermediate_size", "ffn_hidden_size")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "moe_topk",
+)  # fmt: skip
+NO_HEADS = {"heads": 0, "kv_heads": 0, "head_dim": 0}
+"""What a model's parts are called differs between families."""
 
 
 class Tensor(NamedTuple):
@@ -53,11 +64,19 @@ class ModelShape:
     experts: int = 1
     experts_per_token: int = 1
     activation: str = "silu"
+    state: int | None = None
+    """Values that a block without attention keeps of a row, however long; None: it keeps the keys
+    and values of every token."""
+    scanned: int = 0
+    """Values that a step of such a block from token to token keeps for the backward pass."""
 
 
 def _size(config: ModelConfig, source: str, *names: str, default: int | None = None) -> int:
-    """The first of `names` (families differ) that the configuration sets."""
+    """The first of `names` (families differ) that the configuration sets; the largest of a list,
+    which has one for each layer."""
     value = next((config[name] for name in names if config.get(name) is not None), default)
+    if isinstance(value, list) and value and all(type(part) is int for part in value):
+        value = max(value)
     if type(value) is not int or not 1 <= value < 2**31:
         raise ValueError(f"{source}: {names[0]} must be a positive integer, got {shown(value)}")
     return value
@@ -72,8 +91,51 @@ def _table(config: ModelConfig, source: str, *names: str) -> JsonObject:
 
 
 def _text_config(config: ModelConfig, source: str) -> ModelConfig:
-    """The configuration of the language model, which stands deeper in one that also sees."""
-    return {**config, **_table(config, source, "text_config")}
+    """The configuration of the language model, which stands deeper in one that also sees; dbrx has
+    parts of it deeper, too."""
+    config = {**config, **_table(config, source, "text_config")}
+    parts = (_table(config, source, name) for name in ("attn_config", "ffn_config"))
+    return {**next(parts), **next(parts), **config}
+
+
+class Sizes(Protocol):
+    """The first of `names` that a configuration sets."""
+
+    def __call__(self, *names: str, default: int | None = None) -> int: ...
+
+
+def _attention(size: Sizes, hidden: int) -> dict[str, int]:
+    heads = size("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
+    return {
+        "heads": heads,
+        "kv_heads": size(*KV_HEADS, default=heads),
+        "head_dim": size("head_dim", default=hidden // heads),
+    }
+
+
+def _mamba(size: Sizes, hidden: int) -> dict[str, int]:
+    """Its projections are an MLP's: two into the inner width, one out of it."""
+    inner, state = size("intermediate_size", "d_inner"), size("state_size", "d_state", default=16)
+    kept = inner * (state + size("conv_kernel", "d_conv", default=4) - 1)
+    return {**NO_HEADS, "state": kept, "scanned": 3 * inner * state}
+
+
+def _mamba2(size: Sizes, hidden: int) -> dict[str, int]:
+    """It computes up to 256 tokens at once, as attention that the heads of its state give."""
+    heads = size("num_heads")
+    inner, state = heads * size("head_dim"), size("ssm_state_size", "state_size")
+    convolved = inner + 2 * size("n_groups", default=1) * state
+    kept = inner * state + convolved * (size("conv_kernel", default=4) - 1)
+    own = {"intermediate_size": inner, "state": kept, "scanned": 3 * heads * 256}
+    return {**NO_HEADS, **own}
+
+
+def _rwkv7(size: Sizes, hidden: int) -> dict[str, int]:
+    """Receptance, key, value and output have the sizes of attention without groups."""
+    head_dim = size("head_dim", default=64)
+    sizes = dict.fromkeys(("heads", "kv_heads"), max(1, hidden // head_dim))
+    kept = hidden * (head_dim + 2)
+    return {**sizes, "head_dim": head_dim, "state": kept, "scanned": 4 * hidden * head_dim}
 
 
 def _dimensions(config: ModelConfig, source: str) -> dict[str, int]:
@@ -83,19 +145,36 @@ def _dimensions(config: ModelConfig, source: str) -> dict[str, int]:
     def size(*names: str, default: int | None = None) -> int:
         return _size(config, source, *names, default=default)
 
-    hidden = size("hidden_size", "n_embd", "d_model")
-    heads = size("num_attention_heads", "n_head")
+    hidden = size("hidden_size", "n_embd", "d_model", "hidden_dim", "model_dim")
+    kind = config.get("model_type")
+    without = WITHOUT_ATTENTION.get(kind) if isinstance(kind, str) else None
     return {
         "hidden_size": hidden,
-        "layers": size("num_hidden_layers", "n_layer"),
-        "heads": heads,
-        "kv_heads": size("num_key_value_heads", default=heads),
-        "head_dim": size("head_dim", default=hidden // heads),
-        "intermediate_size": size("moe_intermediate_size", "intermediate_size", default=4 * hidden),
-        "vocab_size": size("vocab_size"),
-        "experts": size("num_experts", "num_local_experts", default=1),
-        "experts_per_token": size("num_experts_per_tok", default=1),
+        "layers": size(*LAYERS, default=_kinds_of_layers(config)),
+        "intermediate_size": size("moe_intermediate_size", *INNER, default=4 * hidden),
+        "vocab_size": size("vocab_size", "num_vocab"),
+        "experts": size(*EXPERTS, default=1),
+        "experts_per_token": size(*EXPERTS_PER_TOKEN, default=1),
+        **(without or _attention)(size, hidden),
     }
+
+
+def sizes_problem(config: ModelConfig) -> str:
+    """Why a run could not plan its memory for a model, and so not train it; empty if it can."""
+    try:
+        _dimensions(config, "config.json")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _kinds_of_layers(config: ModelConfig) -> int | None:
+    """How many layers a list of their kinds is for: nemotron_h has nothing else."""
+    kinds = config.get("hybrid_override_pattern")
+    return len(kinds) if isinstance(kinds, str | list) else None
+
+
+WITHOUT_ATTENTION = {"mamba": _mamba, "falcon_mamba": _mamba, "mamba2": _mamba2, "rwkv7": _rwkv7}
 
 
 def _activation(config: ModelConfig, source: str) -> str:
