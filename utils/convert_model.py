@@ -544,7 +544,9 @@ def convert_text_model(
     args: argparse.Namespace, source: Path, config: ModelConfig, folder: Path
 ) -> None:
     """Write the converted model to `folder`, by mlx-lm's own steps."""
-    from mlx_lm.utils import dequantize_model, load, save
+    from mlx_lm.utils import load, save
+
+    from utils.model.copies import dequantize
 
     model, tokenizer, config = load(
         str(source),
@@ -558,7 +560,7 @@ def convert_text_model(
         tokenizer, config["eos_token_id"] = replace_eos(args, source, tokenizer)
     cast(model, config, args.dtype)
     if args.dequantize:
-        model = dequantize_model(model)
+        model = dequantize(model)
         cast(model, config, args.dtype)  # mxfp4 and its like give bfloat16, whatever was asked
         config.pop("quantization", None)
         config.pop("quantization_config", None)

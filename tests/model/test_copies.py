@@ -13,6 +13,9 @@ import pytest
 from conftest import make_model
 from helpers import as_batch, digest, flat, make_trainer, mostly_long, spy_on_gradients
 from mlx.utils import tree_map
+from mlx_lm.models.mla import MultiLinear
+
+from utils.model import copies
 
 LARGE = 0.02  # a learning rate that moves the policy visibly in one update
 
@@ -431,3 +434,19 @@ def test_masked_tokens_count_nowhere(grpo, options):
     alone, together = (grpo.grpo_loss(x, b, options) for x, b in ((logprobs, batch), (twice, wide)))
     assert together[0].item() == alone[0].item()
     assert tree_map(mx.array.item, together[1]) == tree_map(mx.array.item, alone[1])
+
+
+def test_latent_attention_is_unpacked_too():
+    """mlx-lm's own left it packed, and a run on a 4-bit DeepSeek ended without `final/`."""
+    model = nn.Module()
+    model.plain, model.latent = nn.Linear(64, 32, bias=False), MultiLinear(64, 16, 4)
+    before = flat(model.parameters())
+    nn.quantize(model, group_size=32, bits=8)
+    copies.dequantize(model)
+    after = flat(model.parameters())
+    assert after.keys() == before.keys()
+    assert type(model.latent) is MultiLinear
+    x = mx.random.normal((1, 4, 3, 64), key=mx.random.key(1))
+    assert model.latent(x).shape == (1, 4, 3, 16)
+    for name, value in before.items():
+        assert mx.allclose(after[name], value, atol=2e-3)

@@ -1,9 +1,12 @@
-"""Other policies made of the one that learns: without its adapters, or in 4 bits."""
+"""Other policies made of the one that learns: in 4 bits, or in full precision."""
 
 import copy
+import inspect
 import re
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from ..base.say import say
 from . import loading
@@ -29,9 +32,31 @@ def quantizes(model: nn.Module) -> bool:
     shared = {re.sub(r"\.\d+\.", ".*.", n) for n, m in floats.items() if not _can_quantize(m)}
     if shared:
         names = ", ".join(sorted(shared))
-        say(f"policy    not a multiple of 64 wide, so rollouts use them unquantized: {names}")
+        say(f"policy    can't be packed in 64s, so rollouts use them unquantized: {names}")
     return any(map(_can_quantize, floats.values()))
 
 
+def dequantize(model: nn.Module) -> nn.Module:
+    """The model in full precision, in place; mlx-lm's own leaves the latent attention of DeepSeek
+    and its like packed, and what is written so can't be read again."""
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+    from mlx_lm.utils import dequantize_model
+
+    model = dequantize_model(model)
+    plain = []
+    for name, packed in model.named_modules():
+        if isinstance(packed, QuantizedMultiLinear):
+            how = packed.group_size, packed.bits, packed.mode
+            weight = mx.dequantize(packed.weight, packed.scales, packed.get("biases"), *how)
+            heads, outputs, inputs = weight.shape
+            layer = MultiLinear(inputs, outputs, heads)
+            layer.weight = weight
+            plain.append((name, layer))
+    model.update_modules(tree_unflatten(plain))
+    return model
+
+
 def _can_quantize(module: nn.Module) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 64 == 0
+    if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 64:
+        return False
+    return "mode" in inspect.signature(module.to_quantized).parameters  # afm7's can't be told

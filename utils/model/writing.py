@@ -129,12 +129,13 @@ def write_fused(
     Merged into 4-bit weights again, most of what was learnt would be rounded away.
     """
     from mlx.utils import tree_unflatten
-    from mlx_lm.utils import dequantize_model
+
+    from .copies import dequantize
 
     fused = copy.deepcopy(model)
     merged = [(n, m.fuse(dequantize=True)) for n, m in fused.named_modules() if "lora_a" in m]
     fused.update_modules(tree_unflatten(merged))
-    fused = dequantize_model(fused)
+    fused = dequantize(fused)
     config = dict(loaded.config)
     config.pop("quantization", None)
     config.pop("quantization_config", None)
