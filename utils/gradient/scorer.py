@@ -33,7 +33,7 @@ from .agreement import (
     plain_batch,
     splitting_problem,
 )
-from .head import head_logprobs, head_parameters, hidden_states, text_model
+from .head import head_logprobs, head_parameters, hidden_states
 from .micro_batch import Layout, MicroBatch, SharedPrompts
 from .packing import Pack, Pair, Row, Shapes, layout_groups, layout_rows, pack_groups, pack_rows
 from .shared_prompts import CompletionCache, PromptCache
@@ -43,7 +43,7 @@ def shared_hidden_states(model: nn.Module, shared: SharedPrompts) -> mx.array:
     """(B', R, H) of all tokens of the rows but the last."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    read = [PromptCache() for _ in make_prompt_cache(text_model(model))]
+    read = [PromptCache() for _ in make_prompt_cache(model)]
     hidden_states(model, shared.prompts, read)
     rows = shared.rows[:, :-1]
     offsets = mx.repeat(shared.lengths, rows.shape[0] // shared.prompts.shape[0])  # (B',)
@@ -227,7 +227,7 @@ class Scorer:
         """
         from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-        kinds = {type(layer) for layer in make_prompt_cache(text_model(model))}
+        kinds = {type(layer) for layer in make_prompt_cache(model)}
         if other := kinds - {KVCache, RotatingKVCache}:
             return f"this model keeps more than keys and values ({other.pop().__name__})"
         groups = sample_groups(model, prompts)
@@ -251,7 +251,7 @@ def sample_groups(model: nn.Module, prompts: Sequence[list[int]]) -> list[list[P
     """Two short prompts with two completions each; longer than a sliding window if there is."""
     from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
-    caches = make_prompt_cache(text_model(model))
+    caches = make_prompt_cache(model)
     windows = [c.max_size for c in caches if isinstance(c, RotatingKVCache)]
     length = 9 + max((w for w in windows if w <= MAX_CHECKED_WINDOW), default=0)
     first, last = prompts[0] * length, prompts[-1] * 6

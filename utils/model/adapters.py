@@ -10,6 +10,7 @@ from mlx.utils import tree_unflatten
 
 from ..base.errors import UserError, reason
 from ..settings.run_settings import Settings
+from .mending import adaptable
 from .shape import JsonObject
 
 
@@ -36,6 +37,8 @@ def add_adapters(config: Settings, model: nn.Module, train_type: str) -> tuple[J
     }
     if config.lora_keys:
         parameters["keys"] = check_lora_keys(model, config.lora_keys)
+    elif keys := adaptable(model):
+        parameters["keys"] = keys
     linear_to_lora_layers(model, config.lora_layers, parameters, train_type == "dora")
     adapter_config = {
         "fine_tune_type": train_type,

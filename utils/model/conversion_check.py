@@ -108,7 +108,7 @@ def read_fixed_text(folder: Path, trust: bool, vision: bool, model_config: Model
     logits = loaded.forward(mx.array([tokens]))[0, :-1].astype(mx.float32)  # (T - 1, vocabulary)
     chosen = mx.take_along_axis(logits, mx.array(tokens[1:])[:, None], axis=-1)[:, 0]
     logprobs = chosen - mx.logsumexp(logits, axis=-1)  # (T - 1,)
-    if not mx.isfinite(logits).all().item():
+    if not loading.are_numbers(logits):
         raise RunError(f"{folder} computes NaN or inf")
     numbers = [float(value) for value in np.array(logprobs)]
     return Reading(tokens, numbers, -math.log(logits.shape[-1]), *size, loaded.generate(8))

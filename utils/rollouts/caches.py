@@ -54,6 +54,11 @@ def _can_batch(model: nn.Module) -> bool:
     """Whether rows of prompts of different lengths can be in one batch."""
     from mlx_lm.models.cache import make_prompt_cache
 
+    if type(model).__module__.endswith(".afm7"):
+        _say_once(
+            "rollouts  one prompt at a time: afm7 of mlx-lm counts a batch's padding as tokens"
+        )
+        return False
     return all(map(_is_mergeable, make_prompt_cache(model))) and _takes_masks(model)
 
 
@@ -341,7 +346,11 @@ class RolloutCache(DecodeCache):
         self.make_room(keys, values)
         end = self.end = self.end + 1
         self.keys[:, :, end - 1 : end], self.values[:, :, end - 1 : end] = keys, values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Of all positions in use; afm7 has layers that attend to those of another."""
+        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
     def keep(self, index: mx.array, unused: int) -> None:
         """Keep the rows of `index`, without the first, `unused` positions."""
