@@ -669,6 +669,9 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
     """
     with unpacked(args) as source:
         vision = has_vision(source.config)
+        problem = "" if vision else model_shape.sizes_problem(source.config)
+        if problem:
+            note(f"it will answer, but can't be trained here: its {problem}")
         note(f"reading {args.hf_path}")
         try:
             added = {} if vision else translate_config(source.config)
@@ -692,10 +695,15 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
         raise RunError(f"the converted model is broken ({error}); try --dtype bfloat16") from error
     except READ_ERRORS as error:
         raise RunError(f"the converted model does not work: {one_line(error)}") from error
-    train = shlex.join(["--set", f"model_name={args.output_dir}"])
-    ask = shlex.join(["mlx_vlm.generate", "--model", str(args.output_dir)])
-    use = f"Ask it with: {ask}" if vision else f"Train it with: {train}"
+    use = how_to_use(args.output_dir, vision, problem)
     return f"{describe(folder, after)}\n{compare(before, after)}\n{use}"
+
+
+def how_to_use(output: Path, vision: bool, problem: str) -> str:
+    if vision or problem:
+        command = "mlx_vlm.generate" if vision else "mlx_lm.generate"
+        return f"Ask it with: {shlex.join([command, '--model', str(output)])}"
+    return f"Train it with: {shlex.join(['--set', f'model_name={output}'])}"
 
 
 def explain(error: Exception, args: argparse.Namespace) -> UserError | RunError:
