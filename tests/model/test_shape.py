@@ -224,8 +224,10 @@ def test_the_state_of_a_block_without_attention_is_what_its_cache_holds(tmp_path
           "num_experts_per_tok": 2}, (64, 2, 4, 4, 16, 256, 4, 2)),
         ({"hidden_size": 64, "hybrid_override_pattern": "M*-E", "num_attention_heads": 4,
           "vocab_size": 96, "n_routed_experts": 8}, (64, 4, 4, 4, 16, 256, 8, 1)),
+        ({**TINY, "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0},
+         (64, 2, 4, 2, 16, 128, 1, 1)),
     ],
-    ids=["dbrx", "openelm", "exaone, gemma3n", "phixtral", "nemotron_h"],
+    ids=["dbrx", "openelm", "exaone, gemma3n", "phixtral", "nemotron_h", "qwen3_5, dense"],
 )  # fmt: skip
 def test_sizes_have_other_names_in_other_families(config, expected):
     shape = model_shape.shape_from_config(config, 4)

@@ -33,6 +33,7 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "moe_topk",
 )  # fmt: skip
+MAY_BE_0 = ("moe_intermediate_size", *EXPERTS, *EXPERTS_PER_TOKEN)
 NO_HEADS = {"heads": 0, "kv_heads": 0, "head_dim": 0}
 """What a model's parts are called differs between families."""
 
@@ -141,6 +142,8 @@ def _rwkv7(size: Sizes, hidden: int) -> dict[str, int]:
 def _dimensions(config: ModelConfig, source: str) -> dict[str, int]:
     """The sizes in ModelShape that the configuration gives, with the usual fallbacks."""
     config = _text_config(config, source)
+    dense = [name for name in MAY_BE_0 if config.get(name) == 0]  # has none, and says so
+    config = {name: value for name, value in config.items() if name not in dense}
 
     def size(*names: str, default: int | None = None) -> int:
         return _size(config, source, *names, default=default)
