@@ -157,6 +157,20 @@ def test_values_with_secret_names_are_hidden_but_names_of_variables_are_not():
     }
 
 
+def test_the_environment_is_looked_at_once_for_a_whole_value(monkeypatch):
+    looked = []
+
+    class Environment(dict):
+        def items(self):
+            looked.append(1)
+            return super().items()
+
+    monkeypatch.setattr(text.os, "environ", Environment(HF_TOKEN=TOKEN))
+    value = {"a": [f"with {TOKEN}", {TOKEN: 1}], "b": ("x", TOKEN)}
+    assert text.redacted(value) == {"a": ["with ***", {"***": 1}], "b": ["x", "***"]}
+    assert len(looked) == 1
+
+
 AWKWARD = "k/e y+'\"é\\n1=23&x"
 FORMS = {
     "plain": str,

@@ -104,9 +104,18 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     `keep_secrets` was told, and `secrets`. Of the last three also what URLs, JSON, Python's repr,
     HTML, base64 and hexadecimal make of them.
     """
+    _look_for_secrets()
+    return _redact(text, secrets)
+
+
+def _look_for_secrets() -> None:
+    """In the environment as it is now."""
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and SECRET_VARIABLE.search(name):
             _secrets.add(value)
+
+
+def _redact(text: str, secrets: Iterable[str] = ()) -> str:
     # `secrets` are of a text in which they are to be expected: there they count inside words too.
     every = {(secret, len(secret) < SHORTEST) for secret in _secrets}
     every |= {(secret, len(secret) < 4) for secret in secrets if secret}
@@ -175,16 +184,21 @@ def redacted(value: Json) -> Json:
 
     A name of a variable (a key that ends in _env) is no secret; its value is.
     """
+    _look_for_secrets()  # once: for each of its texts it would take most of the time
+    return _redacted(value)
+
+
+def _redacted(value: Json) -> Json:
     if isinstance(value, str):
-        return redact(value)
+        return _redact(value)
     if isinstance(value, dict):
         return {
-            redact(key) if isinstance(key, str) else key: _hidden(part)
+            _redact(key) if isinstance(key, str) else key: _hidden(part)
             if isinstance(key, str) and SECRET_NAME.fullmatch(key)
-            else redacted(part)
+            else _redacted(part)
             for key, part in value.items()
         }
-    return [redacted(part) for part in value] if isinstance(value, list | tuple) else value
+    return [_redacted(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _hidden(value: Json) -> Json:
