@@ -1,5 +1,6 @@
 """Build small trainers in tests."""
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -309,6 +310,18 @@ def relative_difference(one, other):
     largest = max(mx.abs(g).max().item() for g in one.values())
     assert largest > 1e-4, "a zero gradient would make any comparison pass"
     return max(mx.abs(one[k] - other[k]).max().item() for k in one) / largest
+
+
+@contextlib.contextmanager
+def one_operation_at_a_time():
+    """A memory limit of one byte makes the CPU's queue wait for every operation, so that the peak
+    is that of the computation, and not of a queue that is longer on a busy machine.
+    """
+    limit = mx.set_memory_limit(1)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(limit)
 
 
 def snapshot(trainer):

@@ -18,6 +18,7 @@ from helpers import (
     make_trainer,
     micro_batches,
     mostly_long,
+    one_operation_at_a_time,
     relative_difference,
     rollout,
 )
@@ -379,12 +380,11 @@ def peak_of_head(vocabulary, trainable, piece, keep=False):
 
     mx.eval(model.parameters(), hidden, targets)
     mx.synchronize()
-    limit = mx.set_memory_limit(1)  # every operation waits: the peak of the computation itself
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    value, gradients = mx.value_and_grad(loss, (0, 1))(model.trainable_parameters(), hidden)
-    mx.eval(value, gradients)
-    mx.set_memory_limit(limit)
+    with one_operation_at_a_time():
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        value, gradients = mx.value_and_grad(loss, (0, 1))(model.trainable_parameters(), hidden)
+        mx.eval(value, gradients)
     return mx.get_peak_memory() - before
 
 

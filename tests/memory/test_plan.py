@@ -18,6 +18,7 @@ from helpers import (
     digest,
     make_trainer,
     mostly_long,
+    one_operation_at_a_time,
     tiny_model,
 )
 from mlx.utils import tree_flatten, tree_map
@@ -399,20 +400,15 @@ def measured_peak(model, rows, prompt, sequence, **how):
 
 
 def peak_of(model, loss, *given):
-    """Bytes of loss(model) and its gradient above what is there before.
-
-    A memory limit of one byte makes the CPU's queue wait for every operation, so that this is the
-    peak of the computation and not of the queue.
-    """
+    """Bytes of loss(model) and its gradient above what is there before."""
     mx.eval(given, model.parameters())
     gc.collect()  # models of earlier tests, freed in between, would count as savings
     mx.eval(mx.zeros(1) + 1)  # a stream lets go of what its last task held when the next one comes
     mx.synchronize()
-    limit = mx.set_memory_limit(1)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(nn.value_and_grad(model, loss)(model))
-    mx.set_memory_limit(limit)
+    with one_operation_at_a_time():
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(nn.value_and_grad(model, loss)(model))
     return mx.get_peak_memory() - before
 
 
