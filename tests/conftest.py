@@ -1,5 +1,6 @@
 """Fixtures: the script as a module, and a random model in real shapes with a toy tokenizer."""
 
+import gc
 import json
 import os
 import shutil
@@ -31,6 +32,12 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: 0.3 s less for each gc.collect() of a test of memory."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
