@@ -270,6 +270,7 @@ class Rollout:
     completions: np.ndarray  # (P, G) of Completion
     values: np.ndarray  # (P, G, F)
     rewards: np.ndarray  # (P, G) their weighted sum; NaN where no function applied
+    replaced: list[Rollout] = field(default_factory=list)  # groups that gave others their places
 
     @property
     def lengths(self) -> np.ndarray:
@@ -279,7 +280,9 @@ class Rollout:
 
     def put(self, groups: np.ndarray, other: Rollout) -> None:
         """Replace some groups (indices) by those of another rollout."""
-        for name in ("prompts", "completions", "values", "rewards"):
+        names = "prompts", "completions", "values", "rewards"
+        self.replaced.append(Rollout(*(getattr(self, name)[groups] for name in names)))
+        for name in names:
             getattr(self, name)[groups] = getattr(other, name)
 
 
@@ -913,6 +916,8 @@ class MLXGRPOTrainer:
             records.append(self.memory.update(update, batches, cut, lambda: self.run.moved))
         if first == 0:
             self.memory.recalibrate(batches)
+        rollouts = [*rollout.replaced, rollout]
+        self.run.completions.training(rollouts, advantages, batches, first + 1)
         return records
 
     def micro_batches(
@@ -973,7 +978,7 @@ class MLXGRPOTrainer:
             grads = adamw.accumulate(grads, new)
             result = new = None  # each gradient's memory goes as it is added
             mx.eval(grads, part, stats, logprobs)  # MLX is lazy: it computes when asked to
-            if iteration == 0 and self.args.num_iterations > 1:
+            if iteration == 0:
                 batch.old_logprobs = logprobs  # the anchor of the ratio from now on
             loss += float(part)
             sums.add(stats, batch.mask)

@@ -31,6 +31,7 @@ from helpers import completion, make_config, make_trainer, mostly_long, read_log
 from mlx.utils import tree_flatten, tree_map
 
 from utils.rewards import servers
+from utils.run import completions
 
 grpo = load_script()
 approx = pytest.approx
@@ -127,6 +128,12 @@ def files(pattern):
         return sorted(path.name for path in Path("out").glob(pattern))
 
     return seen
+
+
+def prompts_kept(settings):
+    """Update and kind of each in the store of completions."""
+    console(settings)
+    return [f"{group['update']} {group['kind']}" for group in completions.read(Path("out"))]
 
 
 def logged(*names, split=None):
@@ -1037,6 +1044,12 @@ FIELDS = {
     ),
     "log_jsonl": Watch(True, False, files("*.jsonl"), [], ONE),
     "log_completions": Watch(0, 3, lambda s: len(lines("--- reward")(s)), 3, ONE),
+    "keep_completions": Watch(
+        "all", "sample:1", prompts_kept, ["0 eval", "1 train", "1 eval"], ONE | {"eval_samples": 4}
+    ),
+    "max_completions_gb": Watch(
+        0.5, 1e-9, prompts_kept, ["2 train", "2 train"], {"max_updates": 2}
+    ),
     "closing_note": Watch("", "Well done.", lines("note"), ["note      Well done."], ONE),
     "report_to": Watch([], ["csv"], files("*.csv"), ["metrics.csv"], ONE),
     "save_steps": Watch(

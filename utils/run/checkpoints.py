@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..base.errors import DiskError, RunError, UserError
+from ..base.errors import DiskError, RunError, UserError, disk_errors_named
 from ..base.json_files import write_json
 from ..base.say import say
 from ..device import runtime
@@ -28,7 +28,7 @@ from ..rewards import importing
 from ..settings import reading
 from ..settings.on_resume import changes, refuse_changes
 from ..settings.run_settings import Settings
-from . import consent, ours, trackers
+from . import completions, consent, ours, trackers
 from .folders import (
     claim,
     clear_leftovers,
@@ -99,6 +99,8 @@ def save(path: Path, trainer: Trainer) -> None:
         seal(folder)
         if run.log.path.exists():
             flush(run.log.path)  # the log must not be behind a checkpoint that counts on it
+        for file in run.completions.files():
+            flush(file)
     drop_replaced(run.folder)
     run.saved_at = run.between.update_step
 
@@ -279,8 +281,11 @@ def open_run(
     if resume_from is not None:
         provenance["resumed"] = resumptions(run, resume_from)
         bring_log(resume_from.parent / LOG, log)
+        with disk_errors_named(folder / completions.FOLDER):
+            completions.bring(resume_from.parent, folder)
     else:
         seed_random_states(config.seed)
+    completions.rewind(folder, run.state.groups_kept if run.between else 0)
     rewind_log(log, run.state.log_bytes if run.between else 0)
     records = without_torn_line(log, run.state.update_step) if log.exists() else None
     if stays or config.resume:  # also where a run was killed before its first checkpoint

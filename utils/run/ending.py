@@ -24,7 +24,7 @@ from ..base.json_files import write_json
 from ..base.say import complain, say
 from ..base.text import redact, visible
 from ..rewards import foreign
-from . import checkpoints, folders, model_card, ours
+from . import checkpoints, completions, folders, model_card, ours
 from .log import RunLog
 from .run import Interrupted, Run, Trainer
 from .state import Record
@@ -264,6 +264,8 @@ def say_the_end(run: Run, early: str, total: int) -> None:
     if run.args.closing_note:
         say(f"note      {run.args.closing_note}")
     say(f"saved     {run.shown(run.folder / 'final')}")
+    if size := run.completions.size():
+        say(f"kept      {size} in {run.shown(run.folder / completions.FOLDER)}")
     if run.prompt and run.prompt.trouble:
         say(f"warning   mlx_lm does not ask final/ as in training: {run.prompt.trouble}")
     say(f"reason    {early}" if early else f"finished  {all_updates(total)}")

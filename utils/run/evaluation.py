@@ -1,11 +1,14 @@
 """How good the policy is: exact match, or the mean of a reward, on a fixed subset of questions."""
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..base.errors import UserError
+from ..data.completions import Completion
 from ..data.files import Row
 from ..data.order import subset
 from ..data.questions import encode_questions
@@ -15,6 +18,8 @@ from .log import mean
 from .run import Trainer
 from .state import Record
 
+Keep = Callable[[list[Row], list[Completion], dict[str, Sequence[float]]], None]
+
 
 def evaluate(trainer: Trainer, split: str) -> float:
     """Score the fixed subset of a split, log it, return the score (NaN: no questions)."""
@@ -23,8 +28,11 @@ def evaluate(trainer: Trainer, split: str) -> float:
     samples = trainer.args.eval_subset_size if train else trainer.args.eval_samples
     if not (dataset and samples):
         return math.nan
-    result = score(trainer, subset(dataset, samples))
-    counters = {"update": run.state.update_step, "batch_step": run.state.step, "split": split}
+    update = run.state.update_step
+    result = score(
+        trainer, subset(dataset, samples), keep=partial(run.completions.evaluation, split, update)
+    )
+    counters = {"update": update, "batch_step": run.state.step, "split": split}
     run.log.evaluation(counters | result)
     if trainer.args.save_best and not train:
         checkpoints.keep_best(trainer)
@@ -46,14 +54,19 @@ def of_questions(trainer: Trainer, dataset: list[Row], samples: int, **how: Any)
     return score(trainer, subset(dataset, samples), **how)
 
 
-def score(trainer: Trainer, questions: list[Row], **how: Any) -> Record:
-    """The mean exact match (or `eval_metric`), of how many, and how many were cut off."""
+def score(trainer: Trainer, questions: list[Row], keep: Keep | None = None, **how: Any) -> Record:
+    """The mean exact match (or `eval_metric`), of how many, and how many were cut off.
+
+    `keep` gets the questions, their completions, and their scores by the metric's name.
+    """
     completions, name = trainer.answers(questions, **how), trainer.args.eval_metric
     if name == "em":
         pairs = zip(completions, questions, strict=True)
         scores = [same_answer(extract_xml_answer(c.text), q["answer"]) for c, q in pairs]
     else:
         scores = trainer.rewards.of(name, questions, completions).tolist()
+    if keep:
+        keep(questions, completions, {name: [*map(float, scores)]})
     cut = float(np.mean([c.finish_reason == "length" for c in completions]))
     score = mean(np.array(scores, float))
     return {"em": score, "em_subset": len(questions), "truncation_rate": cut}

@@ -453,6 +453,7 @@ def to_be_written(config: Settings) -> set[str]:
     """The names that a run will use in its folder, apart from checkpoints."""
     names = {CONFIG, ours.PROVENANCE, "final", *(["best"] if config.save_best else [])}
     names |= {LOG} if config.log_jsonl else set()
+    names |= {ours.COMPLETIONS} if config.keep_completions != "none" else set()
     return names | files_of_trackers(config.report_to)
 
 
@@ -498,7 +499,8 @@ def refuse_to_delete(old: list[Path], config: Settings) -> None:
 
 def refuse_to_delete_additions(old: list[Path], key: str) -> None:
     for path in old:
-        own = ours.is_saved(path.name) and not path.is_symlink()
+        own = ours.is_saved(path.name) or path.name == ours.COMPLETIONS
+        own = own and path.is_dir() and not path.is_symlink()
         if own and (added := ours.strangers(path)):
             raise UserError(
                 f"overwrite would delete {path / added[0]}, which was added to the run: move it "

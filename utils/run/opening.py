@@ -10,7 +10,7 @@ from ..base.script import ROOT
 from ..device import runtime
 from ..settings import reading
 from ..settings.run_settings import Settings
-from . import checkpoints, consent, folders, introduction, trackers
+from . import checkpoints, completions, consent, folders, introduction, trackers
 from .lock import RunLock
 from .run import Trainer
 
@@ -71,6 +71,16 @@ def opened(trainer: Trainer, place: Place, blas: str | None) -> Iterator[None]:
         checkpoints.load(resume_from, trainer)
     made_of = checkpoints.sources(trainer)
     records = checkpoints.open_run(run, made_of, place.lock, resume_from, ROOT)
+    if config.keep_completions != "none":
+        run.completions = completions.Completions(
+            config,
+            run.state,
+            run.folder,
+            trainer.loaded.tokenizer,
+            trainer.rewards.prompt_texts,
+            {"train": trainer.train_dataset, "test": trainer.eval_dataset},
+            lambda: trainer.reward_funcs,
+        )
     run.log.tracker = trackers.make_tracker(
         config.report_to,
         run.folder,

@@ -20,8 +20,9 @@ from .trackers import SIGNED, WANDB_ID, first_line
 
 CONFIG, PROVENANCE, LOG = "config.resolved.json", "provenance.json", "training_log.jsonl"
 METRICS = ("metrics.csv", "metrics_eval.csv")
-TENSORBOARD = "tensorboard"
-RUN_FILES = (CONFIG, PROVENANCE, LOG, *METRICS, TENSORBOARD, WANDB_ID)
+TENSORBOARD, COMPLETIONS = "tensorboard", "completions"
+RUN_FILES = (CONFIG, PROVENANCE, LOG, *METRICS, TENSORBOARD, COMPLETIONS, WANDB_ID)
+SPAN = re.compile(r"(groups|tokens)-\d{9}\.jsonl\.gz")
 STATE, ARRAYS, MANIFEST = "trainer_state.json", "trainer_state.safetensors", "manifest.json"
 ENDED = "run.json"  # in final/: how far the run had come
 SCORE = "evaluation.json"  # in best/: its evaluation
@@ -68,6 +69,9 @@ def listed(folder: Path) -> set[str]:
 
 def strangers(folder: Path) -> list[str]:
     """What somebody added to a folder that a run (or a conversion) wrote."""
+    if folder.name == COMPLETIONS:
+        names = sorted(os.listdir(folder))
+        return [n for n in names if not SPAN.fullmatch(n) and not matches(n, OF_NOBODY)]
     known, added = listed(folder), []
     for name in sorted(os.listdir(folder)):
         own = name in known if known else matches(name, OF_A_MODEL)
@@ -132,6 +136,10 @@ def is_tensorboard(folder: Path) -> bool:
     return events and (said or SIGNED in names)
 
 
+def is_completions(folder: Path) -> bool:
+    return any(map(SPAN.fullmatch, os.listdir(folder)))
+
+
 def is_wandb_id(path: Path) -> bool:
     return re.fullmatch(r"[\w-]{1,128}\n?", first_line(path)) is not None
 
@@ -145,23 +153,24 @@ FILES: dict[str, Callable[[Path], bool]] = {
     **dict.fromkeys(METRICS, lambda path: trackers.is_ours(path) and not empty(path)),
 }
 
+FOLDERS = {TENSORBOARD: is_tensorboard, COMPLETIONS: is_completions}
+
 
 def is_saved(name: str) -> bool:
     """Whether it is the name of something learnt: a checkpoint, best/ or final/."""
-    return is_folder(name) and name != TENSORBOARD
+    return is_folder(name) and name not in (TENSORBOARD, COMPLETIONS)
 
 
 def is_folder(name: str) -> bool:
     """Whether a run makes a folder of this name, not a file."""
-    return name in ("best", "final", TENSORBOARD) or bool(CHECKPOINT.fullmatch(name))
+    return name in ("best", "final", TENSORBOARD, COMPLETIONS) or bool(CHECKPOINT.fullmatch(name))
 
 
 def known(path: Path) -> bool:
     """Whether what is inside says that a run wrote it."""
     name = path.name
     if is_folder(name):
-        tell = is_tensorboard if name == TENSORBOARD else is_model
-        tell = is_checkpoint if name.startswith("checkpoint-") else tell
+        tell = FOLDERS.get(name, is_checkpoint if name.startswith("checkpoint-") else is_model)
         return path.is_dir() and tell(path)
     return path.is_file() and FILES.get(name, is_traceback)(path)
 

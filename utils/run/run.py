@@ -20,7 +20,7 @@ from ..rewards.calls import Reward
 from ..rewards.rewards import Rewards
 from ..rollouts.sampler import Sampling
 from ..settings.run_settings import Settings
-from . import folders, progress
+from . import completions, folders, progress
 from .log import RolloutFigures, RunLog
 from .state import Record, State, random_states
 from .warnings_of_learning import is_known
@@ -50,6 +50,7 @@ class Run:
         self.state = State(kl_coeff=args.kl_coeff)
         self.between: State | None = None
         self.log = RunLog(args, self.state, self.folder)
+        self.completions: completions.Store = completions.NoStore()
         self.bar = progress.no_bar()
         self.interrupted = False
         self.saved_at = 0

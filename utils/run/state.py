@@ -13,6 +13,9 @@ from ..base.text import shown
 FORMAT = 2
 """Of checkpoints; the first (up to git revision 3862b3f) did not say so, and is read as well."""
 
+NEWER: dict[str, Any] = {"halved": {}, "groups_kept": 0}
+"""What checkpoints of this format may lack."""
+
 Record = dict[str, Any]
 """What the log says of an update or an evaluation."""
 Random = dict[str, list]
@@ -56,6 +59,8 @@ class State:
     unreported: tuple[tuple[int, int], list[Record]] | None = None
     """(step, update) before an update that was done but not reported on, and its records."""
     log_bytes: int = 0
+    groups_kept: int = 0
+    """Prompts in the store of completions."""
     random: Random = field(default_factory=dict)
 
     def copied(self) -> Self:
@@ -79,7 +84,9 @@ class State:
                 f"one reads up to {FORMAT}"
             )
         for own in fields(self):
-            value = counters.get("halved", {}) if own.name == "halved" else counters[own.name]
+            value = (
+                counters.get(own.name, NEWER[own.name]) if own.name in NEWER else counters[own.name]
+            )
             check(own.name, value, getattr(self, own.name))
             setattr(self, own.name, value)
 

@@ -27,7 +27,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0 and finite": (
         lambda v: 0 <= v < math.inf,
         "kl_coeff weight_decay max_hours max_ckpt_gb wired_limit_gb cache_limit_gb memory_limit_gb "
-        "clip_eps_high delta entropy_coeff advantage_clip reward_clip kl_target importance_floor",
+        "clip_eps_high delta entropy_coeff advantage_clip reward_clip kl_target importance_floor "
+        "max_completions_gb",
     ),
     "at least 2 (a group needs another completion to compare with)": (
         lambda v: v >= 2,
@@ -103,9 +104,20 @@ def contradictions(c: Settings) -> Complaints:
     yield from about_kl(c)
     yield from about_normalisation(c)
     yield from about_evaluations(c)
+    yield from about_completions(c)
     for text in c.stop_strings:
         yield "stop_strings holds an empty string", not text
         yield f"stop string {text!r} is part of reasoning_prefix", text in c.reasoning_prefix
+
+
+def about_completions(c: Settings) -> Complaints:
+    kind, _, count = c.keep_completions.partition(":")
+    sampled = kind == "sample" and count.isascii() and count.isdecimal() and int(count) > 0
+    yield (
+        f"keep_completions = {shown(c.keep_completions)}, allowed are all, none, or sample:N with "
+        "N from 1 on, such as sample:2",
+        not sampled and c.keep_completions not in ("all", "none"),
+    )
 
 
 def about_rewards(c: Settings) -> Complaints:

@@ -149,6 +149,11 @@ class RunSettings:
     """Write training_log.jsonl."""
     log_completions: int = 0
     """Show so many sampled completions with their rewards at every training record."""
+    keep_completions: str = "all"
+    """Keep every completion, with its tokens and rewards, in output_dir/completions: all, none, or
+    sample:N (those of N prompts of each update and evaluation)."""
+    max_completions_gb: float = 0.5
+    """Keep so many GB of them: the oldest updates lose their tokens first; 0 any size."""
     report_to: list[str] = field(default_factory=list)
     """Trackers beside the log: csv, tensorboard, wandb (the last two are optional extras)."""
     watchdog_window: int = 20

@@ -1,0 +1,492 @@
+"""Every completion of a run, in `completions/` of its folder, written once it was learnt from.
+
+    duckdb.sql("from 'RUN/completions/groups-*.jsonl.gz'")             all of them, as a table
+    pandas.read_json("RUN/completions/groups-000000000.jsonl.gz", lines=True)     some of them
+    completions.read(Path("RUN"))                                    with their tokens, in Python
+
+A line of groups-N is a prompt with its completions; the line of tokens-N with the same `n` has what
+was sampled, token by token. A file holds a span of updates, from the group N on, and can be read
+while it is written. When the store is full, the oldest tokens-N go first.
+"""
+
+import contextlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypedDict
+
+import numpy as np
+
+from ..base.errors import readable
+from ..base.say import complain, say
+from ..base.text import Json, counted, json_line, redact
+from ..data.completions import Completion
+from ..data.files import Row
+from ..data.tokenizer import Tokenizer
+from ..gradient.micro_batch import MicroBatch
+from ..rewards.answers import extract_xml_answer, same_answer
+from ..settings.run_settings import Settings
+from . import spans
+from .state import State
+from .token_lines import Pieces, TokenLine, token_line, tokens_of, trained_logprobs
+
+FOLDER = "completions"
+GROUPS, TOKENS = "groups-", "tokens-"
+SPANS = 60  # pairs of files, if all are full
+LARGEST_SPAN = 8e6  # bytes
+BETWEEN = "\n\0\n"  # texts that are redacted together
+
+
+class Kept(TypedDict):
+    """A completion. Where its tokens were dropped, or not asked for, their lists are empty."""
+
+    text: str
+    ids: list[int]
+    pieces: list[str]
+    """The text of each token."""
+    sampled_logprobs: list[float]
+    trained_logprobs: list[float] | None
+    """By the policy before it learnt from them; None: unknown, or the same as far as is stored."""
+    mask: list[int]
+    """1: sampled, 0: given."""
+    rewards: dict[str, float | None]
+    reward: float | None
+    advantage: float | None
+    """None: not trained on (an evaluation, or a group that dynamic sampling replaced)."""
+    finish_reason: str
+    length: int
+    """Sampled tokens."""
+    parsed: str | None
+    """The answer that the text gives."""
+    correct: bool | None
+    """Whether it is the expected one."""
+    messages: list[dict[str, str]] | None
+    images: list[str]
+
+
+class Group(TypedDict):
+    """A prompt with its completions."""
+
+    update: int
+    kind: str
+    """train or eval."""
+    split: str | None
+    """Of an evaluation."""
+    prompt_index: int
+    """Row of the data set."""
+    prompt: str
+    question: str
+    answer: str | None
+    completions: list[Kept]
+
+
+# Reading.
+
+
+def read(run_folder: Path, *, tokens: bool = True) -> Iterator[Group]:
+    """The groups of a run, which may be running, in the order in which they were written.
+
+    A damaged part is left out, and said.
+    """
+    for path in span_files(run_folder / FOLDER, GROUPS):
+        groups = [*lines_of(path, warn)]  # before the tokens: those are written first
+        found = iter(lines_of(beside(path), warn) if tokens else ())
+        line: TokenLine | None = next(found, None)
+        pieces: dict[str, str] = {}
+        for group in groups:
+            n = group.pop("n")
+            while line is not None and line["n"] <= n:
+                pieces |= line["pieces"]
+                if line["n"] == n:
+                    break
+                line = next(found, None)
+            own = line if line is not None and line["n"] == n else None
+            for i, kept in enumerate(group["completions"]):
+                kept |= tokens_of(own, i, pieces)
+            yield group
+
+
+def span_files(folder: Path, kind: str = "") -> list[Path]:
+    """In the order in which they were written, all or those of a kind."""
+    return sorted(folder.glob(f"{kind or '*-'}{'[0-9]' * 9}.jsonl.gz"))
+
+
+def beside(groups: Path) -> Path:
+    """The file with the tokens of a span."""
+    return groups.with_name(groups.name.replace(GROUPS, TOKENS))
+
+
+def warn(path: Path, how: str) -> None:
+    complain(f"warning: {path} is damaged: {how}; the rest of it is read")
+
+
+def lines_of(path: Path, damaged: spans.Damaged) -> Iterator[Json]:
+    for piece in spans.pieces(path, damaged):
+        for line in piece.lines:
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                damaged(path, f"a line of the piece at byte {piece.start:,} is no JSON")
+
+
+# Writing.
+
+
+class Rollout(Protocol):
+    """Of the script: P prompts, G completions each, F reward functions."""
+
+    prompts: np.ndarray  # (P,) indices of the training set
+    completions: np.ndarray  # (P, G)
+    rewards: np.ndarray  # (P, G)
+    values: np.ndarray  # (P, G, F)
+
+
+class Store(Protocol):
+    """Takes the completions of every update and evaluation."""
+
+    def training(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: np.ndarray,
+        batches: Sequence[MicroBatch],
+        update: int,
+    ) -> None:
+        """Of an update: the rollout that was learnt from, with its (P, G) advantages, and before it
+        those of the groups that it replaced. The micro-batches know the trained log-probs."""
+
+    def evaluation(
+        self,
+        split: str,
+        update: int,
+        questions: Sequence[Row],
+        completions: Sequence[Completion],
+        scores: dict[str, Sequence[float]],
+    ) -> None:
+        """Of the evaluation after an update, with the scores by the name of their metric."""
+
+    def files(self) -> list[Path]:
+        """Which this process has written to: a checkpoint counts on them."""
+
+    def size(self) -> str:
+        """What was kept, for the end of a run; empty where there is nothing to say."""
+
+
+class NoStore:
+    """Keeps nothing: `keep_completions` is none, or the run has no folder yet."""
+
+    def training(self, *_: object) -> None:
+        pass
+
+    def evaluation(self, *_: object) -> None:
+        pass
+
+    def files(self) -> list[Path]:
+        return []
+
+    def size(self) -> str:
+        return ""
+
+
+@dataclass
+class Answered:
+    """A prompt of an update or an evaluation, and its G completions."""
+
+    kind: str
+    split: str | None
+    row: int
+    question: Row
+    completions: Sequence[Completion]
+    values: dict[str, Sequence[float]]  # G each
+    rewards: Sequence[float]  # G
+    advantages: Sequence[float | None]  # G
+    trained: Sequence[np.ndarray | None]  # G
+
+
+class Completions:
+    """The store of a run.
+
+    Args:
+        args: `keep_completions`, `max_completions_gb`, `seed`.
+        state: Counts the groups, and takes what the log should say.
+        folder: The run's.
+        tokenizer: Tells the text of a token.
+        prompt_texts: Of questions, as the model reads them up to the reasoning prefix.
+        rows: Of the data, by split.
+        names: Returns those of the reward functions.
+    """
+
+    def __init__(
+        self,
+        args: Settings,
+        state: State,
+        folder: Path,
+        tokenizer: Tokenizer,
+        prompt_texts: Callable[[Sequence[Row]], list[str]],
+        rows: dict[str, Sequence[Row]],
+        names: Callable[[], Iterable[str]],
+    ) -> None:
+        self.args, self.state, self.folder = args, state, folder / FOLDER
+        self.prompt_texts, self.rows, self.names = prompt_texts, rows, names
+        self.pieces = Pieces(tokenizer)
+        self.most = args.max_completions_gb * 1e9 or math.inf
+        self.sizes = {p: p.stat().st_size for p in span_files(self.folder)}
+        self.span: list[Path] = []  # the files of tokens and groups that are being written
+        self.said: set[str] = set()
+        self.kept = self.written = 0  # completions and bytes, by this process
+
+    def training(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: np.ndarray,
+        batches: Sequence[MicroBatch],
+        update: int,
+    ) -> None:
+        *replaced, last = rollouts
+        groups = [group for rollout in replaced for group in self.groups(rollout, None, {})]
+        groups += self.groups(last, advantages, trained_logprobs(batches))
+        most = wanted(self.args.keep_completions)
+        if most < len(groups):  # the same ones in a resumed run
+            generator = np.random.default_rng([self.args.seed, update])
+            chosen = generator.choice(len(groups), int(most), replace=False)
+            groups = [groups[i] for i in sorted(chosen)]
+        self.write(update, groups)
+
+    def groups(
+        self, rollout: Rollout, advantages: np.ndarray | None, trained: dict[int, np.ndarray]
+    ) -> list[Answered]:
+        size, names = rollout.completions.shape[1], [*self.names()]
+        return [
+            Answered(
+                "train",
+                None,
+                int(row),
+                self.rows["train"][row],
+                rollout.completions[p].tolist(),
+                dict(zip(names, rollout.values[p].T.tolist(), strict=True)),
+                rollout.rewards[p].tolist(),
+                [None] * size if advantages is None else advantages[p].tolist(),
+                [trained.get(p * size + i) for i in range(size)],
+            )
+            for p, row in enumerate(rollout.prompts)
+        ]
+
+    def evaluation(
+        self,
+        split: str,
+        update: int,
+        questions: Sequence[Row],
+        completions: Sequence[Completion],
+        scores: dict[str, Sequence[float]],
+    ) -> None:
+        numbers = {id(row): i for i, row in enumerate(self.rows[split])}
+        most = min(len(questions), wanted(self.args.keep_completions))  # the same at every visit
+        ((name, values),) = scores.items()
+        groups = [
+            Answered(
+                "eval",
+                split,
+                numbers[id(question)],
+                question,
+                [completion],
+                {name: [value]},
+                [value],
+                [None],
+                [None],
+            )
+            for question, completion, value in zip(questions, completions, values, strict=True)
+        ]
+        self.write(update, groups[: int(most)])
+
+    def write(self, update: int, groups: Sequence[Answered]) -> None:
+        """Add groups. A disk that refuses ends no run: what is missing is said.
+
+        Tokens come first, so that a group that can be read has its own.
+        """
+        first = self.state.groups_kept
+        self.state.groups_kept += len(groups)
+        if not groups:
+            return
+        try:
+            self.begin_span(first)
+            lines = [*self.lines(first, update, groups)]
+            for path, texts in zip(self.span, zip(*lines, strict=True), strict=True):
+                added = spans.append(path, texts)
+                self.sizes[path] = self.sizes.get(path, 0) + added
+                self.written += added
+            self.kept += sum(len(group.completions) for group in groups)
+            self.make_room()
+        except OSError as error:
+            self.span = []  # what is in it may lack tokens
+            self.say_once(
+                "lost",
+                f"completions from update {update} on cannot be kept in {self.folder}: "
+                f"{error.strerror or error}; the run goes on without those that do not fit",
+            )
+
+    def begin_span(self, first: int) -> None:
+        """Go on in the present files, or in new ones once they are large."""
+        present = sum(self.sizes.get(path, 0) for path in self.span)
+        if self.span and present < min(LARGEST_SPAN, self.most / SPANS):
+            return
+        self.folder.mkdir(exist_ok=True)
+        self.span = [self.folder / f"{kind}{first:09}.jsonl.gz" for kind in (TOKENS, GROUPS)]
+        self.pieces.begin_file()
+
+    def lines(
+        self, first: int, update: int, groups: Sequence[Answered]
+    ) -> Iterator[tuple[str, str]]:
+        """The lines of tokens-N and groups-N of each group."""
+        prompts = self.prompt_texts([group.question for group in groups])
+        every = [texts_of(*pair) for pair in zip(groups, prompts, strict=True)]
+        hidden = iter(redact_all([text for texts in every for text in texts]))
+        for n, (group, texts) in enumerate(zip(groups, every, strict=True), start=first):
+            prompt, question, answer, *spoken = (next(hidden) for _ in texts)
+            line = {
+                **{"n": n, "update": update, "kind": group.kind, "split": group.split},
+                **{"prompt_index": group.row, "prompt": prompt, "question": question},
+                "answer": None if group.question.get("answer") is None else answer,
+                "completions": kept_of(group, spoken),
+            }
+            pairs = zip(group.completions, spoken, strict=True)
+            shown = [c if c.text == text else None for c, text in pairs]  # or its ids would tell
+            yield token_line(n, shown, group.trained, self.pieces), json_line(line)
+
+    def make_room(self) -> None:
+        """Drop the oldest tokens, then the oldest groups, where the store is too large."""
+        for kind, what in ((TOKENS, "token ids and log-probs"), (GROUPS, "completions")):
+            for path in span_files(self.folder, kind):
+                if sum(self.sizes.values()) <= self.most:
+                    return
+                if path not in self.span:
+                    path.unlink(missing_ok=True)
+                    self.sizes.pop(path, None)
+                    self.say_once(
+                        what,
+                        f"{self.folder} has reached max_completions_gb = "
+                        f"{self.args.max_completions_gb:g}: the {what} of the oldest updates are "
+                        "dropped from here on",
+                    )
+
+    def say_once(self, about: str, text: str) -> None:
+        if about not in self.said:
+            self.said.add(about)
+            say(f"warning   {text}")
+            self.state.notes.append(text)
+
+    def files(self) -> list[Path]:
+        return [path for path in self.span if path.exists()]
+
+    def size(self) -> str:
+        if not self.kept:
+            return ""
+        each = self.written / self.kept * 1000
+        return f"{counted(self.kept, 'completion')} ({readable(each)} for 1,000)"
+
+
+def texts_of(group: Answered, prompt: str) -> list[str]:
+    question = group.question
+    spoken = [completion.text for completion in group.completions]
+    return [prompt, str(question["question"]), str(question.get("answer")), *spoken]
+
+
+def kept_of(group: Answered, spoken: Sequence[str]) -> list[Json]:
+    """What a line of groups-N says of each completion, whose texts may be shown."""
+    expected = group.question.get("answer")
+    found: list[Json] = []
+    for i, (completion, text) in enumerate(zip(group.completions, spoken, strict=True)):
+        answer = extract_xml_answer(completion.text)
+        right = None if expected is None else bool(answer) and same_answer(answer, str(expected))
+        found.append(
+            {
+                "text": text,
+                "rewards": {name: number(values[i]) for name, values in group.values.items()},
+                "reward": number(group.rewards[i]),
+                "advantage": number(group.advantages[i]),
+                "finish_reason": completion.finish_reason,
+                "length": completion.sampled,
+                "parsed": extract_xml_answer(text) or None,
+                "correct": right,
+                "messages": None,
+                "images": [],
+            }
+        )
+    return found
+
+
+def number(value: float | None) -> float | None:
+    """As JSON has it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def redact_all(texts: Sequence[str]) -> list[str]:
+    """Each text without secrets; all at once, since most of the time it takes is per call."""
+    together = redact(BETWEEN.join(texts)).split(BETWEEN)
+    return together if len(together) == len(texts) else [redact(text) for text in texts]
+
+
+def wanted(keep_completions: str) -> float:
+    """How many prompts of an update or an evaluation are kept."""
+    if keep_completions == "all":
+        return math.inf
+    return int(keep_completions.removeprefix("sample:"))
+
+
+# Going on with a run.
+
+
+def rewind(run_folder: Path, kept: int) -> None:
+    """Cut the store to its first `kept` groups: the run writes the rest again.
+
+    Whatever is wrong with it is said, and stops nothing.
+    """
+
+    def hurt(path: Path, how: str) -> None:
+        say(
+            f"warning   {path} is damaged: {how}. The run goes on beside it; delete it if you do "
+            "not need what can still be read"
+        )
+
+    for kind in (GROUPS, TOKENS):
+        earlier = []
+        for path in span_files(run_folder / FOLDER, kind):
+            if first_of(path) < kept:
+                earlier.append(path)
+            else:
+                drop(path, hurt)
+        if earlier:
+            with as_damage(earlier[-1], hurt):
+                spans.cut(earlier[-1], lambda line: number_of(line) >= kept, hurt)
+
+
+def first_of(path: Path) -> int:
+    """The number of the first group of a span."""
+    return int(path.name.partition("-")[2].partition(".")[0])
+
+
+def number_of(line: str) -> int:
+    """Of a line's group; it stands in front."""
+    match = re.search(r'"n": ?(\d+)', line)
+    return int(match[1]) if match else -1
+
+
+def drop(path: Path, hurt: spans.Damaged) -> None:
+    with as_damage(path, hurt):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def as_damage(path: Path, hurt: spans.Damaged) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hurt(path, error.strerror or str(error))
+
+
+def bring(theirs: Path, run_folder: Path) -> None:
+    """The store of a run in another folder, which is gone on with in this one."""
+    if (theirs / FOLDER).is_dir() and not (run_folder / FOLDER).exists():
+        shutil.copytree(theirs / FOLDER, run_folder / FOLDER)

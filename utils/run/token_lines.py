@@ -1,0 +1,199 @@
+"""What was sampled, token by token, as a line of JSON: written fast, since there are many.
+
+Log-probabilities have three decimals: a thousandth of a probability, which is what float16 would
+keep of most of them.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
+
+import numpy as np
+
+from ..base.text import json_line
+from ..data.completions import Completion
+from ..data.tokenizer import Tokenizer
+from ..gradient.micro_batch import MicroBatch
+
+UNIT = 1000  # parts of a log-probability that are told apart
+LEAST = -30.0  # the smallest log-probability that is looked up
+UNCLEAR = "\ufffd"  # what half a character is decoded to
+
+
+class TokenLine(TypedDict):
+    """One list for each completion of the group `n`; None for one whose text held a secret."""
+
+    n: int
+    ids: list[list[int] | None]
+    sampled_logprobs: list[list[float | None] | None]
+    trained_logprobs: list[list[float | None] | None]
+    mask: list[list[int] | None]
+    """None: all were sampled."""
+    pieces: dict[str, str]
+    """Text by id, of those that no earlier line of the file has."""
+    joined: list[tuple[int, int, str]]
+    """(completion, token, text) where only several tokens together make characters: the last of
+    them has the text, those before it have none."""
+
+
+class Pieces:
+    """The text of tokens; each is asked for once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.texts: dict[int, str] = {}
+        self.unclear: set[int] = set()
+        self.written: set[int] = set()  # to the present file
+
+    def begin_file(self) -> None:
+        self.written = set()
+
+    def new(self, ids: Iterable[int]) -> dict[str, str]:
+        """Text by id of those that are not in the file yet."""
+        new = {*ids} - self.written
+        self.written |= new
+        return {str(token): self.text(token) for token in sorted(new)}
+
+    def text(self, token: int) -> str:
+        if token not in self.texts:
+            # The first token of a text may lose its space: the second says what it is within one.
+            once, twice = (self.tokenizer.decode([token] * times) for times in (1, 2))
+            text = twice.removeprefix(once) if twice.startswith(once) else once
+            self.texts[token] = text
+            if UNCLEAR in text:
+                self.unclear.add(token)
+        return self.texts[token]
+
+    def joined(self, ids: Sequence[int]) -> list[tuple[int, str]]:
+        """(place, text) of the tokens that are parts of characters."""
+        found: list[tuple[int, str]] = []
+        if self.unclear.isdisjoint(ids):
+            return found
+        begun: list[int] = []
+        for place, token in enumerate(ids):
+            if not begun and token not in self.unclear:
+                continue
+            begun.append(token)
+            text = self.together(tuple(begun))
+            if text.endswith(UNCLEAR) and len(begun) < 8:  # more to come
+                found.append((place, ""))
+            else:
+                found.append((place, text))
+                begun = []
+        if begun:
+            found[-1] = found[-1][0], self.together(tuple(begun))
+        return found
+
+    @functools.lru_cache(maxsize=10_000)  # noqa: B019 - there is one for each run
+    def together(self, ids: tuple[int, ...]) -> str:
+        return self.tokenizer.decode([*ids])
+
+
+def trained_logprobs(batches: Sequence[MicroBatch]) -> dict[int, np.ndarray]:
+    """Completion -> log-probs of its sampled tokens, by the policy before it learnt from them."""
+    found: dict[int, np.ndarray] = {}
+    for batch in batches:
+        if batch.old_logprobs is None:
+            continue
+        logprobs, mask = np.array(batch.old_logprobs), np.array(batch.mask) > 0
+        for row, number in enumerate(np.array(batch.completion, int).tolist()):
+            if mask[row].any():  # others only fill up the batch
+                found[number] = logprobs[row, mask[row]]
+    return found
+
+
+def token_line(
+    n: int,
+    completions: Sequence[Completion | None],
+    trained: Sequence[np.ndarray | None],
+    pieces: Pieces,
+) -> str:
+    """A TokenLine; a completion that is None is left out."""
+    known = [c for c in completions if c is not None]
+    new = pieces.new(token for completion in known for token in completion.ids)
+    joined = [
+        (i, *pair)
+        for i, completion in enumerate(completions)
+        for pair in (pieces.joined(completion.ids) if completion else ())
+    ]
+    sampled = [None if c is None else np.array(c.logprobs, float) for c in completions]
+    after = [
+        placed(t, c, s) if c is not None and t is not None and s is not None else None
+        for t, c, s in zip(trained, completions, sampled, strict=True)
+    ]
+    parts = {
+        "n": str(n),
+        "ids": listed(f"[{','.join(map(str, c.ids))}]" if c else "null" for c in completions),
+        "sampled_logprobs": listed(map(decimals, sampled)),
+        "trained_logprobs": listed(map(decimals, after)),
+        "mask": listed(mask_text(c) for c in completions),
+        "pieces": json_line(new),
+        "joined": json_line(joined),
+    }
+    return "{" + ",".join(f'"{name}":{text}' for name, text in parts.items()) + "}"
+
+
+def placed(trained: np.ndarray, completion: Completion, sampled: np.ndarray) -> np.ndarray | None:
+    """(T,) log-probs, 0 where a token was given; None if they are those of the sampler, as far as
+    is stored."""
+    own = np.array(completion.mask, bool)
+    if own.sum() != len(trained):
+        return None
+    found = np.zeros(len(own))
+    found[own] = trained
+    same = np.abs(found - sampled)[own] <= 1 / UNIT
+    return None if same.all() else found
+
+
+def mask_text(completion: Completion | None) -> str:
+    if completion is None or all(completion.mask):
+        return "null"
+    return json.dumps(completion.mask, separators=(",", ":"))
+
+
+def listed(texts: Iterable[str]) -> str:
+    return f"[{','.join(texts)}]"
+
+
+def decimals(values: np.ndarray | None) -> str:
+    """Log-probs as a JSON list."""
+    if values is None:
+        return "null"
+    if not (values >= LEAST).all():
+        return json.dumps([round(x, 3) if math.isfinite(x) else None for x in values.tolist()])
+    places = np.rint(np.minimum(values, 0) * -UNIT).astype(int).tolist()
+    return f"[{','.join(map(table().__getitem__, places))}]"
+
+
+@functools.cache
+def table() -> list[str]:
+    return ["0.0", *(f"-{i / UNIT}" for i in range(1, 1 + int(-LEAST * UNIT)))]
+
+
+def tokens_of(line: TokenLine | None, i: int, pieces: Mapping[str, str]) -> dict:
+    """What a Kept has of the tokens of completion `i`."""
+    ids = line["ids"][i] if line else None
+    if line is None or ids is None:
+        return {
+            **{"ids": [], "pieces": [], "sampled_logprobs": [], "trained_logprobs": None},
+            "mask": [],
+        }
+    texts, mask, trained = [pieces.get(str(x), "") for x in ids], line["mask"][i], None
+    for number, place, text in line["joined"]:
+        if number == i:
+            texts[place] = text
+    if line["trained_logprobs"][i] is not None:
+        trained = numbers(line["trained_logprobs"][i])
+    return {
+        "ids": ids,
+        "pieces": texts,
+        "sampled_logprobs": numbers(line["sampled_logprobs"][i]),
+        "trained_logprobs": trained,
+        "mask": [1] * len(ids) if mask is None else mask,
+    }
+
+
+def numbers(values: list[float | None] | None) -> list[float]:
+    return [math.nan if value is None else value for value in values or []]
