@@ -1,11 +1,14 @@
 """Trackers: no value is lost on the way, and a missing package is found before anything loads."""
 
 import csv
+import dataclasses
 import json
+import resource
 import shutil
 import struct
 import sys
 
+import numpy as np
 import pytest
 from helpers import mostly_long, read_log, run_training, stop_in_evaluation
 
@@ -17,6 +20,8 @@ EVAL = {"update": 1, "split": "test", "em": 0.3, "em_subset": 200}
 
 FAKE_WANDB = """
 calls = []
+Histogram = lambda values: ("histogram", sorted(values))
+Table = lambda columns, data: ("table", columns, data)
 class Run:
     id, starting_step = "abc", 0
     def define_metric(self, *a, **k): calls.append(("metric", a, k))
@@ -300,3 +305,161 @@ def test_a_resumed_run_reads_its_log_whatever_is_in_it(tmp_path):
     trackers.rewind(tmp_path, records, -1)
     with metrics.open(newline="", encoding="utf-8") as file:
         assert [row["update"] for row in csv.DictReader(file)] == ["1"]
+
+
+PICTURES = trackers.Pictures(
+    7,
+    {"rewards": np.array([0.0, 2.0]), "lengths": np.array([3, 5])},
+    ["completion", "reward"],
+    [["<script>alert(1)</script>\n# no heading", 2.0], ["b", None]],
+)
+
+
+def test_pictures_come_every_so_many_updates(model_dir, data_dir, tmp_path, fake_package):
+    forget = fake_package("wandb", FAKE_WANDB)
+    settings = {"max_updates": 5, "plot_every": 2, "report_to": ["wandb"], "logging_steps": 3}
+    code, trainer = run_training(model_dir, data_dir, tmp_path / "o", **settings)
+    logged = [call[1:] for call in forget().calls if call[0] == "log"]
+    assert [step for _, step in logged] == sorted(step for _, step in logged)
+    shown = [row for row, _ in logged if "train/completions" in row]
+    assert (code, [row["update"] for row in shown]) == (0, [2, 4])
+    for row in shown:
+        (_, columns, data), (_, rewards) = row["train/completions"], row["train/rewards"]
+        assert len(data) == len(rewards) == 8
+        table = [dict(zip(columns, cells, strict=True)) for cells in data]
+        assert sorted(cells["reward"] for cells in table) == rewards
+        assert sorted(cells["length"] for cells in table) == row["train/lengths"][1]
+        assert {cells["update"] for cells in table} == {row["update"]}
+        questions = {question["question"] for question in trainer.train_dataset}
+        assert {cells["question"] for cells in table} < questions
+
+
+def test_completions_without_a_reward_have_an_empty_cell_and_no_place_in_the_histogram(
+    model_dir, data_dir, tmp_path, fake_package
+):
+    forget = fake_package("wandb", FAKE_WANDB)
+    settings = {"max_updates": 1, "plot_every": 1, "report_to": ["wandb"]}
+    settings["reward_funcs"] = ["helpers:digest", "test_trackers:none"]
+    run_training(model_dir, data_dir, tmp_path / "o", **settings)
+    logged = [call[1] for call in forget().calls if call[0] == "log"]
+    (row,) = [values for values in logged if "train/completions" in values]
+    assert "train/rewards/test_trackers:none" not in row
+    assert len(row["train/rewards/helpers:digest"][1]) == 8
+    assert {cells[-1] for cells in row["train/completions"][2]} == {None}
+
+
+def none(completions, **_):
+    return [None] * len(completions)
+
+
+def test_tensorboard_shows_text_as_it_stands_and_histograms(tmp_path):
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    tracker = trackers.TensorBoardTracker(tmp_path, 0, [])
+    tracker.show(PICTURES)
+    tracker.close()
+    found = {}
+    (path,) = (tmp_path / "tensorboard").glob("events*")
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        found |= {value.tag: (event.step, value) for value in event.summary.value}
+        data = data[16 + length :]
+    step, histogram = found["train/rewards"]
+    assert (step, histogram.histo.num, histogram.histo.sum) == (7, 2, 2)
+    step, text = found["train/completions/text_summary"]
+    (text,) = text.tensor.string_val
+    assert text.decode().splitlines()[:3] == [
+        "    completion: <script>alert(1)</script>",
+        "    # no heading",
+        "    reward: 2.0",
+    ]
+
+
+def fails(*_, **__):
+    raise ConnectionError("no network")
+
+
+def leaves(*_, **__):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish", "define_metric"])
+@pytest.mark.parametrize("how", [fails, leaves])
+def test_a_tracker_that_fails_stops_no_run_and_says_so_once(
+    model_dir, data_dir, tmp_path, fake_package, capsys, where, how
+):
+    forget = fake_package("wandb", FAKE_WANDB)
+    import wandb
+
+    setattr(wandb if where == "init" else wandb.Run, where, how)
+    settings = {"max_updates": 3, "report_to": ["csv", "wandb"], "plot_every": 1}
+    code, _ = run_training(model_dir, data_dir, tmp_path / "o", **settings)
+    forget()
+    out = capsys.readouterr().out
+    what = "no network" if how is fails else "sys.exit(3)"
+    assert (code, out.count("report_to = 'wandb' failed"), out.count(what)) == (0, 1, 1)
+    assert len(rows(tmp_path / "o" / "metrics.csv")) == 3, "the others go on"
+    notes = [note for record in read_log(tmp_path / "o") for note in record.get("notes", [])]
+    assert any(what in note for note in notes) == (where != "finish")
+
+
+def test_a_row_that_the_disk_refuses_spoils_no_other(tmp_path):
+    notes = []
+    tracker = trackers.make_tracker(["csv"], tmp_path, "name", {}, note=notes.append)
+    tracker.log(TRAIN)
+    path = tmp_path / "metrics.csv"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 3, limits[1]))
+        tracker.log({**TRAIN, "update": 2})
+        tracker.log({**TRAIN, "update": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    tracker.log({**TRAIN, "update": 4})
+    assert [row["update"] for row in rows(path)] == ["1", "4"]
+    assert len(notes) == 1
+    assert "File too large" in notes[0]
+
+
+def test_wandb_itself_takes_it_all_offline(tmp_path, monkeypatch):
+    """The package, where it is installed: with a run that is gone on with."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    notes = []
+    for since in (0, 7):
+        tracker = trackers.make_tracker(["wandb"], tmp_path, "n", {}, since, note=notes.append)
+        tracker.log({**TRAIN, "update": 7})
+        tracker.show(PICTURES)
+        tracker.log({**EVAL, "update": 7})
+        tracker.close()
+    assert notes == []
+    (table,) = {p.read_text() for p in tmp_path.rglob("completions*.table.json")}
+    assert json.loads(table)["data"] == PICTURES.rows
+
+
+def test_trackio_itself_takes_it_all_on_this_machine(tmp_path, monkeypatch, capsys):
+    """The package, where it is installed: each record once, also where a run is gone on with."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    notes = []
+    for since, update in ((0, 6), (7, 7)):
+        tracker = trackers.make_tracker(["trackio"], tmp_path, "n", {}, since, note=notes.append)
+        for again in range(6, update + 1):
+            tracker.log({**TRAIN, "update": again})
+            tracker.show(dataclasses.replace(PICTURES, update=again))
+            tracker.log({**EVAL, "update": again})
+        tracker.close()
+    assert notes == []
+    (run,) = trackio.Api().runs("mlx-grpo")
+    rows = trackio.SQLiteStorage.get_logs("mlx-grpo", run.name, run_id=run.id)
+    logged = [(row["step"], key) for row in rows for key in row if "/" in key]
+    assert sorted(logged) == sorted(
+        (update, key)
+        for update in (6, 7)
+        for key in (
+            *("train/loss", "train/rewards/int", "eval/test/em", "eval/test/em_subset"),
+            *("train/rewards", "train/lengths", "train/completions"),
+        )
+    )

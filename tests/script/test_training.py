@@ -503,7 +503,7 @@ def test_the_newest_checkpoints_are_kept(model_dir, data_dir, tmp_path, limit, k
     settings = {"max_updates": 5, "save_steps": 1, "save_total_limit": limit}
     run_training(model_dir, data_dir, tmp_path / "o", **settings)
     found = {path.name for path in (tmp_path / "o").iterdir() if path.is_dir()}
-    assert found == {*(f"checkpoint-{n}" for n in kept), "final"}
+    assert found == {*(f"checkpoint-{n}" for n in kept), "completions", "final"}
 
 
 def test_checkpoints_and_final_are_complete_models(model_dir, data_dir, tmp_path, grpo):

@@ -31,7 +31,7 @@ from helpers import completion, make_config, make_trainer, mostly_long, read_log
 from mlx.utils import tree_flatten, tree_map
 
 from utils.rewards import servers
-from utils.run import completions
+from utils.run import completions, trackers
 
 grpo = load_script()
 approx = pytest.approx
@@ -134,6 +134,12 @@ def prompts_kept(settings):
     """Update and kind of each in the store of completions."""
     console(settings)
     return [f"{group['update']} {group['kind']}" for group in completions.read(Path("out"))]
+
+
+def updates_pictured(settings):
+    """Of which updates trackers got distributions and a table."""
+    act = functools.partial(console, settings)
+    return [given[0].update for given, _ in calls(trackers.NullTracker, "show", act)]
 
 
 def logged(*names, split=None):
@@ -1044,6 +1050,7 @@ FIELDS = {
     ),
     "log_jsonl": Watch(True, False, files("*.jsonl"), [], ONE),
     "log_completions": Watch(0, 3, lambda s: len(lines("--- reward")(s)), 3, ONE),
+    "plot_every": Watch(10, 2, updates_pictured, [2], {"max_updates": 3}),
     "keep_completions": Watch(
         "all", "sample:1", prompts_kept, ["0 eval", "1 train", "1 eval"], ONE | {"eval_samples": 4}
     ),

@@ -462,6 +462,7 @@ def files_of_trackers(report_to: list[str]) -> set[str]:
         "csv": {*ours.METRICS},
         "tensorboard": {ours.TENSORBOARD},
         "wandb": {trackers.WANDB_ID},
+        "trackio": {trackers.TRACKIO_SENT},
     }
     return set().union(*(written[name] for name in report_to))
 

@@ -11,12 +11,14 @@ import numpy as np
 
 from ..base.errors import disk_errors_named
 from ..base.say import say
-from ..base.text import counted, json_line, redacted, shown
+from ..base.text import Json, counted, json_line, redacted, shown
 from ..data.completions import Completion
 from ..data.files import Row
 from ..settings.run_settings import Settings
 from . import trackers, warnings_of_learning
 from .state import Record, State
+
+TABLE_ROWS = 64  # of the completions that trackers get
 
 
 class RunLog:
@@ -39,8 +41,7 @@ class RunLog:
         """One JSON object a line (NaN and infinity, which JSON lacks, as null); the trackers."""
         record = redacted({name: finite(value) for name, value in record.items()})
         self.append(record)
-        with disk_errors_named(self.path):
-            self.tracker.log(record)
+        self.tracker.log(record)
 
     def append(self, record: Record) -> None:
         if self.args.log_jsonl:
@@ -130,6 +131,38 @@ class RunLog:
                 text = f"reward {name} gave no completion of the first update a value"
                 say(f"warning   {text}; the first expected answer is {answer}")
                 self.state.notes.append(text)
+
+    def pictures(
+        self, questions: Sequence[Row], rollout: "RolloutFigures", names: Iterable[str]
+    ) -> None:
+        """Distributions of an update, and its first completions as a table, for the trackers."""
+        values = {"rewards": rollout.rewards, "lengths": rollout.lengths}
+        each = dict(zip(names, np.moveaxis(rollout.values, -1, 0), strict=True))
+        if len(each) > 1:
+            values |= {f"rewards/{name}": own for name, own in each.items()}
+        finite_values = {name: own[np.isfinite(own)] for name, own in values.items()}
+        columns = [*("update", "question", "expected", "completion", "finish_reason", "length")]
+        rows: list[list[Json]] = []
+        for p, i in islice(np.ndindex(*rollout.rewards.shape), TABLE_ROWS):
+            completion: Completion = rollout.completions.item(p, i)
+            question = questions[int(rollout.prompts[p])]
+            asked = str(question["question"]), str(question["answer"])
+            said = completion.text, completion.finish_reason, completion.sampled
+            earned = [finite(float(own[p, i])) for own in (rollout.rewards, *each.values())]
+            rows.append(redacted([self.state.update_step, *asked, *said, *earned]))
+        self.tracker.show(
+            trackers.Pictures(
+                self.state.update_step,
+                {name: own for name, own in finite_values.items() if own.size},
+                [*columns, "reward", *each],
+                rows,
+            )
+        )
+
+    def note(self, text: str) -> None:
+        """A warning, on the terminal and in the next record."""
+        say(f"warning   {text}")
+        self.state.notes.append(text)
 
     def completions(
         self, questions: Sequence[Row], rollout: "RolloutFigures", extras: dict[str, list]

@@ -88,6 +88,7 @@ def opened(trainer: Trainer, place: Place, blas: str | None) -> Iterator[None]:
         reading.recorded(config),
         since=run.state.update_step if records else checkpoints.reported(run) + 1,
         records=records,
+        note=run.log.note,
     )
     try:
         yield

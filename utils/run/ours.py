@@ -16,12 +16,12 @@ from ..base.errors import UserError
 from ..base.json_files import write_json
 from ..base.text import Json
 from . import trackers
-from .trackers import SIGNED, WANDB_ID, first_line
+from .trackers import SIGNED, TRACKIO_SENT, WANDB_ID, first_line
 
 CONFIG, PROVENANCE, LOG = "config.resolved.json", "provenance.json", "training_log.jsonl"
 METRICS = ("metrics.csv", "metrics_eval.csv")
 TENSORBOARD, COMPLETIONS = "tensorboard", "completions"
-RUN_FILES = (CONFIG, PROVENANCE, LOG, *METRICS, TENSORBOARD, COMPLETIONS, WANDB_ID)
+RUN_FILES = (CONFIG, PROVENANCE, LOG, *METRICS, TENSORBOARD, COMPLETIONS, WANDB_ID, TRACKIO_SENT)
 SPAN = re.compile(r"(groups|tokens)-\d{9}\.jsonl\.gz")
 STATE, ARRAYS, MANIFEST = "trainer_state.json", "trainer_state.safetensors", "manifest.json"
 ENDED = "run.json"  # in final/: how far the run had come
@@ -144,12 +144,17 @@ def is_wandb_id(path: Path) -> bool:
     return re.fullmatch(r"[\w-]{1,128}\n?", first_line(path)) is not None
 
 
+def is_trackio(path: Path) -> bool:
+    return re.fullmatch(r"\d{1,12}\n?", first_line(path)) is not None
+
+
 def is_traceback(path: Path) -> bool:
     return first_line(path).startswith(OPENING)
 
 
 FILES: dict[str, Callable[[Path], bool]] = {
     **{CONFIG: is_config, PROVENANCE: is_provenance, LOG: is_log, WANDB_ID: is_wandb_id},
+    TRACKIO_SENT: is_trackio,
     **dict.fromkeys(METRICS, lambda path: trackers.is_ours(path) and not empty(path)),
 }
 

@@ -100,6 +100,8 @@ class Run:
             if trainer.rollout:
                 shown = trainer.rewards.shown()
                 self.log.completions(trainer.train_dataset, trainer.rollout, shown)
+        if due(a.plot_every, update, state.update_step) and trainer.rollout:
+            self.log.pictures(trainer.train_dataset, trainer.rollout, trainer.reward_funcs)
         if due(a.eval_every_updates, update, state.update_step):
             trainer.evaluate("train")
         last = state.update_step >= trainer.total_updates  # after it, an evaluation ends the run

@@ -1,7 +1,9 @@
-"""Optional destinations of the records of `training_log.jsonl`: CSV, TensorBoard, Weights & Biases.
+"""Optional destinations of the records of `training_log.jsonl`: CSV, TensorBoard, Weights & Biases,
+trackio.
 
 A record is a dict with "update" (the x axis) and numbers; evaluations carry "split" as well. The
-trainer talks to one `Tracker`, which is a null object when nothing was asked for.
+trainer talks to one `Tracker`, which is a null object when nothing was asked for. One that fails
+says so once, and stops no run.
 """
 
 import csv
@@ -10,29 +12,55 @@ import importlib.util
 import json
 import math
 import os
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from ..base.errors import UserError
+import numpy as np
+
+from ..base.errors import UserError, reason
+from ..base.say import say
 from ..base.text import Json, shown
 
 Record = dict[str, Json]
 """A line of training_log.jsonl."""
 
 WANDB_ID = "wandb_run.txt"  # in output_dir
+TRACKIO_SENT = "trackio_run.txt"  # in output_dir: how far what was sent goes
+PROJECT = "mlx-grpo"
+SHOWN = 8  # completions that TensorBoard shows as text
 SIGNED = ".mlx-grpo"  # a file that says whose a folder of events is
 
 # report_to value -> the package it needs; the extra of pyproject.toml has the same name.
-PACKAGES: dict[str, str | None] = {"csv": None, "tensorboard": "tensorboardX", "wandb": "wandb"}
+PACKAGES: dict[str, str | None] = {
+    "csv": None,
+    "tensorboard": "tensorboardX",
+    "wandb": "wandb",
+    "trackio": "trackio",
+}
+
+
+@dataclass
+class Pictures:
+    """What an update sampled: distributions, and completions as rows of a table."""
+
+    update: int
+    values: dict[str, np.ndarray]  # of finite numbers
+    columns: list[str]
+    rows: list[list[Json]]
 
 
 class Tracker(Protocol):
     """Takes each record once, in order, then one `close`."""
 
     def log(self, record: Record) -> None: ...
+
+    def show(self, pictures: Pictures) -> None:
+        """After the training record of their update, if it has one, and before its evaluations."""
 
     def close(self) -> None: ...
 
@@ -47,8 +75,50 @@ class NullTracker:
     def log(self, record: Record) -> None:
         pass
 
+    def show(self, pictures: Pictures) -> None:
+        pass
+
     def close(self) -> None:
         pass
+
+
+class Guarded(NullTracker):
+    """A tracker that stops no run: its first failure is said, and it is asked again next time.
+
+    Where it cannot even be made, it keeps nothing.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Tracker], note: Callable[[str], None]) -> None:
+        self.name, self.note, self.failed = name, note, False
+        self.tracker: Tracker = NullTracker()
+        with self.said():
+            self.tracker = make()
+
+    @contextmanager
+    def said(self) -> Iterator[None]:
+        try:
+            yield
+        except SystemExit as error:
+            self.say_once(f"it called sys.exit({error.code!r})")
+        except Exception as error:  # noqa: BLE001 - of whatever package it is
+            self.say_once(f"{type(error).__name__}: {shown(reason(error))}")
+
+    def say_once(self, what: str) -> None:
+        if not self.failed:
+            self.failed = True
+            self.note(f"report_to = {self.name!r} failed: {what}; the run goes on. Said once")
+
+    def log(self, record: Record) -> None:
+        with self.said():
+            self.tracker.log(record)
+
+    def show(self, pictures: Pictures) -> None:
+        with self.said():
+            self.tracker.show(pictures)
+
+    def close(self) -> None:
+        with self.said():
+            self.tracker.close()
 
 
 class FanOut:
@@ -60,6 +130,10 @@ class FanOut:
     def log(self, record: Record) -> None:
         for tracker in self.trackers:
             tracker.log(record)
+
+    def show(self, pictures: Pictures) -> None:
+        for tracker in self.trackers:
+            tracker.show(pictures)
 
     def close(self) -> None:
         with ExitStack() as stack:  # all are closed, even when one of them raises
@@ -103,8 +177,13 @@ class _CSVFile:
     def append(self, row: dict[str, Json]) -> None:
         if new := [key for key in row if key not in self.columns]:
             self._widen(new)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow(row)
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, restval="").writerow(row)
+        except OSError:
+            os.truncate(self.path, size)  # or the next row would go on in this one
+            raise
 
     def _widen(self, new: list[str]) -> None:
         rows: list[dict[str, str]] = []
@@ -156,6 +235,9 @@ class CSVTracker:
             for key, value in _flatten(record)
         }
         (self.evaluation if "split" in record else self.training).append(row)
+
+    def show(self, pictures: Pictures) -> None:
+        """Cells have no room for them; completions/ has them all."""
 
     def close(self) -> None:
         pass
@@ -251,8 +333,25 @@ class TensorBoardTracker:
         for name, value in _scalars(record).items():
             self.writer.add_scalar(name, value, global_step=record["update"])
 
+    def show(self, pictures: Pictures) -> None:
+        for name, values in pictures.values.items():
+            self.writer.add_histogram(f"train/{name}", values, global_step=pictures.update)
+        texts = (
+            "\n".join(f"{name}: {value}" for name, value in zip(pictures.columns, row, strict=True))
+            for row in pictures.rows[:SHOWN]
+        )
+        # It renders Markdown, of which an indented block is shown as it stands.
+        text = "\n\n---\n\n".join(textwrap.indent(text, "    ", lambda _: True) for text in texts)
+        self.writer.add_text("train/completions", text, global_step=pictures.update)
+
     def close(self) -> None:
         self.writer.close()
+
+
+def place_of(record: Record) -> int:
+    """Where a record stands in a run: an update's records come in this order, and W&B's own step
+    must not fall."""
+    return 3 * int(record["update"]) + {"": 0, "train": 1}.get(record.get("split", ""), 2)
 
 
 class WandbTracker:
@@ -271,7 +370,7 @@ class WandbTracker:
         if known.exists():
             again = {"id": known.read_text(encoding="utf-8").strip(), "resume": "allow"}
         self.run = wandb.init(
-            project="mlx-grpo", name=run_name, config=config, dir=str(output_dir), **again
+            project=PROJECT, name=run_name, config=config, dir=str(output_dir), **again
         )
         known.write_text(self.run.id + "\n", encoding="utf-8")
         self.first = self.run.starting_step  # what comes before it, W&B has
@@ -279,11 +378,63 @@ class WandbTracker:
         self.run.define_metric("*", step_metric="update")
 
     def log(self, record: Record) -> None:
-        # An update's records come in this order, and W&B's own step must grow with every call.
-        place = {"": 0, "train": 1}.get(record.get("split", ""), 2)
-        step = 3 * record["update"] + place
+        self.send(place_of(record), {"update": record["update"], **_scalars(record)})
+
+    def show(self, pictures: Pictures) -> None:
+        import wandb
+
+        shown: dict[str, object] = {
+            f"train/{name}": wandb.Histogram(values) for name, values in pictures.values.items()
+        }
+        shown["train/completions"] = wandb.Table(columns=pictures.columns, data=pictures.rows)
+        self.send(place_of({"update": pictures.update}), shown | {"update": pictures.update})
+
+    def send(self, step: int, values: Mapping[str, object]) -> None:
         if step >= self.first:
-            self.run.log({"update": record["update"], **_scalars(record)}, step=step)
+            self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TrackioTracker:
+    """A run of the project "mlx-grpo" on this machine (`trackio show`), or where the variables
+    TRACKIO_SPACE_ID and TRACKIO_SERVER_URL say.
+
+    A resumed run goes on with the newest one of its name; what was sent already is noted in
+    output_dir, since trackio draws a point that comes twice twice.
+    """
+
+    def __init__(
+        self, output_dir: Path, run_name: str, config: dict[str, Json], goes_on: bool
+    ) -> None:
+        import trackio
+
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.sent, self.last = output_dir / TRACKIO_SENT, -1
+        if goes_on and self.sent.exists():
+            self.last = int(self.sent.read_text(encoding="utf-8"))
+        how = {"resume": "allow" if self.last >= 0 else "never", "embed": False}
+        quiet = {"auto_log_gpu": False, "auto_log_cpu": False}
+        self.run = trackio.init(project=PROJECT, name=run_name, config=config, **how, **quiet)
+
+    def log(self, record: Record) -> None:
+        self.send(2 * place_of(record), record["update"], _scalars(record))
+
+    def show(self, pictures: Pictures) -> None:
+        import trackio
+
+        shown: dict[str, object] = {
+            f"train/{name}": trackio.Histogram(values) for name, values in pictures.values.items()
+        }
+        shown["train/completions"] = trackio.Table(columns=pictures.columns, data=pictures.rows)
+        self.send(2 * place_of({"update": pictures.update}) + 1, pictures.update, shown)
+
+    def send(self, place: int, update: int, values: Mapping[str, object]) -> None:
+        if place > self.last:
+            self.run.log(dict(values), step=update)
+            self.last = place
+            self.sent.write_text(f"{place}\n", encoding="utf-8")
 
     def close(self) -> None:
         self.run.finish()
@@ -314,6 +465,10 @@ def check_available(report_to: list[str]) -> None:
             )
 
 
+def warn(text: str) -> None:
+    say(f"warning   {text}")
+
+
 def make_tracker(
     report_to: list[str],
     output_dir: Path,
@@ -321,22 +476,23 @@ def make_tracker(
     config: dict[str, Json],
     since: int = 0,
     records: list[Record] | None = None,
+    note: Callable[[str], None] = warn,
 ) -> Tracker:
-    """The tracker for `report_to`: any of "csv", "tensorboard", "wandb".
+    """The tracker for `report_to`: any of "csv", "tensorboard", "wandb", "trackio".
 
     since: the update from which on the run writes again what is not among the `records` of its log.
+    note: takes what a tracker that fails says.
 
     Raises what `check_available` raises.
     """
     check_available(report_to)
-    trackers: list[Tracker] = []
-    for name in dict.fromkeys(report_to):
-        if name == "csv":
-            trackers.append(CSVTracker(output_dir))
-        elif name == "tensorboard":
-            trackers.append(TensorBoardTracker(output_dir, since, records or []))
-        else:
-            trackers.append(WandbTracker(output_dir, run_name, config))
+    ways: dict[str, Callable[[], Tracker]] = {
+        "csv": lambda: CSVTracker(output_dir),
+        "tensorboard": lambda: TensorBoardTracker(output_dir, since, records or []),
+        "wandb": lambda: WandbTracker(output_dir, run_name, config),
+        "trackio": lambda: TrackioTracker(output_dir, run_name, config, since > 0),
+    }
+    trackers: list[Tracker] = [Guarded(name, ways[name], note) for name in dict.fromkeys(report_to)]
     if not trackers:
         return NullTracker()
     return trackers[0] if len(trackers) == 1 else FanOut(trackers)

@@ -45,7 +45,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         "max_train_samples max_updates top_k eval_steps eval_samples eval_every_updates "
         "eval_subset_size log_completions save_steps save_total_limit rollout_batch_size "
         "reward_workers micro_batch_tokens dynamic_sampling ref_sync_updates "
-        "early_stopping_patience watchdog_window",
+        "early_stopping_patience watchdog_window plot_every",
     ),
     "at least 0, below 2 ** 64": (lambda v: 0 <= v < 2**64, "seed"),
     "-1 (all) or at least 1": (lambda v: v == -1 or v >= 1, "lora_layers"),

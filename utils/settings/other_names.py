@@ -147,7 +147,7 @@ SAME = {
     "eval_steps": "in batches of prompts",
     "adapter_path": "adapters to start from; those trained are written into `output_dir`",
     "batch_size": "in prompts, each with `num_generations` completions",
-    "report_to": "csv, tensorboard, wandb",
+    "report_to": "csv, tensorboard, wandb, trackio",
 }
 
 # What has no counterpart, by the reason.
