@@ -33,7 +33,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from utils.base.script import load_script  # noqa: E402
-from utils.run import checkpoints, ending, folders  # noqa: E402
+from utils.run import checkpoints, completions, ending, folders  # noqa: E402
 from utils.run import log as runlog  # noqa: E402
 
 grpo = load_script()
@@ -99,6 +99,7 @@ def instrument(memory: mmap.mmap, spent: dict[str, list[float]]) -> None:
     watch(trainer, "update", "gradient")
     watch(trainer, "evaluate", "evaluation")
     watch(runlog.RunLog, "append", "log")
+    watch(completions.Completions, "write", "log")
     watch(ending, "finish", "final")
     watch(checkpoints, "save", "save")
     watch(folders, "prune", "save")
@@ -220,8 +221,11 @@ def described(output: Path) -> dict[str, object]:
     """What must be the same to the last bit: all that is in the folder, the times in it apart."""
     lines = (output / "training_log.jsonl").read_text().splitlines()
     found: dict[str, object] = {"log": [without_times(json.loads(line)) for line in lines]}
+    found["groups"] = [*completions.read(output)]
     for path in sorted(output.rglob("*")):
         name = str(path.relative_to(output))
+        if path.parent.name == "completions":  # each process begins new files
+            continue
         if path.is_dir():
             found[name] = "folder"
         elif path.suffix == ".safetensors":

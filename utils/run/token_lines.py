@@ -50,9 +50,9 @@ class Pieces:
     def begin_file(self) -> None:
         self.written = set()
 
-    def new(self, ids: Iterable[int]) -> dict[str, str]:
+    def new(self, lists: Iterable[Sequence[int]]) -> dict[str, str]:
         """Text by id of those that are not in the file yet."""
-        new = {*ids} - self.written
+        new = set[int]().union(*lists) - self.written
         self.written |= new
         return {str(token): self.text(token) for token in sorted(new)}
 
@@ -112,7 +112,7 @@ def token_line(
 ) -> str:
     """A TokenLine; a completion that is None is left out."""
     known = [c for c in completions if c is not None]
-    new = pieces.new(token for completion in known for token in completion.ids)
+    new = pieces.new(completion.ids for completion in known)
     joined = [
         (i, *pair)
         for i, completion in enumerate(completions)
@@ -148,7 +148,7 @@ def placed(trained: np.ndarray, completion: Completion, sampled: np.ndarray) -> 
 
 
 def mask_text(completion: Completion | None) -> str:
-    if completion is None or all(completion.mask):
+    if completion is None or 0 not in completion.mask:
         return "null"
     return json.dumps(completion.mask, separators=(",", ":"))
 
