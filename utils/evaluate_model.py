@@ -23,6 +23,8 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
     __package__ = "utils"
 
 from .base.errors import UserError
+from .base.intervals import percent
+from .base.intervals import wilson as wilson
 from .base.say import Parser, say
 from .base.script import load_script
 from .base.text import counted, json_line, visible
@@ -119,14 +121,6 @@ def check_arguments(args: argparse.Namespace) -> None:
 def pass_at_k(n: int, right: int, k: int) -> float:
     """The chance that k of the n samples, drawn without replacement, hold a right one."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def wilson(mean: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval of a proportion that stays within 0 and 1 (Wilson 1927)."""
-    centre = mean + z * z / (2 * trials)
-    half = z * math.sqrt(mean * (1 - mean) / trials + (z / (2 * trials)) ** 2)
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def sign_test(better: int, worse: int) -> float:
@@ -331,11 +325,6 @@ def count(scores: Scores, record: Record) -> None:
 def short(name: str) -> str:
     """The last two parts of a path, which fit above a column."""
     return "/".join(name.rstrip("/").split("/")[-2:])
-
-
-def percent(value: float, trials: int) -> str:
-    low, high = wilson(value, trials)
-    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def mean_reward(values: list[float | None]) -> str:

@@ -5,15 +5,33 @@ obeyed, secrets are hidden, and an output that has nowhere to go ends no run.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
 import traceback
 import warnings
 from types import TracebackType
-from typing import NoReturn, TextIO
+from typing import NoReturn, Protocol, TextIO
 
 from .text import redact, visible
+
+
+class Below(Protocol):
+    """Lines at the bottom of the terminal, which are drawn anew below what is said."""
+
+    def lifted(self) -> contextlib.AbstractContextManager[None]:
+        """They are out of the way as long as the block lasts."""
+
+
+below: Below | None = None  # screen.py sets it
+
+
+def out_of_the_way(file: TextIO) -> contextlib.AbstractContextManager[None]:
+    """Room on the terminal for what is written to `file`, if it goes there."""
+    if below is None or not file.isatty():
+        return contextlib.nullcontext()
+    return below.lifted()
 
 
 def say(text: str) -> None:
@@ -24,12 +42,13 @@ def say(text: str) -> None:
     """
     try:
         line = fit(redact(text), sys.stdout)
-        bars = sys.modules.get("tqdm")  # who has not imported it shows no bar
-        if bars is None:
-            sys.stdout.write(line + "\n")
-        else:
-            bars.tqdm.write(line)
-        sys.stdout.flush()
+        bars = sys.modules.get("tqdm")  # libraries show bars of their own
+        with out_of_the_way(sys.stdout):
+            if bars is None:
+                sys.stdout.write(line + "\n")
+            else:
+                bars.tqdm.write(line)
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError:  # it was closed
@@ -39,21 +58,26 @@ def say(text: str) -> None:
 def complain(text: str, end: str = "\n") -> None:
     """A line on standard error: an error, or what is no result."""
     try:
-        sys.stderr.write(fit(redact(text), sys.stderr) + end)
-        sys.stderr.flush()
+        with out_of_the_way(sys.stderr):
+            sys.stderr.write(fit(redact(text), sys.stderr) + end)
+            sys.stderr.flush()
     except (OSError, ValueError):  # it has nowhere to go: the exit code says it as well
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def put(text: str, file: TextIO) -> None:
     """Part of a result, at once: what a model says, while it says it. Nothing of it is hidden."""
-    file.write(fit(text, file))
-    file.flush()
+    with out_of_the_way(file):
+        file.write(fit(text, file))
+        file.flush()
 
 
 def fit(text: str, file: TextIO) -> str:
     """For a terminal: nothing that it obeys, and only what its encoding has."""
-    encoding = file.encoding or "utf-8"
+    return in_encoding(text, file.encoding or "utf-8")
+
+
+def in_encoding(text: str, encoding: str) -> str:
     return visible(text).encode(encoding, "replace").decode(encoding)
 
 
