@@ -80,7 +80,7 @@ from utils.rewards.rewards import Rewards
 from utils.rollouts import caches, compiled_step, draw, merged_layers
 from utils.rollouts.sampler import Sampler, Sampling, sampling_settings
 from utils.rollouts.stop_rule import Reader, StopRule
-from utils.run import checkpoints, command_line, ending, evaluation, opening, progress
+from utils.run import checkpoints, command_line, ending, evaluation, opening
 from utils.run.log import TokenSums, rollout_metrics
 from utils.run.run import Run, due
 from utils.run.state import Record
@@ -1095,8 +1095,7 @@ class MLXGRPOTrainer:
     def train(self) -> int:
         """Evaluate, update until the schedule ends, evaluate, save. Returns the exit code."""
         run, state = self.run, self.run.state
-        bar = progress.progress_bar(self.total_updates, self.update_step)
-        with ending.Guard(self) as guard, bar as run.bar:
+        with ending.Guard(self) as guard, run.showing(self.total_updates):
             if state.unreported:
                 run.after_update(self, *state.unreported)  # an evaluation was cut short
             elif self.update_step == 0:

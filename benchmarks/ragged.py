@@ -3,10 +3,10 @@
     uv run python benchmarks/ragged.py --completions 256 --places 32
     uv run python benchmarks/ragged.py --completions 256 --places 32 --root OTHER_CHECKOUT
 
-Completions end where a lognormal distribution says (a mean of a quarter of the limit, a tail to it),
-by their own first tokens, so that every revision samples the same ones. The time is compared with
-what as many tokens take in batches in which no place is ever empty. Each call appends one record
-to benchmarks/records/ragged.jsonl, and rewrites the table in benchmarks/RESULTS.md.
+Completions end where a lognormal distribution says (a mean of a quarter of the limit, a tail to
+it), by their own first tokens, so that every revision samples the same ones. The time is compared
+with what as many tokens take in batches in which no place is ever empty. Each call appends one
+record to benchmarks/records/ragged.jsonl, and rewrites the table in benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -108,13 +108,12 @@ def table(records: list[dict[str, Any]]) -> list[str]:
         "| no place empty | time over that |",
         "|---" * 9 + "|",
     ]
-    for r in records:
-        rows.append(
-            f"| {r['device']} | {r['revision']} | {r['model']} | {r['completions']} | {r['places']} "
-            f"| {r['mean_length']} of {r['limit']} | {r['tokens_per_second']:,} "
-            f"| {r['tokens_per_second_full']:,} | {r['over_full']} |"
-        )
-    return rows
+    return rows + [
+        f"| {r['device']} | {r['revision']} | {r['model']} | {r['completions']} "
+        f"| {r['places']} | {r['mean_length']} of {r['limit']} | {r['tokens_per_second']:,} "
+        f"| {r['tokens_per_second_full']:,} | {r['over_full']} |"
+        for r in records
+    ]
 
 
 def main() -> None:

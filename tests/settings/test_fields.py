@@ -639,7 +639,7 @@ def shapes(settings):
 
 def rollout_sizes(settings):
     given = calls(grpo, "sample_batch", lambda: sampled(trainer_of(settings)))
-    return [len(arguments[2]) for arguments, _ in given]
+    return [arguments[-1].places for arguments, _ in given]
 
 
 def asked_servers(settings):
@@ -1057,6 +1057,7 @@ FIELDS = {
     "max_completions_gb": Watch(
         0.5, 1e-9, prompts_kept, ["2 train", "2 train"], {"max_updates": 2}
     ),
+    "quiet": Watch(False, True, lines("plan"), [], ONE),
     "closing_note": Watch("", "Well done.", lines("note"), ["note      Well done."], ONE),
     "report_to": Watch([], ["csv"], files("*.csv"), ["metrics.csv"], ONE),
     "save_steps": Watch(
@@ -1109,7 +1110,7 @@ FIELDS = {
     "overwrite": Watch(False, True, second_run, {"code": 0, "left": []}, ONE),
     "use_compile": Watch(False, True, compiled, [[True], {0}]),
     "gradient_checkpointing": Watch(False, True, recomputed, 4),
-    "rollout_batch_size": Watch(0, 3, rollout_sizes, [3, 3, 2]),
+    "rollout_batch_size": Watch(0, 3, rollout_sizes, [3]),
     "micro_batch_tokens": Watch(
         0, 100, shapes, lambda _, b: sum(n for n, _ in b) == 8 and max(t for _, t in b) <= 100
     ),

@@ -33,6 +33,8 @@ class Meter:
     """Most bytes that were freed and kept for reuse at the end of a phase."""
     resident: int = 0
     """Bytes in use where the current phase began."""
+    most: int = 0
+    """Bytes at the highest peak so far."""
 
     def start(self, phase: str) -> None:
         import mlx.core as mx
@@ -51,7 +53,9 @@ class Meter:
     def _note(self) -> None:
         import mlx.core as mx
 
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), mx.get_peak_memory())
+        peak = mx.get_peak_memory()
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), peak)
+        self.most = max(self.most, peak)
         self.cached = max(self.cached, mx.get_cache_memory())
 
     def report(self) -> dict[str, float]:

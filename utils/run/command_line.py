@@ -45,13 +45,15 @@ def parse_arguments(
     add("--dry-run", action="store_true", help="print settings and memory plan, write nothing")
     again = "go on from the newest whole checkpoint of output_dir, or from this one"
     add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=again)
+    add("--quiet", action="store_true", help="show only warnings, errors and how the run ended")
     add("--debug", action="store_true", help="show the traceback of an error")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = hint_for(unknown, config_class)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     resume = [f"resume={arguments.resume}"] if arguments.resume else []
-    arguments.overrides = [*arguments.set, *resume]
+    quiet = ["quiet=true"] if arguments.quiet else []
+    arguments.overrides = [*arguments.set, *resume, *quiet]
     arguments.command = command_line(script, arguments.config, arguments.set)
     return arguments
 

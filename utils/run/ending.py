@@ -24,7 +24,7 @@ from ..base.json_files import write_json
 from ..base.say import complain, say
 from ..base.text import redact, visible
 from ..rewards import foreign
-from . import checkpoints, completions, folders, model_card, ours
+from . import checkpoints, closing, completions, folders, model_card, ours
 from .log import RunLog
 from .run import Interrupted, Run, Trainer
 from .state import Record
@@ -246,6 +246,7 @@ def finish(trainer: Trainer, early: str) -> None:
         trainer.save_checkpoint(run.checkpoint())
     if not evaluated(run):
         trainer.evaluate("test")
+    run.progress.stage("writing final/")
     with folders.written_aside(run.folder / "final") as folder:
         checkpoints.write_final(folder, trainer)
         if adapters:
@@ -260,14 +261,20 @@ def finish(trainer: Trainer, early: str) -> None:
 
 
 def say_the_end(run: Run, early: str, total: int) -> None:
+    run.log.say_what_stayed()
     run.log.summary(run.state.update_step)
+    for line in closing.table(run.log, run.meter):
+        say(line)
     if run.args.closing_note:
         say(f"note      {run.args.closing_note}")
-    say(f"saved     {run.shown(run.folder / 'final')}")
-    if size := run.completions.size():
+    if not run.args.quiet and (size := run.completions.size()):
         say(f"kept      {size} in {run.shown(run.folder / completions.FOLDER)}")
+    for line in closing.places(run.shown(run.folder)):
+        say(line)
     if run.prompt and run.prompt.trouble:
         say(f"warning   mlx_lm does not ask final/ as in training: {run.prompt.trouble}")
+    for line in closing.next_step(run.shown(run.folder)):
+        say(line)
     say(f"reason    {early}" if early else f"finished  {all_updates(total)}")
 
 

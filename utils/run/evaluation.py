@@ -29,9 +29,9 @@ def evaluate(trainer: Trainer, split: str) -> float:
     if not (dataset and samples):
         return math.nan
     update = run.state.update_step
-    result = score(
-        trainer, subset(dataset, samples), keep=partial(run.completions.evaluation, split, update)
-    )
+    keep = partial(run.completions.evaluation, split, update)
+    with run.doing(f"evaluating on {split}"):
+        result = score(trainer, subset(dataset, samples), keep=keep)
     counters = {"update": update, "batch_step": run.state.step, "split": split}
     run.log.evaluation(counters | result)
     if trainer.args.save_best and not train:

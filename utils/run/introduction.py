@@ -17,6 +17,8 @@ from .run import Trainer
 
 def introduce(trainer: Trainer, blas: str | None) -> None:
     """Say what is about to happen; `blas` is what `runtime.preload_blas` returned."""
+    if trainer.args.quiet:
+        return
     for topic in (model, speed, context, data, answers, sampling, quantizing, plan):
         for line in topic(trainer, blas):
             say(line)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +32,7 @@ class RunLog:
         self.path = (folder or Path(args.output_dir)) / "training_log.jsonl"
         self.tracker: trackers.Tracker = trackers.NullTracker()
         self.warned_of_cut = False
+        self.scored: dict[str, Streak] = {}  # by split
 
     @property
     def history(self) -> list[Record]:
@@ -93,10 +95,9 @@ class RunLog:
         cut = record["truncation_rate"]
         note = f", {cut:.0%} cut off" if cut else ""
         asked = counted(record["em_subset"], "question")
-        say(
-            f"eval      update {record['update']:>4}  {self.score_text(record['em'])} on "
-            f"{record['split']} ({asked}, greedy{note})"
-        )
+        text = f"{self.score_text(record['em'])} on {record['split']} ({asked}, greedy{note})"
+        streak = Streak(text, self.value_text(record["em"]), record["update"], record["update"])
+        self.show_score(record["split"], streak)
         if record["split"] == "test":
             self.state.history.append(record)
         if cut > 0.05 and not self.warned_of_cut:
@@ -106,18 +107,43 @@ class RunLog:
                 f"{self.args.eval_max_new_tokens} and count as wrong: raise it"
             )
 
+    def show_score(self, split: str, new: "Streak") -> None:
+        """If it differs from the split's last one: equal ones are shown together."""
+        before = self.scored.get(split)
+        if before and before.text == new.text:
+            before.last, before.count = new.last, before.count + 1
+            return
+        self.scored[split] = new
+        if not self.args.quiet:
+            shown = new.text
+            if before and before.value != new.value and NO_VALUE not in (before.value, new.value):
+                shown = shown.replace(new.value, f"{before.value} -> {new.value}", 1)
+            say(f"eval      update {new.first:>4}  {shown}")
+
+    def say_what_stayed(self) -> None:
+        """The scores that did not change any more, when the run ends."""
+        for streak in self.scored.values():
+            if streak.count > 1 and not self.args.quiet:
+                shown = f"{streak.text.partition(' (')[0]}, as since update {streak.first}"
+                say(f"eval      update {streak.last:>4}  {shown}")
+
     def score_text(self, score: float) -> str:
         if math.isnan(score):
             return f"{self.args.eval_metric} gave no value"
-        if self.args.eval_metric == "em":
-            return f"exact match {score:.1%}"
-        return f"{self.args.eval_metric} {score:.3f}"
+        name = "exact match" if self.args.eval_metric == "em" else self.args.eval_metric
+        return f"{name} {self.value_text(score)}"
+
+    def value_text(self, score: float) -> str:
+        """Without its name."""
+        if math.isnan(score):
+            return NO_VALUE
+        return f"{score:.1%}" if self.args.eval_metric == "em" else f"{score:.3f}"
 
     def summary(self, update: int) -> None:
         if len(self.history) > 1:
             before, after = self.history[0]["em"], self.history[-1]["em"]
-            then = "no value" if math.isnan(after) else self.score_text(after).rpartition(" ")[2]
-            say(f"result    {self.score_text(before)} -> {then} after {counted(update, 'update')}")
+            moved = f"{self.score_text(before)} -> {self.value_text(after)}"
+            say(f"result    {moved} after {counted(update, 'update')}")
 
     def warn_of_no_value(
         self, questions: Sequence[Row], rollout: "RolloutFigures | None", names: Iterable[str]
@@ -165,18 +191,52 @@ class RunLog:
         self.state.notes.append(text)
 
     def completions(
-        self, questions: Sequence[Row], rollout: "RolloutFigures", extras: dict[str, list]
+        self,
+        questions: Sequence[Row],
+        rollout: "RolloutFigures",
+        names: Sequence[str],
+        extras: dict[str, list],
     ) -> None:
-        """Print sampled completions with their rewards and what reward functions say of them."""
+        """Print sampled completions of as many prompts as possible, with each reward by name and
+        what reward functions say of them."""
         group = rollout.completions.shape[1]
-        shown = zip(rollout.completions.flat, rollout.rewards.flat, strict=True)
-        for number, (completion, reward) in enumerate(islice(shown, self.args.log_completions)):
+        for number in spread(len(rollout.prompts), group, self.args.log_completions):
             question = questions[rollout.prompts[number // group]]
-            earned = figure(reward, ".2f")
-            say(f"--- reward {earned}, {completion.finish_reason}: {question['question']}")
+            completion = rollout.completions.flat[number]
+            values = zip(names, rollout.values.reshape(-1, len(names))[number], strict=True)
+            each = ", ".join(f"{name} {figure(value, '.2f')}" for name, value in values)
+            earned, end = figure(rollout.rewards.flat[number], ".2f"), completion.finish_reason
+            say(f"--- reward {earned} ({each}), {end}: {question['question']}")
             say(f"{completion.text}\n    (expected {question['answer']})")
-            for column, values in extras.items():
-                say(f"    {column}: {values[number]}")
+            for column, cells in extras.items():
+                say(f"    {column}: {cells[number]}")
+
+
+NO_VALUE = "no value"
+
+
+@dataclass
+class Streak:
+    """Evaluations of a split, one after the other, with the same result."""
+
+    text: str
+    value: str
+    first: int
+    last: int
+    count: int = 1
+
+
+def spread(prompts: int, group: int, wanted: int) -> list[int]:
+    """Numbers of completions, `group` of each prompt: over as many prompts as possible, from the
+    first to the last, and as many of one as of another."""
+    chosen = min(wanted, prompts)
+    places = [round(i * (prompts - 1) / max(chosen - 1, 1)) for i in range(chosen)]
+    each = [wanted // max(chosen, 1) + (i < wanted % max(chosen, 1)) for i in range(chosen)]
+    return [
+        place * group + n
+        for place, count in zip(places, each, strict=True)
+        for n in range(min(count, group))
+    ]
 
 
 def figure(value: float | None, form: str) -> str:

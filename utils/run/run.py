@@ -1,5 +1,7 @@
 """A run: what it keeps and shows, and what falls due after an update."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -7,7 +9,6 @@ import mlx.nn as nn
 
 from ..base.errors import RunError
 from ..base.say import say
-from ..base.text import visible
 from ..data.completions import Completion
 from ..data.files import Row
 from ..gradient.adamw import AdamW
@@ -20,7 +21,7 @@ from ..rewards.calls import Reward
 from ..rewards.rewards import Rewards
 from ..rollouts.sampler import Sampling
 from ..settings.run_settings import Settings
-from . import completions, folders, progress
+from . import completions, course, folders, progress
 from .log import RolloutFigures, RunLog
 from .state import Record, State, random_states
 from .warnings_of_learning import is_known
@@ -38,7 +39,7 @@ class Interrupted(Exception):
 
 
 class Run:
-    """The folder, the log, the progress bar, and where the run is.
+    """The folder, the log, what is shown of the progress, and where the run is.
 
     `between` is the state as it was between two updates, from which a run that is stopped goes on;
     None before the first.
@@ -51,7 +52,8 @@ class Run:
         self.between: State | None = None
         self.log = RunLog(args, self.state, self.folder)
         self.completions: completions.Store = completions.NoStore()
-        self.bar = progress.no_bar()
+        self.progress: progress.RunProgress | progress.NoProgress = progress.NoProgress()
+        self.activity = ""
         self.interrupted = False
         self.saved_at = 0
         self.without_reward = 0  # updates in a row in which no reward function applied
@@ -60,9 +62,30 @@ class Run:
 
     def pulse(self, phase: str) -> None:
         """Between blocks of work: show that it goes on, and stop if a signal asked for it."""
-        self.bar.set_description_str(phase)
+        self.progress.stage(self.activity or phase)
         if self.interrupted:
             raise Interrupted
+
+    @contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """What the block samples or scores is no part of an update, and is shown by this name."""
+        self.activity = activity
+        self.progress.stage(activity)
+        try:
+            yield
+        finally:
+            self.activity = ""
+
+    @contextmanager
+    def showing(self, total: int) -> Iterator[None]:
+        """Show how far the run is of so many updates, as long as the block lasts."""
+        shown = progress.RunProgress(self.log, self.meter, total, self.args.quiet)
+        with shown:
+            self.progress = shown
+            try:
+                yield
+            finally:
+                self.progress = progress.NoProgress()
 
     def refuse_to_go_beyond(self, total: int) -> None:
         """Raises RunError after the last update, which a step by hand may try."""
@@ -94,12 +117,13 @@ class Run:
         if update == 0:
             progress.warn_of_kl(records[0]["kl"], trainer.loaded.train_type)
             self.log.warn_of_no_value(trainer.train_dataset, trainer.rollout, trainer.reward_funcs)
-        self.show(records, state.update_step - update)
+        self.show(trainer, records, state.update_step - update)
         if due(a.logging_steps, step, state.step):
             self.log.training(self.meter.report())
             if trainer.rollout:
                 shown = trainer.rewards.shown()
-                self.log.completions(trainer.train_dataset, trainer.rollout, shown)
+                names = [*trainer.reward_funcs]
+                self.log.completions(trainer.train_dataset, trainer.rollout, names, shown)
         if due(a.plot_every, update, state.update_step) and trainer.rollout:
             self.log.pictures(trainer.train_dataset, trainer.rollout, trainer.reward_funcs)
         if due(a.eval_every_updates, update, state.update_step):
@@ -109,7 +133,8 @@ class Run:
             trainer.evaluate("test")
         self.mark()
         if due(a.save_steps, step, state.step) and self.saved_at < state.update_step:
-            trainer.save_checkpoint(self.checkpoint())
+            with self.doing("saving"):
+                trainer.save_checkpoint(self.checkpoint())
             self.prune()
         self.refuse_to_waste(records)
 
@@ -128,12 +153,12 @@ class Run:
                 "dtype = float32"
             )
 
-    def show(self, records: list[Record], updates: int) -> None:
-        """In the progress bar; the log gets its record when one is due."""
+    def show(self, trainer: "Trainer", records: list[Record], updates: int) -> None:
+        """As progress; the log gets its record when one is due."""
         self.state.pending += records
+        self.state.course = course.extended(self.state.course, records)
         self.log.watch(records)
-        self.bar.update(updates)
-        self.bar.set_postfix_str(visible(progress.progress_text(records[-1], self.log)))
+        self.progress.update(records, updates, trainer)
 
     def shown(self, path: Path) -> Path:
         """A path in the run's folder as the person wrote that."""

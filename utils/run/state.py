@@ -13,7 +13,7 @@ from ..base.text import shown
 FORMAT = 2
 """Of checkpoints; the first (up to git revision 3862b3f) did not say so, and is read as well."""
 
-NEWER: dict[str, Any] = {"halved": {}, "groups_kept": 0}
+NEWER: dict[str, Any] = {"halved": {}, "groups_kept": 0, "course": {}}
 """What checkpoints of this format may lack."""
 
 Record = dict[str, Any]
@@ -54,6 +54,8 @@ class State:
     """Updates that wait for their record."""
     watched: dict[str, Any] = field(default_factory=dict)
     """What the warnings of learning go by."""
+    course: dict[str, Any] = field(default_factory=dict)
+    """Of rewards and lengths, from the first update on."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of later, for the next record."""
     unreported: tuple[tuple[int, int], list[Record]] | None = None

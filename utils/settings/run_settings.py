@@ -149,6 +149,8 @@ class RunSettings:
     """Write training_log.jsonl."""
     log_completions: int = 0
     """Show so many sampled completions with their rewards at every training record."""
+    quiet: bool = False
+    """Show only warnings, errors and how the run ended, as --quiet does."""
     keep_completions: str = "all"
     """Keep every completion, with its tokens and rewards, in output_dir/completions: all, none, or
     sample:N (those of N prompts of each update and evaluation)."""
