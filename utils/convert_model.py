@@ -340,7 +340,7 @@ def one_line(error: BaseException) -> str:
 @contextmanager
 def partial_folder(output: Path) -> Iterator[Path]:
     """A name beside `output` to write to; moved there at the end, removed after an error."""
-    from utils.run.folders import take_place  # brings tqdm: not for --help
+    from utils.run.folders import take_place  # late: not for --help
 
     partial = output.with_name(f".{output.name}.mlx-grpo-partial-{os.getpid()}")
     made = [parent for parent in output.absolute().parents if not parent.exists()]
