@@ -25,9 +25,10 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 from .base.errors import UserError
 from .base.intervals import percent
 from .base.intervals import wilson as wilson
+from .base.progress import Progress
 from .base.say import Parser, say
 from .base.script import load_script
-from .base.text import counted, json_line, visible
+from .base.text import counted, json_line
 from .data.files import Row
 from .data.questions import encode_questions
 from .inference import (
@@ -273,8 +274,6 @@ def evaluate(
     save: Callable[[SavedRecord], None],
 ) -> Scores:
     """Ask one model all questions, in batches; each completion is handed to `save`."""
-    from tqdm import tqdm
-
     from .settings.reading import replaced
 
     scores, start = Scores(name), time.perf_counter()
@@ -285,22 +284,16 @@ def evaluate(
     numbers = [number_of[id(row["prompt"])] for row in rows]
     asker.note_long(rows)
     size = max(1, args.batch_size // args.n)
-    bar = tqdm(
-        total=len(rows) * args.n,
-        desc=visible(short(name)),
-        unit="sample",
-        disable=None,
-        dynamic_ncols=True,
-    )
-    with bar:
-        asker.sampler.pulse = asker.rewards.pulse = bar.set_description_str
+    shown = Progress(len(rows) * args.n, "sample", label=f"{short(name)}: ", tell=note)
+    with shown:
+        asker.sampler.pulse = asker.rewards.pulse = shown.stage
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
-            for record in asker.ask(args.n, numbers[part], rows[part]):
+            records = [*asker.ask(args.n, numbers[part], rows[part])]
+            for record in records:
                 count(scores, record)
                 save({"model": name, **record})
-                bar.update()
-            bar.set_postfix_str(f"{config.eval_metric} {scores.pass_at(args.n, 1):.1%}")
+            shown.step(len(records), f"{config.eval_metric} {scores.pass_at(args.n, 1):.1%}")
     scores.seconds = time.perf_counter() - start
     return scores
 

@@ -29,6 +29,7 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 
 from .base.errors import RunError, UserError
 from .base.json_files import read_object
+from .base.progress import Progress
 from .base.say import Parser, complain, put, tell_everything
 from .base.script import load_script
 from .base.text import counted, is_unicode, json_line, shown
@@ -803,20 +804,20 @@ def write_results(
     prompts: list[list[int]],
     write_text: Callable[[str], object],
 ) -> None:
-    from tqdm import tqdm
-
     written = 0
-    with tqdm(total=len(rows), unit="prompt", disable=None, dynamic_ncols=True) as bar:
+    with Progress(len(rows), "prompt", tell=note, calm=True) as shown:
 
         def so_far(done: list[Completion]) -> None:
             """Write what is new; after memory ran out, the first ones are done once more."""
             nonlocal written
-            for row, completion in zip(rows[written : len(done)], done[written:], strict=True):
+            new = zip(rows[written : len(done)], done[written:], strict=True)
+            for row, completion in new:
                 write_text(as_line(row, completion, generator.args.grpo_prompt))
-                written += 1
-                bar.update()
+            count, written = len(done) - written, max(written, len(done))
+            if count > 0:
+                shown.step(count)
 
-        generator.batch(prompts, so_far, bar.set_description_str)
+        generator.batch(prompts, so_far, shown.stage)
     if generator.args.output:
         note(f"{counted(written, 'result')} in {generator.args.output}")
 

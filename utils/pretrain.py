@@ -44,11 +44,11 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_map, tree_unflatten  # noqa: E402
 from mlx_lm.utils import save_config, save_model  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from utils.base.errors import RunError, UserError  # noqa: E402
 from utils.base.json_files import write_json  # noqa: E402
+from utils.base.progress import Progress  # noqa: E402
 from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
 from utils.base.text import counted  # noqa: E402
 from utils.device import runtime  # noqa: E402
@@ -670,24 +670,23 @@ def fit(trainer: Trainer, materials: Materials, tracker: Tracker, data: str) -> 
 
     data: fingerprint of the rows for the checkpoints; "" saves none.
     """
-    bar = tqdm(
-        total=trainer.steps, initial=trainer.step, unit="update", mininterval=1.0, disable=None
-    )
     config, rows = trainer.config, materials.train
     batch_tokens, speeds = config.global_batch_size * rows.length, []
     figures: dict[str, float] = {}
-    while trainer.step < trainer.steps:
-        start = time.perf_counter()
-        figures = trainer.train_step()
-        speeds.append(batch_tokens / (time.perf_counter() - start))
-        bar.set_postfix(loss=f"{figures['loss']:.3f}", tok_s=f"{speeds[-1]:,.0f}", refresh=False)
-        bar.update()
-        log_update(trainer, tracker, figures, speeds[-1])
-        if is_due(trainer.step, config.eval_interval) and trainer.step < trainer.steps:
-            log_validation(trainer, materials, tracker)
-        if data and is_due(trainer.step, config.save_interval):
-            say(f"saved {save_checkpoint(trainer, materials, data)}")
-    bar.close()
+    with Progress(trainer.steps, "update", done=trainer.step) as shown:
+        while trainer.step < trainer.steps:
+            start = time.perf_counter()
+            figures = trainer.train_step()
+            speeds.append(batch_tokens / (time.perf_counter() - start))
+            shown.step(figures=f"loss {figures['loss']:.3f}, {speeds[-1]:,.0f} tokens/s")
+            log_update(trainer, tracker, figures, speeds[-1])
+            if is_due(trainer.step, config.eval_interval) and trainer.step < trainer.steps:
+                shown.stage("validating")
+                log_validation(trainer, materials, tracker)
+            if data and is_due(trainer.step, config.save_interval):
+                shown.stage("saving")
+                say(f"saved {save_checkpoint(trainer, materials, data)}")
+            shown.stage("training")
     result: Figures = {"train_loss": figures.get("loss")}
     if materials.val is not None:
         result["val_loss"] = log_validation(trainer, materials, tracker)

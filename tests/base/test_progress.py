@@ -36,6 +36,17 @@ def test_there_is_a_line_after_every_minute(now):
     ]
 
 
+def test_what_is_short_needs_no_lines(now):
+    lines = []
+    shown = progress.Progress(10, "row", tell=lines.append, calm=True)
+    for _ in range(10):
+        now[0] += 7
+        shown.step()
+    assert lines == ["row 9 of 10: 0:07 left"]
+    shown.figures = ""
+    assert shown.line() == "row 10 of 10"
+
+
 def test_quiet_is_quiet(now, monkeypatch):
     monkeypatch.setattr(screen, "terminal", Terminal)
     lines = []

@@ -130,6 +130,38 @@ def test_wandb_gets_numbers_over_the_update(tmp_path, fake_package):
     assert calls[-1] == ("finish",)
 
 
+@pytest.mark.parametrize(
+    ("settings", "variables", "place", "said"),
+    [
+        ({}, {}, {"project": "mlx-grpo"}, "project mlx-grpo (the default)"),
+        (
+            {"wandb_project": "sums", "wandb_entity": "ann"},
+            {"WANDB_PROJECT": "others", "WANDB_ENTITY": "ann"},
+            {"project": "sums", "entity": "ann"},
+            "project sums (wandb_project; WANDB_PROJECT does not count), entity ann (wandb_entity)",
+        ),
+        (
+            {"wandb_project": "", "wandb_entity": ""},
+            {"WANDB_PROJECT": "others", "WANDB_ENTITY": "team"},
+            {"project": "others", "entity": "team"},
+            "project others (WANDB_PROJECT), entity team (WANDB_ENTITY)",
+        ),
+    ],
+)
+def test_a_run_goes_to_the_project_that_is_set(
+    settings, variables, place, said, tmp_path, fake_package, monkeypatch, capsys
+):
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    forget = fake_package("wandb", FAKE_WANDB)
+    trackers.make_tracker(["wandb"], tmp_path / "run", "my-run", settings).close()
+    _, given = forget().calls[0]
+    assert {name: given[name] for name in ("project", "entity") if name in given} == place
+    assert capsys.readouterr().out == f"wandb     {said}\n"
+
+
 def test_a_resumed_run_goes_on_with_its_run_at_wandb(tmp_path, fake_package):
     """What was sent before the kill is not sent again; what was not is."""
     forget = fake_package("wandb", FAKE_WANDB)
@@ -185,9 +217,11 @@ def shown_by_tensorboard(folder):
     return found
 
 
-def test_tensorboard_event_file_holds_the_values(tmp_path):
+def test_tensorboard_event_file_holds_the_values(tmp_path, capsys):
     pytest.importorskip("tensorboardX")
     tracker = trackers.make_tracker(["tensorboard"], tmp_path, "name", {})
+    said = capsys.readouterr().out
+    assert said == f"view      uvx tensorboard --logdir {tmp_path / 'tensorboard'}\n"
     tracker.log({**TRAIN, "update": 7})
     tracker.close()
     shown = shown_by_tensorboard(tmp_path / "tensorboard")

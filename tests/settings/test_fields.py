@@ -653,12 +653,13 @@ def asked_servers(settings):
     return sorted(given[0] for given, _ in calls(servers.Endpoint, "ask", step, answer))
 
 
-def tracked_name(settings):
+def tracked_as(what, settings):
+    """What W&B is told of a run."""
     wandb = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec("wandb", None, origin="here"))
     wandb.init.return_value.configure_mock(id="abc", starting_step=0)
     with mock.patch.dict(sys.modules, wandb=wandb):
         console({**settings, "report_to": ["wandb"], "max_updates": 1})
-    return wandb.init.call_args.kwargs["name"]
+    return wandb.init.call_args.kwargs.get(what)
 
 
 def second_run(settings):
@@ -724,7 +725,9 @@ CENTRED = {"advantage_estimator": "dr_grpo"}
 FIELDS = {
     "model_name": Watch("model", "other-model", embedding, saved_embedding),
     "output_dir": Watch("out", "elsewhere", homes, ["elsewhere"], ONE),
-    "run_name": Watch("one", "two", tracked_name, "two"),
+    "run_name": Watch("one", "two", functools.partial(tracked_as, "name"), "two"),
+    "wandb_project": Watch("", "sums", functools.partial(tracked_as, "project"), "sums"),
+    "wandb_entity": Watch("", "ann", functools.partial(tracked_as, "entity"), "ann"),
     "seed": Watch(
         0,
         1,

@@ -22,6 +22,7 @@ class Progress:
         label: What stands before the count.
         tell: Takes a line where nothing can be drawn.
         quiet: Nothing is shown.
+        calm: Lines come after a minute only: what is short needs none.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Progress:
         label: str = "",
         tell: Callable[[str], None] = say,
         quiet: bool = False,
+        calm: bool = False,
     ) -> None:
         self.total, self.unit, self.done, self.label, self.tell = total, unit, done, label, tell
-        self.quiet = quiet
+        self.quiet, self.calm = quiet, calm
         self.figures = ""
         self.stage_name, self.stage_start = "", time.monotonic()
         self.ends = [time.monotonic()]  # of the units done so far, after the start
@@ -73,17 +75,18 @@ class Progress:
         """Whether it is time for a line: after a twentieth of the whole, or a minute."""
         if self.quiet:
             return False
-        portion = -(-self.total // PORTION)
         late = time.monotonic() - self.told_at >= PAUSE
-        if self.done - self.told < portion and self.done < self.total and not late:
+        far = self.done - self.told >= -(-self.total // PORTION) or self.done >= self.total
+        if not late and (self.calm or not far):
             return False
         self.told, self.told_at = self.done, time.monotonic()
         return True
 
     def line(self) -> str:
         left = f"{self.left()} left" if self.done < self.total else ""
-        parts = filter(None, [self.figures, left])
-        return f"{self.label}{self.unit} {self.done:,} of {self.total:,}: {', '.join(parts)}"
+        more = ", ".join(filter(None, [self.figures, left]))
+        count = f"{self.label}{self.unit} {self.done:,} of {self.total:,}"
+        return f"{count}: {more}" if more else count
 
     def left(self) -> str:
         """Time for the rest, by the last half of what was done; empty as long as nothing was."""

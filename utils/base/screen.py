@@ -64,7 +64,7 @@ class Block:
         self.over = threading.Event()
 
     def __enter__(self) -> Self:
-        say.below = self
+        self.around, say.below = say.below, self
         self.draw()
         threading.Thread(target=self.tick, daemon=True, name="progress").start()
         return self
@@ -72,7 +72,7 @@ class Block:
     def __exit__(self, *_: object) -> None:
         self.over.set()
         with self.lock:
-            say.below = None
+            say.below = self.around
             self.write(ERASE)
 
     def tick(self) -> None:

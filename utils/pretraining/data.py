@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..base.errors import UserError
+from ..base.progress import Progress
 from ..base.say import say
 from ..model import served_prompt
 
@@ -103,11 +103,17 @@ def pack(documents: Iterable[list[int]], length: int, end: int) -> Rows:
     return Rows(tokens, np.ones((count, length), dtype=bool))
 
 
+SHORT = 5_000_000  # characters that are read in seconds
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Iterator[list[int]]:
     """Token ids of each text, many at a time: the tokenizer then uses every core."""
-    for start in tqdm(range(0, len(texts), 256), desc="tokenize", unit="batch", delay=2):
-        chunk = texts[start : start + 256]
-        yield from tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+    short = sum(map(len, texts)) < SHORT
+    with Progress(len(texts), "text", label="tokenize: ", quiet=short) as shown:
+        for start in range(0, len(texts), 256):
+            chunk = texts[start : start + 256]
+            yield from tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            shown.step(len(chunk))
 
 
 def text_rows(

@@ -35,10 +35,10 @@ from mlx_lm.generate import batch_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters, save_config, save_model
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..base.errors import UserError
+from ..base.progress import Progress
 from ..base.say import say
 from ..model.shape import ModelConfig
 from . import tiny_math
@@ -112,7 +112,7 @@ class TinyMathConfig:
     eval_samples: int = 4
     """Completions per test question at temperature 1 in the final evaluation."""
     log_interval: int = 50
-    """Steps between updates of the figures on the progress bar, or lines without a terminal."""
+    """Steps between updates of the loss that is shown with the progress."""
 
     def __post_init__(self) -> None:
         may_be_zero = {"seed", "finish_steps", "weight_decay", "eval_interval"}
@@ -255,32 +255,25 @@ def fit(
         step_once = mx.compile(step_once, inputs=state, outputs=state)
         say(f"{label}: the first step is compiled, which can take a minute")
     batches = pool.batches(config.global_batch_size, np.random.default_rng(config.seed))
-    bar = tqdm(range(1, steps + 1), desc=label, unit="step", mininterval=1.0, disable=None)
-    started = time.perf_counter()
-    for step in bar:
-        loss = step_once(*next(batches))
-        mx.eval(loss, state)
-        if step in (1, steps) or step % config.log_interval == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-            if bar.disable:  # no terminal: what a bar shows, as a line
-                left = (time.perf_counter() - started) / step * (steps - step)
-                say(f"{label}: step {step:,} of {steps:,}, loss {loss.item():.4f}, {left_of(left)}")
-        after_step(step)
+    with Progress(steps, "step", label=f"{label}: ") as shown:
+        for step in range(1, steps + 1):
+            loss = step_once(*next(batches))
+            mx.eval(loss, state)
+            known = step in (1, steps) or step % config.log_interval == 0
+            shown.step(figures=f"loss {loss.item():.4f}" if known else "")
+            after_step(step)
 
 
-def left_of(seconds: float) -> str:
-    return f"about {seconds / 60:.0f} minutes left" if seconds >= 90 else f"{seconds:.0f} s left"
+MANY = 10_000
 
 
 def with_progress(items: Iterable[T], count: int, label: str) -> Iterator[T]:
-    """The items, with a bar; without a terminal, with a line every tenth of the way."""
+    """The items, with their number shown if there are many."""
     say(f"{label}: {count:,}")
-    with tqdm(total=count, desc=label, mininterval=1.0, leave=False, disable=None) as bar:
-        for number, item in enumerate(items, start=1):
+    with Progress(count, "problem", quiet=count < MANY) as shown:
+        for item in items:
             yield item
-            bar.update()
-            if bar.disable and count >= 10_000 and number % (count // 10) == 0:
-                say(f"{label}: {number:,} of {count:,}")
+            shown.step()
 
 
 def generate(

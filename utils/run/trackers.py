@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -354,8 +355,24 @@ def place_of(record: Record) -> int:
     return 3 * int(record["update"]) + {"": 0, "train": 1}.get(record.get("split", ""), 2)
 
 
+def wandb_place(config: dict[str, Json]) -> dict[str, str]:
+    """Project and entity: by the settings, else by W&B's own variables; says which counts."""
+    place, told = {}, []
+    for name, default in (("project", PROJECT), ("entity", "")):
+        variable, setting = f"WANDB_{name.upper()}", f"wandb_{name}"
+        given, known = config.get(setting), os.environ.get(variable)
+        value = given or known or default
+        why = setting if given else variable if known else "the default"
+        why += f"; {variable} does not count" if given and known and known != given else ""
+        if value:
+            place[name] = value
+            told.append(f"{name} {value} ({why})")
+    say(f"wandb     {', '.join(told)}")
+    return place
+
+
 class WandbTracker:
-    """A run of the Weights & Biases project "mlx-grpo"; log in with `wandb login` beforehand.
+    """A run of a Weights & Biases project; log in with `wandb login` beforehand.
 
     A resumed run goes on with the same run there. Each record has a step of its own, so that those
     that are there already are known: to take back steps (`resume_from`) is a private preview.
@@ -369,9 +386,8 @@ class WandbTracker:
         again: dict[str, str] = {}
         if known.exists():
             again = {"id": known.read_text(encoding="utf-8").strip(), "resume": "allow"}
-        self.run = wandb.init(
-            project=PROJECT, name=run_name, config=config, dir=str(output_dir), **again
-        )
+        place = wandb_place(config)
+        self.run = wandb.init(**place, name=run_name, config=config, dir=str(output_dir), **again)
         known.write_text(self.run.id + "\n", encoding="utf-8")
         self.first = self.run.starting_step  # what comes before it, W&B has
         self.run.define_metric("update")
@@ -493,6 +509,8 @@ def make_tracker(
         "trackio": lambda: TrackioTracker(output_dir, run_name, config, since > 0),
     }
     trackers: list[Tracker] = [Guarded(name, ways[name], note) for name in dict.fromkeys(report_to)]
+    if "tensorboard" in report_to:
+        say(f"view      uvx tensorboard --logdir {shlex.quote(str(output_dir / 'tensorboard'))}")
     if not trackers:
         return NullTracker()
     return trackers[0] if len(trackers) == 1 else FanOut(trackers)

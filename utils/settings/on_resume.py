@@ -7,7 +7,7 @@ from .run_settings import Settings
 
 MAY_CHANGE = {
     *("resume", "overwrite", "max_hours", "logging_steps", "log_jsonl", "log_completions"),
-    "quiet",
+    *("quiet", "wandb_project", "wandb_entity"),
     *("report_to", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "run_name"),
     *("eval_every_updates", "eval_subset_size", "eval_max_new_tokens", "output_dir"),
     *("closing_note", "rollout_batch_size", "micro_batch_tokens", "gradient_checkpointing"),

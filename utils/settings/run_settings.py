@@ -157,11 +157,15 @@ class RunSettings:
     max_completions_gb: float = 0.5
     """Keep so many GB of them: the oldest updates lose their tokens first; 0 any size."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers beside the log: csv, tensorboard, wandb, trackio (the last three are optional
-    extras). One that fails says so, and stops no run."""
+    """Trackers beside the log: csv, tensorboard (shown by `uvx tensorboard --logdir FOLDER`),
+    wandb, trackio (the last three are optional extras). One that fails says so, and stops no run."""
     plot_every: int = 10
     """Show trackers distributions of rewards and lengths, and completions as a table, every so many
     updates; 0 never."""
+    wandb_project: str = ""
+    """Project at W&B; empty: the variable WANDB_PROJECT, then mlx-grpo."""
+    wandb_entity: str = ""
+    """User or team at W&B; empty: the variable WANDB_ENTITY, then W&B's own default."""
     watchdog_window: int = 20
     """Warn when learning has gone wrong over so many updates, at most once in as many; 0 never."""
     stop_without_reward: bool = False
