@@ -158,7 +158,8 @@ class RunSettings:
     """Keep so many GB of them: the oldest updates lose their tokens first; 0 any size."""
     report_to: list[str] = field(default_factory=list)
     """Trackers beside the log: csv, tensorboard (shown by `uvx tensorboard --logdir FOLDER`),
-    wandb, trackio (the last three are optional extras). One that fails says so, and stops no run."""
+    wandb, trackio (the last three are optional extras). One that fails says so, and stops no
+    run."""
     plot_every: int = 10
     """Show trackers distributions of rewards and lengths, and completions as a table, every so many
     updates; 0 never."""
