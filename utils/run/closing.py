@@ -38,14 +38,18 @@ def moved(state: State) -> Iterator[str]:
     to, since = course.ends(state.course, update)
     first = "update 1" if to == 1 else f"updates 1-{to}"
     last = f"update {update}" if since == update else f"{since}-{update}"
-    rows = [("", first, last)]
-    for name, (before, after) in course.at_the_ends(state.course, update).items():
-        shown, form = NAMES.get(name, (name.removeprefix("reward/"), ".2f"))
-        if name != "truncation_rate" or before or after:
-            rows.append((shown, figure(before, form), figure(after, form)))
+    rows = [("", first, last), *figures_of(state)]
     width = max(len(row[0]) for row in rows)
     for name, left, right in rows:
         yield f"{name:<{width}}  {left:>{len(first)}}  {right:>{max(len(last), 6)}}"
+
+
+def figures_of(state: State) -> Iterator[tuple[str, str, str]]:
+    """Name, first and last value; nothing of what was never cut off."""
+    for name, (before, after) in course.at_the_ends(state.course, state.update_step).items():
+        shown, form = NAMES.get(name, (name.removeprefix("reward/"), ".2f"))
+        if name != "truncation_rate" or before or after:
+            yield shown, figure(before, form), figure(after, form)
 
 
 def scores(log: RunLog) -> Iterator[str]:
