@@ -1,7 +1,7 @@
 """Pretrain MoE-200M on the Python sources and documentation of this machine; draw its curve.
 
     python benchmarks/moe_200m.py --collect data/custom_text      make the text folders, then train:
-    python utils/pretrain.py --config configs/pretrain/moe_200m.toml --micro-batch-size 32
+    python utils/pretrain.py --config configs/pretrain/moe_200m_long.toml --micro-batch-size 32
     python benchmarks/moe_200m.py --record checkpoints            keep the curve, then draw it
     python benchmarks/moe_200m.py --draw-only                     from the kept curve
 

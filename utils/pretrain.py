@@ -2,6 +2,7 @@
 
     uv run python utils/pretrain.py --smoke-test           one step on the CPU, no weights
     uv run python utils/pretrain.py --config configs/pretrain/moe_200m.toml
+    uv run python utils/pretrain.py --config configs/pretrain/moe_200m_long.toml
     uv run python utils/pretrain.py --config FILE.toml --micro-batch-size 2 --compile false
     uv run python utils/pretrain.py --config configs/pretrain/warm_up.toml
     uv run python utils/pretrain.py --config configs/pretrain/tiny_math.toml --out-dir FOLDER
