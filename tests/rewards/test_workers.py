@@ -65,6 +65,10 @@ def meets(completions, folder="", count=1):
         time.sleep(0.01)
     return [1.0] * len(completions)
 
+def odd(completions):
+    from decimal import Decimal
+    return [None if n % 2 else Decimal("0.5") for n in range(len(completions))]
+
 def numbers(completions, folder=""):
     number = len(os.listdir(folder))
     pathlib.Path(folder, str(number)).touch()
@@ -134,6 +138,12 @@ def test_values_are_those_of_this_process(load):
         pids = calls.logged.columns["pid"]
         assert os.getpid() not in pids
         assert len({*pids}) <= workers
+
+
+def test_none_and_numbers_of_other_kinds_come_back_from_a_worker(load):
+    values = call(load("odd"), columns("a", "b"))[0]
+    assert values[::2] == [0.5, 0.5]
+    assert all(map(math.isnan, values[1::2]))
 
 
 def test_a_call_gets_one_prompts_completions(load):

@@ -11,20 +11,19 @@ import concurrent.futures
 import copy
 import inspect
 import math
-import numbers
 import os
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, SupportsFloat, cast
+from typing import Any
 
 import numpy as np
 
 from ..base.errors import RunError, UserError
 from ..base.text import shown
-from . import foreign
+from . import foreign, returned
 from .event_loop import Loop
 
 Values = list[float]
@@ -55,7 +54,7 @@ class Extras:
 
     def log_metric(self, name: str, value: float) -> None:
         """A number for the training record, where calls of an update are averaged."""
-        self.metrics.setdefault(name, []).append(float(value))
+        self.metrics.setdefault(name, []).append(returned.number(value))
 
     def log_extra(self, column: str, values: list) -> None:
         """One value per completion, shown with the completion."""
@@ -367,35 +366,25 @@ def checked(name: str, values: object, columns: Columns) -> Values:
         RunError: anything else, with the completion it was for.
     """
     texts = [completion[0]["content"] for completion in columns["completions"]]
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    answers = returned.listed(values)
+    if answers is None:
         raise RunError(
             f"reward {name} returned {shown(values)}, not a list of one number a "
             f"completion,{given(columns)}"
         )
-    if len(values) != len(texts):
-        raise RunError(f"reward {name} returned {len(values)} values{given(columns)}")
-    for value, text in zip(values, texts, strict=True):
+    if len(answers) != len(texts):
+        raise RunError(f"reward {name} returned {len(answers)} values{given(columns)}")
+    for value, text in zip(answers, texts, strict=True):
         if not is_value(value):
             raise RunError(
                 f"reward {name} returned {shown(value)}, not a finite number or "
                 f"None, for the completion:\n{text[:2000]}"
             )
-    return [math.nan if value is None else as_float(value) for value in values]
+    return [math.nan if value is None else returned.as_float(value) for value in answers]
 
 
 def is_value(value: object) -> bool:
-    return value is None or math.isfinite(as_float(value))
-
-
-def as_float(value: object) -> float:
-    """A number of Python, numpy or an array library (an array without dimensions); else NaN."""
-    if not isinstance(value, numbers.Real | np.bool_) and getattr(value, "ndim", 1) != 0:
-        return math.nan
-    try:
-        return float(cast(SupportsFloat, value))
-    except (TypeError, ValueError, OverflowError):  # no single number, or beyond any float
-        return math.nan
+    return value is None or math.isfinite(returned.as_float(value))
 
 
 def joined(name: str, parts: list[Part], columns: Columns) -> Values:

@@ -7,6 +7,7 @@ nothing of the trainer (no MLX, no GPU memory).
 import asyncio
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -52,7 +53,7 @@ class InWorkers:
         log_extra: Callable[[str, list], None],
         trainer_state: TrainerState,
         **others: list,
-    ) -> Values:
+    ) -> list[float | None]:
         columns = {"completions": completions, "prompts": prompts, **others}
         wanted = accepted(self.takes, columns).keys() | {"completions"}
         run = functools.partial(asyncio.get_running_loop().run_in_executor, self.pool.threads)
@@ -71,7 +72,8 @@ class InWorkers:
                     log_metric(name, number)
             for column, values in extras.items():
                 log_extra(column, values)
-        return [value for values, _, _ in answers for value in values]
+        found = [value for values, _, _ in answers for value in values]
+        return [None if math.isnan(value) else value for value in found]  # NaN: it said None
 
     def answer(self, columns: dict[str, list], state: TrainerState) -> Answer:
         """
