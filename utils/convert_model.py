@@ -38,7 +38,7 @@ from utils.base.errors import (  # noqa: E402
 from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
 from utils.data import files  # noqa: E402
 from utils.device import runtime  # noqa: E402
-from utils.model import gguf_file, gguf_weights, served_prompt  # noqa: E402
+from utils.model import gguf_file, gguf_weights, served_prompt, vision  # noqa: E402
 from utils.model import shape as model_shape  # noqa: E402
 from utils.model.conversion_check import compare, describe, read_fixed_text, read_source  # noqa: E402
 from utils.model.hf_config import translate_config  # noqa: E402
@@ -71,7 +71,6 @@ RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 QUANT_METHODS = (  # of Hugging Face checkpoints, which mlx-lm's load_model can read
     "awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8",
 )  # fmt: skip
-VISION_KEYS = ("vision_config", "vision_tower", "mm_vision_tower")
 
 
 # mlx-lm and MLX read untrusted files without checks of their own, and fail in all of these ways.
@@ -458,14 +457,10 @@ def read_config(folder: Path, args: argparse.Namespace) -> ModelConfig:
     return config
 
 
-def has_vision(config: ModelConfig) -> bool:
-    return any(config.get(key) for key in VISION_KEYS)
-
-
 def check_config(config: ModelConfig, args: argparse.Namespace) -> None:
     """Refuse what the configuration alone rules out."""
     check_how_quantized(config, args)
-    if has_vision(config):
+    if vision.has_vision(config):
         check_vision(args)
     elif "model_file" not in config:
         check_model_type(config, args.hf_path)
@@ -668,16 +663,16 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
         UserError, RunError: mlx-lm's and MLX's own errors, in one line.
     """
     with unpacked(args) as source:
-        vision = has_vision(source.config)
-        problem = "" if vision else model_shape.sizes_problem(source.config)
+        sees = vision.has_vision(source.config)
+        problem = "" if sees else model_shape.sizes_problem(source.config)
         if problem:
             note(f"it will answer, but can't be trained here: its {problem}")
         note(f"reading {args.hf_path}")
         try:
-            added = {} if vision else translate_config(source.config)
-            before = read_source(source.folder, args.trust_remote_code, vision, added)
+            added = {} if sees else translate_config(source.config)
+            before = read_source(source.folder, args.trust_remote_code, sees, added)
             note("converting")
-            if vision:
+            if sees:
                 convert_vision_model(args, source.folder, folder)
             else:
                 convert_text_model(args, source.packed, source.config, folder)
@@ -690,12 +685,12 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
             carry_card(args, source.folder, folder)
     note("checking the result")
     try:
-        after = read_fixed_text(folder, args.trust_remote_code, vision, {})
+        after = read_fixed_text(folder, args.trust_remote_code, sees, {})
     except RunError as error:
         raise RunError(f"the converted model is broken ({error}); try --dtype bfloat16") from error
     except READ_ERRORS as error:
         raise RunError(f"the converted model does not work: {one_line(error)}") from error
-    use = how_to_use(args.output_dir, vision, problem)
+    use = how_to_use(args.output_dir, sees, problem)
     return f"{describe(folder, after)}\n{compare(before, after)}\n{use}"
 
 

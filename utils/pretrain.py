@@ -250,9 +250,17 @@ class Materials:
 
 def prepare_tokenizer(config: PretrainConfig, smoke_test: bool) -> PreTrainedTokenizerFast:
     """The folder's tokenizer, that of the initial model, or one trained on the training text."""
-    folder = Path(config.tokenizer_dir or config.initial_checkpoint_dir)
-    if folder.is_dir() and config.tokenizer_dir + config.initial_checkpoint_dir:
-        return pretrain_data.load_tokenizer(str(folder))
+    option = "tokenizer_dir" if config.tokenizer_dir else "initial_checkpoint_dir"
+    given = getattr(config, option)
+    folder = Path(given)
+    if given and folder.is_dir():
+        return pretrain_data.load_tokenizer(given, option)
+    if config.initial_checkpoint_dir:
+        raise UserError(
+            f"tokenizer_dir = {given!r}: there is no such folder, and the model of "
+            "initial_checkpoint_dir knows no other tokenizer than its own, which "
+            "--tokenizer-dir '' takes"
+        )
     if smoke_test and not config.tokenizer_vocab_size:
         config = dataclasses.replace(config, tokenizer_vocab_size=512)
     if not config.tokenizer_vocab_size:
@@ -314,7 +322,9 @@ def prepare(config: PretrainConfig, smoke_test: bool) -> Materials:
     if not config.initial_checkpoint_dir and not config.model:
         raise UserError("[model] is missing (or initial_checkpoint_dir, to start from a model)")
     table = litgpt.model_config(config.model)
-    if not config.initial_checkpoint_dir:
+    if config.initial_checkpoint_dir:
+        pretrain_model.check_folder(config.initial_checkpoint_dir)
+    else:
         pretrain_model.architecture({"vocab_size": 64, **table})  # before anything is written
     tokenizer = prepare_tokenizer(config, smoke_test)
     if config.initial_checkpoint_dir:

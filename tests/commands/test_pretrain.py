@@ -443,12 +443,66 @@ def test_the_nearest_preset_is_one_for_pretraining(capsys):
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
-    [("{", "line 1: not JSON"), ('{"prompt": "a"}', 'needs the texts "prompt"'), ("", "no line")],
+    [
+        ("{", "line 1: not JSON"),
+        ("", "no line"),
+        ("[1]", "line 1: [1] is no object"),
+        ('{"prompt": "a"}', 'needs the texts "prompt" and "completion"; it has "prompt"'),
+        ('{"question": "a", "answer": "b"}', 'it has "question", "answer"'),
+        ('{"prompt": "a", "completion": ""}', '"completion" is empty, so there is nothing to'),
+        ('{"prompt": "a", "completion": 3}', '"completion" must be a text, not 3'),
+        ('{"prompt": [{"role": "user"}], "completion": "a"}', '"prompt" must be a text, not [{'),
+        ('{"prompt": null, "completion": "a"}', '"prompt" must be a text, not None'),
+    ],
 )
 def test_bad_jsonl_is_named(work, line, complaint, capsys):
     (work / "pairs.jsonl").write_text(line)
     assert pretrain.main(jsonl(work)) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_text_may_hold_what_unicode_calls_a_line_break(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "", "completion": "a\u2028b\x85c"}\r\n')
+    assert pretrain_data.read_pairs(str(tmp_path / "pairs.jsonl"), "x") == [("", "a\u2028b\x85c")]
+
+
+def from_model(work, folder, *more):
+    return [*jsonl(work), "--tokenizer-dir", "", "--initial-checkpoint-dir", str(folder), *more]
+
+
+@pytest.mark.parametrize(
+    ("folder", "complaint"),
+    [
+        (
+            "utils/mlx_model",
+            "there is no such folder. Make it with:\n  uv run python utils/convert_",
+        ),
+        ("owner/some-model", "--hf-path owner/some-model --output-dir models/some-model"),
+        ("pairs.jsonl", "that is a file; give the folder that holds config.json"),
+        ("tiny", "(no config.json)"),
+    ],
+)
+def test_a_model_to_start_from_that_is_not_there_is_what_is_named(
+    work, folder, complaint, capsys, monkeypatch
+):
+    monkeypatch.chdir(work)
+    (work / "tiny").mkdir()
+    arguments = from_model(work, folder)
+    (work / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    assert pretrain.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: initial_checkpoint_dir = {folder!r}")
+    assert complaint in err
+    assert "tokenizer" not in err
+    assert "--quantize" not in err  # which could not be trained
+
+
+def test_no_tokenizer_is_made_for_a_model_that_has_its_own(work, model_dir, capsys):
+    (work / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    missing = ["--tokenizer-dir", str(work / "none"), "--tokenizer-vocab-size", "300"]
+    assert pretrain.main([*from_model(work, model_dir), *missing]) == 2
+    assert "which --tokenizer-dir '' takes" in capsys.readouterr().err
+    assert not (work / "none").exists()
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(work, capsys):

@@ -107,6 +107,7 @@ def master_bytes(config: Settings, shape: model_shape.ModelShape) -> int:
 
 def dry_run(config: Settings) -> int:
     """Print the resolved settings and the plan from config.json and safetensors headers alone."""
+    loading.check_model(config.model_name)
     shape = loading.read_shape(loading.find_model(config.model_name) or config.model_name)
     train_type = loading.resolve_train_type(config, shape.quantized_bits is not None)
     completion = min(config.max_new_tokens, config.max_completion_length)

@@ -15,7 +15,7 @@ from ..data import files
 from ..data.tokenizer import Tokenizer
 from ..settings import checks
 from ..settings.run_settings import Settings
-from . import fingerprints, gguf_file, hf_config, served_prompt
+from . import fingerprints, gguf_file, hf_config, served_prompt, vision
 from . import shape as model_shape
 from .shape import JsonObject, ModelConfig
 from .tiktoken_wrapper import TiktokenTokenizerWrapper
@@ -105,6 +105,7 @@ def check_model(name: str) -> None:
     """Name a missing or damaged file of a local model before gigabytes are read."""
     folder = find_model(name)
     if folder:
+        vision.refuse_unknown(name, folder)
         read_shape(folder)
 
 
@@ -252,6 +253,14 @@ def beyond_context(loaded: LoadedModel, name: str, tokens: int, read: int) -> st
     return f"{tokens:,} tokens are more than the {loaded.context:,} that {name} was made for"
 
 
+def unreadable(folder: Path, why: str) -> str:
+    """What to say of a folder that mlx-lm could not load."""
+    config = vision.config_of(folder)
+    if vision.has_vision(config):
+        return vision.cannot_be_read(str(folder), config, why)
+    return f"model {folder} cannot be loaded: {why}"
+
+
 def load_model(config: Settings) -> LoadedModel:
     """Load model and tokenizer, cast to `dtype`, and make the trainable part trainable.
 
@@ -276,7 +285,7 @@ def load_model(config: Settings) -> LoadedModel:
             getattr(tokenizer, "deprecation_warnings", {})[TOO_LONG] = True
     except Exception as error:  # other libraries on untrusted files: they raise anything
         if local:
-            raise UserError(f"model {local} cannot be loaded: {reason(error)}") from error
+            raise UserError(unreadable(local, reason(error))) from error
         text = in_one_line(reason(error))
         raise RunError(
             f"model {config.model_name} cannot be loaded from the hub: {text}{HUB_ADVICE}"

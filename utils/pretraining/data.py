@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ..base.errors import UserError
 from ..base.progress import Progress
 from ..base.say import say
+from ..base.text import shown
 from ..model import served_prompt
 
 END = "<|endoftext|>"
@@ -132,7 +133,8 @@ def read_pairs(path: str, option: str) -> list[tuple[str, str]]:
         UserError: no such file, or a line that is not such an object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text may hold U+2028, at which that would cut.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} = {path!r} cannot be read: {error}") from None
     numbered = enumerate(lines, start=1)
@@ -147,11 +149,19 @@ def _pair(line: str, where: str) -> tuple[str, str]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error}") from None
-    texts = row if isinstance(row, dict) else {}
-    prompt, completion = texts.get("prompt"), texts.get("completion")
-    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
-        raise UserError(f'{where}: needs the texts "prompt" and "completion"')
-    return prompt, completion
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: {shown(row)} is no object with "prompt" and "completion"')
+    for name in ("prompt", "completion"):
+        if name not in row:
+            has = ", ".join(map(json.dumps, row)) or "nothing"
+            raise UserError(f'{where}: needs the texts "prompt" and "completion"; it has {has}')
+        if not isinstance(row[name], str):
+            raise UserError(f'{where}: "{name}" must be a text, not {shown(row[name])}')
+    if not row["completion"]:
+        raise UserError(
+            f'{where}: "completion" is empty, so there is nothing to learn: delete the line'
+        )
+    return row["prompt"], row["completion"]
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
@@ -209,15 +219,19 @@ def _rounded(length: int) -> int:
     return -(-length // 32) * 32
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    """Raises: UserError: no tokenizer there, or one without an end-of-text token."""
+def load_tokenizer(folder: str, option: str = "tokenizer_dir") -> PreTrainedTokenizerFast:
+    """`option`: the setting that names the folder.
+
+    Raises:
+        UserError: no tokenizer there, or one without an end-of-text token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tokenizer_dir = {folder!r} holds no tokenizer: {reason}") from None
+        raise UserError(f"{option} = {folder!r} holds no tokenizer: {reason}") from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer_dir = {folder!r}: the tokenizer has no end-of-text token")
+        raise UserError(f"{option} = {folder!r}: the tokenizer has no end-of-text token")
     served_prompt.ask_plainly(tokenizer, Path(folder))  # type: ignore[arg-type]
     return tokenizer  # type: ignore[return-value]
 

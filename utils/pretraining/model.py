@@ -13,7 +13,9 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
 
 from ..base.errors import UserError
+from ..model import vision
 from ..model.shape import ModelConfig
+from ..model.vision import EXAMPLE
 
 # Keys of config.json that transformers or this repository read, and mlx-lm does not.
 EXTRA = {"architectures", "torch_dtype", "max_position_embeddings", "name"}
@@ -48,28 +50,63 @@ def new_model(config: ModelConfig, seed: int) -> nn.Module:
     return model
 
 
+OPTION = "initial_checkpoint_dir"
+CONVERT = "uv run python utils/convert_model.py --hf-path"
+
+
+def check_folder(folder: str) -> ModelConfig:
+    """config.json of the model to start from.
+
+    Raises:
+        UserError: there is no such folder, or it holds no model that can be trained.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        missing = f"{OPTION} = {folder!r} is no model folder (no config.json)"
+        raise UserError(f"{missing}: {what_is_there(path)}")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{OPTION} = {folder!r} is no model folder (no config.json)")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{OPTION}: {path}/config.json: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{OPTION}: {path}/config.json is no JSON object")
+    if "quantization" in config:
+        raise UserError(
+            f"{OPTION} = {folder!r} is quantized: packed weights have no gradient. Convert the "
+            f"model without --quantize:\n  {CONVERT} MODEL --output-dir FOLDER"
+        )
+    return config
+
+
+def what_is_there(path: Path) -> str:
+    """Instead of a folder, with the command that makes one."""
+    if path.exists():
+        return "that is a file; give the folder that holds config.json"
+    name = str(path)
+    if name.count("/") == 1 and not name.startswith((".", "~", "utils/", "models/", "outputs/")):
+        to = f"models/{path.name}"
+        how = f"A model of the hub has to be converted first, to {to}:"
+        return f"there is no such folder. {how}\n  {CONVERT} {name} --output-dir {to}"
+    return f"there is no such folder. Make it with:\n  {CONVERT} {EXAMPLE} --output-dir {name}"
+
+
 def load_folder(folder: str) -> tuple[nn.Module, ModelConfig]:
     """Model and config.json of a folder.
 
     Raises:
         UserError: it is no model folder, or a quantized model.
     """
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise UserError(f"initial_checkpoint_dir = {folder!r} is no model folder (no config.json)")
+    config = check_folder(folder)
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return load_model(Path(folder))[:2]
     except (OSError, ValueError) as error:
-        raise UserError(f"initial_checkpoint_dir: {path}/config.json: {error}") from None
-    if "quantization" in config:
-        raise UserError(
-            f"initial_checkpoint_dir = {folder!r} is quantized: packed weights have no gradient"
-        )
-    try:
-        model, config = load_model(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"initial_checkpoint_dir = {folder!r} does not load: {error}") from None
-    return model, config
+        name = f"{OPTION} = {folder!r}"
+        if vision.has_vision(config):
+            option = "--initial-checkpoint-dir "
+            raise UserError(vision.cannot_be_read(name, config, str(error), option)) from None
+        raise UserError(f"{name} does not load: {error}") from None
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from ..base.say import say
 from ..base.text import counted
 from ..device import runtime
 from ..memory.this_machine import trainable_parameters
+from ..model import vision
 from ..model.loading import beyond_context
 from ..rewards import answer_forms
 from ..rollouts.merged_layers import cost_of_quantizing
@@ -29,6 +30,8 @@ def model(trainer: Trainer, _: str | None) -> Iterator[str]:
     count = trainable_parameters(trainer.model)
     device = "CPU" if mx.default_device() == mx.cpu else mx.device_info()["device_name"]
     yield f"model     {a.model_name}: {kind}, {count:,} parameters train, on {device}"
+    if vision.has_vision(trainer.loaded.config):
+        yield f"          {vision.WHAT_TRAINS}"
     if kind != "full":
         note = "; learning_rate is for full fine-tuning" if "learning_rate" in a.explicit else ""
         yield f"          learning rate {a.lora_learning_rate:g} (lora_learning_rate{note})"
