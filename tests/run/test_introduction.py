@@ -5,7 +5,7 @@ import re
 
 import mlx.nn as nn
 import pytest
-from conftest import make_model
+from conftest import ROOT, make_model
 from helpers import assert_names, digest, make_trainer, mostly_long
 
 from utils import evaluate_model
@@ -117,3 +117,17 @@ def test_answers_that_no_reward_of_the_run_reads_are_said(typed, tmp_path):
     assert code == 0
     assert "letter" not in out
     assert "math can't read" not in out
+
+
+def test_shipped_presets_start_without_a_warning_of_their_own_making(grpo, tmp_path, capsys):
+    more = ["--set", f"output_dir={tmp_path / 'out'}", "--set", "max_updates=1"]
+    assert grpo.main(["--config", str(ROOT / "configs/smoke_test.toml"), *more]) == 0
+    before = capsys.readouterr().out.partition("eval ")[0]
+    assert [line for line in before.splitlines() if "cost speed" in line or "warning" in line] == []
+
+
+def test_a_typed_learning_rate_of_adapters_has_a_line_of_its_own(typed):
+    lora = {"train_type": "lora", "max_updates": 1}
+    _, out, *_ = typed("--set", "learning_rate=5e-7", **lora)
+    line = "learning_rate has no effect on adapters; lora_learning_rate = 2e-5 counts"
+    assert f"          {line}\n" in out

@@ -1,12 +1,15 @@
 """Settings that are out of range, contradict each other, or would do nothing are refused."""
 
+import json
 import math
 
 import pytest
+from conftest import ROOT
 from helpers import assert_names
 
 from utils.base.errors import UserError
-from utils.settings import reading
+from utils.model import loading
+from utils.settings import checks, reading
 
 SETTINGS = [
     # out of range
@@ -150,3 +153,49 @@ def test_no_setting_takes_a_number_that_is_none(grpo):
                 grpo.MLXGRPOConfig(**{name: given})
             refused_ones += 1
     assert refused_ones >= 3 * 30
+
+
+IDLE = "learning_rate has no effect on adapters; lora_learning_rate = 2e-5 counts"
+
+
+def own_file(tmp_path, **values):
+    lines = (f"{name} = {json.dumps(value)}" for name, value in values.items())
+    (tmp_path / "own.toml").write_text("\n".join(lines))
+    return str(tmp_path / "own.toml")
+
+
+@pytest.mark.parametrize("train_type", ["lora", "dora"])
+def test_a_learning_rate_in_a_file_of_ones_own_needs_one_for_adapters(grpo, tmp_path, train_type):
+    path = own_file(tmp_path, learning_rate=1e-5, train_type=train_type)
+    with pytest.raises(UserError, match=r"learning_rate = 1e-5 has no effect on adapters.*write "):
+        grpo.read_config(path, [])
+    assert grpo.read_config(path, ["lora_learning_rate=1e-4"]).lora_learning_rate == 1e-4
+    config = grpo.read_config(path, ["learning_rate=3e-6"])  # typed: the run goes on and says so
+    assert checks.idle_learning_rate(config, train_type) == IDLE
+    both = own_file(tmp_path, learning_rate=1e-5, lora_learning_rate=1e-4, train_type=train_type)
+    assert checks.idle_learning_rate(grpo.read_config(both, []), train_type) == ""
+    full = own_file(tmp_path, learning_rate=1e-5, train_type="full")
+    assert checks.idle_learning_rate(grpo.read_config(full, []), "full") == ""
+
+
+def test_a_quantized_model_stops_it_as_well(grpo, tmp_path):
+    config = grpo.read_config(own_file(tmp_path, learning_rate=1e-5), [])
+    assert loading.resolve_train_type(config, quantized=False) == "full"
+    with pytest.raises(UserError, match="train_type = lora"):
+        loading.resolve_train_type(config, quantized=True)
+
+
+def test_a_learning_rate_of_a_preset_says_nothing_and_a_typed_one_does(grpo, tmp_path):
+    shipped = ROOT / "configs/prod.toml"
+    config = grpo.read_config(str(shipped), [])
+    assert "learning_rate" in config.inherited
+    assert loading.resolve_train_type(config, quantized=True) == "lora"
+    assert checks.idle_learning_rate(config, "lora") == ""
+    typed = grpo.read_config(str(ROOT / "configs/default.toml"), ["learning_rate=5e-7"])
+    assert checks.idle_learning_rate(typed, "lora") == IDLE
+    python = grpo.MLXGRPOConfig(learning_rate=5e-7, train_type="lora", lora_learning_rate=5e-5)
+    assert checks.idle_learning_rate(python, "lora").endswith("lora_learning_rate = 5e-5 counts")
+    copied = tmp_path / "prod.toml"
+    copied.write_text(shipped.read_text())  # one's own now
+    with pytest.raises(UserError, match="learning_rate = 1e-6 has no effect"):
+        loading.resolve_train_type(grpo.read_config(str(copied), []), quantized=True)

@@ -11,7 +11,7 @@ from ..data import files as datafiles
 from ..device import runtime
 from ..model import loading
 from ..model import shape as model_shape
-from ..settings import reading
+from ..settings import checks, reading
 from ..settings.run_settings import Settings
 from .plan import GB, Plan
 from .suggestions import planned
@@ -118,6 +118,8 @@ def dry_run(config: Settings) -> int:
         f"\ntrain_type resolves to {train_type}. An upper bound: prompts count as "
         f"max_prompt_length = {config.max_prompt_length} tokens."
     )
+    if idle := checks.idle_learning_rate(config, train_type):
+        say(idle)
     say(plan.table())
     say(planned_updates(config))
     return 0

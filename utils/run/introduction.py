@@ -13,6 +13,7 @@ from ..model import vision
 from ..model.loading import beyond_context
 from ..rewards import answer_forms
 from ..rollouts.merged_layers import cost_of_quantizing
+from ..settings import checks
 from .run import Trainer
 
 
@@ -33,8 +34,8 @@ def model(trainer: Trainer, _: str | None) -> Iterator[str]:
     if vision.has_vision(trainer.loaded.config):
         yield f"          {vision.WHAT_TRAINS}"
     if kind != "full":
-        note = "; learning_rate is for full fine-tuning" if "learning_rate" in a.explicit else ""
-        yield f"          learning rate {a.lora_learning_rate:g} (lora_learning_rate{note})"
+        idle = checks.idle_learning_rate(a, kind)
+        yield f"          {idle or f'learning rate {a.lora_learning_rate:g} (lora_learning_rate)'}"
     if kind != "full" and a.train_type == "auto" and not a.adapter_path:
         yield "          the model is quantized, so adapters are trained on it (train_type = lora)"
 
@@ -89,9 +90,10 @@ def sampling(trainer: Trainer, _: str | None) -> Iterator[str]:
 
 
 def quantizing(trainer: Trainer, _: str | None) -> Iterator[str]:
-    if not trainer.quantizes:
-        return
     a, memory = trainer.args, trainer.memory
+    chosen = a.from_preset and "quantize_for_rollouts" in a.inherited
+    if not trainer.quantizes or chosen:  # a preset of ours says so itself
+        return
     rows = a.batch_size * a.gradient_accumulation_steps * a.num_generations
     rows = min(rows, memory.plan.rollout_batch_size)
     cost = cost_of_quantizing(trainer.model, trainer.copy_policy, rows, memory.spare_for_rollouts)

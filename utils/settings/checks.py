@@ -433,22 +433,53 @@ def dead_settings(c: Settings, train_type: str) -> Complaints:
         "curriculum_column has no effect with curriculum = none: leave it out",
         "curriculum_column" in c.explicit and c.curriculum == "none",
     )
+    if train_type in ("lora", "dora"):
+        yield from dead_with_adapters(c, train_type)
+    elif train_type == "full":
+        yield from dead_without_adapters(c)
+    yield from dead_by_another(c)
+
+
+def dead_with_adapters(c: Settings, train_type: str) -> Complaints:
     yield (
         f"master_weights has no effect with train_type = {train_type}, whose adapters are "
         "float32: leave it out",
-        train_type in ("lora", "dora") and "master_weights" in c.explicit,
+        "master_weights" in c.explicit,
     )
+    in_file = "learning_rate" in c.inherited and not c.from_preset
+    yield (
+        f"learning_rate = {short(c.learning_rate)} has no effect on adapters (train_type = "
+        f"{train_type}), and the settings file does not say which rate they get: write "
+        f"lora_learning_rate = {short(c.lora_learning_rate)} (the default) or another into it, or "
+        "leave learning_rate out",
+        in_file and "lora_learning_rate" not in c.explicit,
+    )
+
+
+def dead_without_adapters(c: Settings) -> Complaints:
     of_adapters = sorted(name for name in c.explicit if name.startswith("lora_"))
     yield (
         f"{', '.join(of_adapters)} has no effect with train_type = full: leave it out",
-        train_type == "full" and bool(of_adapters),
+        bool(of_adapters),
     )
-    yield from dead_by_another(c)
     yield (
         "ref_sync_updates: small steps would be rounded away in the 4-bit reference of full "
         "fine-tuning; set quantize_for_rollouts = false",
-        train_type == "full" and c.ref_sync_updates > 0 and c.quantize_for_rollouts,
+        c.ref_sync_updates > 0 and c.quantize_for_rollouts,
     )
+
+
+def idle_learning_rate(c: Settings, train_type: str) -> str:
+    """A line for who typed a learning_rate while adapters train; empty for others."""
+    if train_type == "full" or "learning_rate" not in c.explicit - c.inherited:
+        return ""
+    rate = short(c.lora_learning_rate)
+    return f"learning_rate has no effect on adapters; lora_learning_rate = {rate} counts"
+
+
+def short(rate: float) -> str:
+    """2e-5, as people write it."""
+    return f"{rate:g}".replace("e-0", "e-")
 
 
 def dead_by_another(c: Settings) -> Complaints:

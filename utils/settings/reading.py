@@ -87,7 +87,7 @@ def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T
     """`cls` (a dataclass) from its defaults, then the file, then `key=value` overrides.
 
     The result's attribute `explicit` is the set of keys that file or overrides named, `inherited`
-    those of them that no override did.
+    those of them that no override did, `from_preset` whether the file is one of this project's.
 
     Raises:
         UserError: unknown key, wrong type, unreadable file; whatever `cls` itself refuses.
@@ -109,6 +109,7 @@ def resolve(cls: type[T], path: Path | None, overrides: Iterable[str] = ()) -> T
     result = cls(**values)
     result.explicit = frozenset(values)  # type: ignore[attr-defined]
     vars(result)["inherited"] = frozenset(values) - typed
+    vars(result)["from_preset"] = path is not None and PRESETS in path.resolve().parents
     return result
 
 
@@ -122,7 +123,7 @@ def replaced(config: S, **changes: Any) -> S:
     """`dataclasses.replace`, after which only what was set on purpose counts as that."""
     result = dataclasses.replace(config, **changes)
     result.explicit = config.explicit
-    kept = ("inherited", "started_in", "started_on")
+    kept = ("inherited", "from_preset", "started_in", "started_on")
     vars(result).update({name: getattr(config, name) for name in kept})
     return result
 

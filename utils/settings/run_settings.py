@@ -209,6 +209,7 @@ class RunSettings:
 
     explicit = frozenset[str]()  # what was set on purpose
     inherited = frozenset[str]()  # what of that a file says, and not this command
+    from_preset = False  # whether that file is one of this project's
     started_on = ""  # date and time of the run's start, which some chat templates tell the model
     started_in = "."  # the current folder when the settings were made: others' code may leave it
 
