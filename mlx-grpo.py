@@ -80,7 +80,7 @@ from utils.rewards.rewards import Rewards
 from utils.rollouts import caches, compiled_step, draw, merged_layers
 from utils.rollouts.sampler import Sampler, Sampling, sampling_settings
 from utils.rollouts.stop_rule import Reader, StopRule
-from utils.run import checkpoints, command_line, ending, evaluation, opening
+from utils.run import checkpoints, command_line, dry_run, ending, evaluation, opening
 from utils.run.log import TokenSums, rollout_metrics
 from utils.run.run import Run, due
 from utils.run.state import Record
@@ -1145,7 +1145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         config = read_config(given.config, given.overrides)
-        return this_machine.dry_run(config) if given.dry_run else start(config, given.command)
+        return dry_run.of(config, REWARDS, given) if given.dry_run else start(config, given.command)
 
     return command_line.exit_code_of(work, given.debug)
 

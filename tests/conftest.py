@@ -153,15 +153,16 @@ def typed(grpo, model_dir, data_dir, tmp_path, monkeypatch, capsys):
 
     Keywords are the settings of its TOML file, on top of a small run on the random model.
     """
-    from helpers import QUIET, tree, write_toml
+    from helpers import quiet, tree, write_toml
 
     monkeypatch.chdir(tmp_path)
     for name in ("MLX_GRPO_CONFIG", "UV"):  # `uv run pytest` sets the second
         monkeypatch.delenv(name, raising=False)
-    base = {"model_name": str(model_dir), "dataset": str(data_dir), "output_dir": "out", **QUIET}
+    base = {"model_name": str(model_dir), "dataset": str(data_dir), "output_dir": "out"}
 
     def run(*words, **settings):
-        config = write_toml(tmp_path, base | settings)
+        values = base | settings
+        config = write_toml(tmp_path, quiet(values) | values)
         before = tree(tmp_path)
         capsys.readouterr()
         code = grpo.main(["--config", Path(config).name, *words])

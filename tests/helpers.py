@@ -60,6 +60,15 @@ WITHOUT_ATTENTION = {
 """What a configuration of these has beside the usual."""
 
 
+def quiet(values):
+    """QUIET for these settings: a file with adapters needs no learning_rate, and may not have one
+    without lora_learning_rate."""
+    config = os.path.join(values["model_name"], "config.json")
+    quantized = os.path.isfile(config) and "quantization" in Path(config).read_text()
+    adapters = values.get("train_type") in ("lora", "dora") or values.get("adapter_path")
+    return {k: v for k, v in QUIET.items() if k != "learning_rate" or not (adapters or quantized)}
+
+
 def mostly_long(cases, *kept):
     """Cases of a parametrization, of which a plain `pytest` runs only those `kept`."""
     cases = [*cases]
@@ -76,10 +85,9 @@ def make_config(model_dir, data_dir, output_dir, **settings):
         "model_name": str(model_dir),
         "dataset": str(data_dir),
         "output_dir": str(output_dir),
-        **QUIET,
         **settings,
     }
-    return grpo.read_config(write_toml(Path(output_dir).parent, values), [])
+    return grpo.read_config(write_toml(Path(output_dir).parent, quiet(values) | values), [])
 
 
 def write_toml(folder, values):

@@ -694,9 +694,9 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
     return f"{describe(folder, after)}\n{compare(before, after)}\n{use}"
 
 
-def how_to_use(output: Path, vision: bool, problem: str) -> str:
-    if vision or problem:
-        command = "mlx_vlm.generate" if vision else "mlx_lm.generate"
+def how_to_use(output: Path, sees: bool, problem: str) -> str:
+    if sees or problem:
+        command = "mlx_vlm.generate" if sees else "mlx_lm.generate"
         return f"Ask it with: {shlex.join([command, '--model', str(output)])}"
     return f"Train it with: {shlex.join(['--set', f'model_name={output}'])}"
 

@@ -1,17 +1,11 @@
-"""The memory plan of a run on this machine, and `--dry-run`."""
+"""The memory plan of a run on this machine."""
 
-import json
-import math
 from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
-from ..base.say import say
-from ..base.text import counted
-from ..data import files as datafiles
 from ..device import runtime
 from ..model import loading
 from ..model import shape as model_shape
-from ..settings import checks, reading
 from ..settings.run_settings import Settings
 from .plan import GB, Plan
 from .suggestions import planned
@@ -103,47 +97,3 @@ def master_bytes(config: Settings, shape: model_shape.ModelShape) -> int:
     own = max(shape.bytes_by_dtype, key=lambda name: shape.bytes_by_dtype[name], default="")
     half = config.dtype == "float16" or (config.dtype == "auto" and own == "F16")
     return (4 if half else 2) if config.master_weights else 0
-
-
-def dry_run(config: Settings) -> int:
-    """Print the resolved settings and the plan from config.json and safetensors headers alone."""
-    loading.check_model(config.model_name)
-    shape = loading.read_shape(loading.find_model(config.model_name) or config.model_name)
-    train_type = loading.resolve_train_type(config, shape.quantized_bits is not None)
-    completion = min(config.max_new_tokens, config.max_completion_length)
-    plan = plan_memory(config, shape, train_type, config.max_prompt_length, completion)
-    for name, value in reading.recorded(config).items():
-        say(f"{name} = {json.dumps(value, ensure_ascii=False)}")
-    say(
-        f"\ntrain_type resolves to {train_type}. An upper bound: prompts count as "
-        f"max_prompt_length = {config.max_prompt_length} tokens."
-    )
-    if idle := checks.idle_learning_rate(config, train_type):
-        say(idle)
-    say(plan.table())
-    say(planned_updates(config))
-    return 0
-
-
-def planned_updates(config: Settings) -> str:
-    """The length of the run, from the number of questions if that can be known offline."""
-    questions = config.max_train_samples
-    sources = datafiles.sources(config, "train")
-    if all(datafiles.local_path(source.dataset) for source in sources):
-        rows = sum(len(datafiles.read_dataset(source, "train")) for source in sources)
-        questions = min(rows, questions) if questions else rows
-    if not questions:
-        names = ", ".join(source.dataset for source in sources)
-        return f"updates: known once {names} is loaded (max_train_samples = 0: all of it)"
-    prompts = config.batch_size * config.gradient_accumulation_steps
-    updates = config.num_epochs * math.ceil(questions / prompts) * config.num_iterations
-    updates = min(updates, config.max_updates or updates)
-    rollouts = math.ceil(updates / config.num_iterations)
-    asked = min(rollouts * prompts, config.num_epochs * questions)
-    if config.dynamic_sampling:  # in every round, all of them could be replaced
-        asked = rollouts * min(prompts * (1 + config.dynamic_sampling), questions)
-    completions = asked * config.num_generations
-    return (
-        f"updates: {updates:,} on at most {counted(questions, 'question')}, "
-        f"at most {completions * config.max_new_tokens:,} sampled tokens"
-    )

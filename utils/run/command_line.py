@@ -42,7 +42,8 @@ def parse_arguments(
     also = "TOML file (default: $MLX_GRPO_CONFIG, then configs/default.toml)"
     add("--config", default=chosen, help=also)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    add("--dry-run", action="store_true", help="print settings and memory plan, write nothing")
+    add("--dry-run", action="store_true", help="print plan and settings, write nothing")
+    add("--all", action="store_true", help="with --dry-run: also settings that have their default")
     again = "go on from the newest whole checkpoint of output_dir, or from this one"
     add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=again)
     add("--quiet", action="store_true", help="show only warnings, errors and how the run ended")
@@ -51,6 +52,8 @@ def parse_arguments(
     if unknown:
         hint = hint_for(unknown, config_class)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if arguments.all and not arguments.dry_run:
+        parser.error("--all goes with --dry-run")
     resume = [f"resume={arguments.resume}"] if arguments.resume else []
     quiet = ["quiet=true"] if arguments.quiet else []
     arguments.overrides = [*arguments.set, *resume, *quiet]
