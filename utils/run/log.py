@@ -10,6 +10,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from ..base import intervals
 from ..base.errors import disk_errors_named
 from ..base.say import say
 from ..base.text import Json, counted, json_line, redacted, shown
@@ -31,7 +32,7 @@ class RunLog:
         self.args, self.state = args, state or State()
         self.path = (folder or Path(args.output_dir)) / "training_log.jsonl"
         self.tracker: trackers.Tracker = trackers.NullTracker()
-        self.warned_of_cut = False
+        self.warned_of_cut = self.warned_of_few = False
         self.scored: dict[str, Streak] = {}  # by split
 
     @property
@@ -94,10 +95,17 @@ class RunLog:
         self.write(record)
         cut = record["truncation_rate"]
         note = f", {cut:.0%} cut off" if cut else ""
-        asked = counted(record["em_subset"], "question")
-        text = f"{self.score_text(record['em'])} on {record['split']} ({asked}, greedy{note})"
-        streak = Streak(text, self.value_text(record["em"]), record["update"], record["update"])
+        share, questions = record["em"], record["em_subset"]
+        wide = few = ""
+        if self.args.eval_metric == "em" and questions:
+            wide, few = intervals.note(share, questions), intervals.too_few(share, questions)
+        asked = counted(questions, "question")
+        text = f"{self.score_text(share)} on {record['split']} ({asked}, greedy{note}{wide})"
+        streak = Streak(text, self.value_text(share), record["update"], record["update"])
         self.show_score(record["split"], streak)
+        if few and not (self.warned_of_few or self.args.from_preset):
+            self.warned_of_few = True
+            say(f"          {few}")
         if record["split"] == "test":
             self.state.history.append(record)
         if cut > 0.05 and not self.warned_of_cut:
