@@ -52,3 +52,14 @@ def test_bytes_for_a_person_and_the_nearest_folder(tmp_path):
     assert errors.readable(99_000_000) == "99.00 MB"
     assert errors.nearest_existing(tmp_path / "a" / "b") == tmp_path
     assert errors.nearest_existing(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        *[(66.94e6, "67 MB"), (6.694e6, "6.7 MB"), (123e6, "120 MB"), (4.70e9, "4.7 GB")],
+        *[(25.28e9, "25 GB"), (999.9e6, "1.0 GB"), (9.99e9, "10 GB")],
+    ],
+)
+def test_an_estimate_has_two_digits(count, text):
+    assert errors.roughly(count) == text

@@ -43,6 +43,13 @@ def readable(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
+def roughly(count: float) -> str:
+    """An estimated number of bytes: two digits, since no more of it is known."""
+    digits = float(f"{count:.2g}")
+    unit, name = (1e9, "GB") if digits >= 1e9 else (1e6, "MB")
+    return f"{digits / unit:,.{1 if digits < 10 * unit else 0}f} {name}"
+
+
 def nearest_existing(path: Path) -> Path:
     """The path, or the first folder above it that is there."""
     return next(p for p in (path, *path.parents) if p.exists())

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from ..base.errors import readable
+from ..base.errors import roughly
 from ..base.say import say
 from ..base.text import counted
 from ..device import runtime
@@ -106,7 +106,7 @@ def plan(trainer: Trainer, _: str | None) -> Iterator[str]:
     most = min(a.batch_size * a.gradient_accumulation_steps, len(trainer.train_dataset))
     yield (
         f"plan      {counted(trainer.total_updates, 'update')} of {counted(most, 'prompt')} x "
-        f"{a.num_generations} completions, about {readable(planned.needed)}"
+        f"{a.num_generations} completions, about {roughly(planned.needed)}"
     )
     if not planned.fits:
         yield "          that may not fit this machine; what would:"
