@@ -24,7 +24,7 @@ from ..base.json_files import write_json
 from ..base.say import say
 from ..base.text import Json
 from ..model import fingerprints
-from ..settings.on_resume import refuse_changes
+from ..settings.on_resume import changes, refuse_changes
 from ..settings.run_settings import Settings
 from . import ours, trackers
 from .lock import RunLock
@@ -355,6 +355,7 @@ def is_finished(output_dir: Path, config: Settings) -> bool:
     if not reached_its_end(output_dir):
         return False
     if before := settings_of(output_dir):
+        refuse_to_extend(output_dir, before, config)
         refuse_changes(before, config)
     else:
         say(
@@ -362,6 +363,20 @@ def is_finished(output_dir: Path, config: Settings) -> bool:
             "settings cannot be told"
         )
     return True
+
+
+def refuse_to_extend(output_dir: Path, before: dict[str, Json], config: Settings) -> None:
+    """Raises UserError where the end of a finished run is moved, with what to type instead."""
+    found = changes(before, config)
+    moved = [name for name in ("max_updates", "num_epochs") if name in found]
+    if moved:
+        was, now = found[moved[0]]
+        raise UserError(
+            f"the run in {output_dir} has finished, and {moved[0]} (was {was}, is {now}) would "
+            "change the learning rate of all its updates. To train what it made further, start "
+            f"from it in another output_dir, without --resume: --set model_name="
+            f"{output_dir / 'final'} --set output_dir=FOLDER"
+        )
 
 
 def settings_of(output_dir: Path) -> dict[str, Json]:
