@@ -94,7 +94,7 @@ def sampled(tokenizer: Any) -> tuple[Any, list[Any]]:
     import mlx.core as mx
     import numpy as np
 
-    from utils.data.completions import Completion
+    from utils.data.completion import Completion
 
     files = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("utils/*/*.py")])
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)

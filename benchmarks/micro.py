@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import results  # noqa: E402
 from benchmarks.update_cost import SHAPES, WithoutStop, write_model, write_questions  # noqa: E402
 from utils.base.script import load_script  # noqa: E402
-from utils.data.completions import Completion  # noqa: E402
+from utils.data.completion import Completion  # noqa: E402
 from utils.device import cores, runtime  # noqa: E402
 from utils.device.cuda import attention  # noqa: E402
 from utils.gradient.micro_batch import MicroBatch  # noqa: E402

@@ -346,7 +346,7 @@ def our_result(case: Case, given: dict[str, Any]) -> dict[str, Any]:
 
 def our_rollout(grpo: Any, given: dict[str, Any]) -> Any:
     """Totals as `compute_rewards` makes them: None adds nothing, a row of None is NaN."""
-    from utils.data.completions import Completion
+    from utils.data.completion import Completion
 
     values = np.array(given["rewards"], np.float64)  # (B, F)
     totals = np.where(np.isnan(values).all(axis=1), np.nan, np.nansum(values, axis=1))

@@ -21,7 +21,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen2
 
-from utils.data.completions import Completion
+from utils.data.completion import Completion
 from utils.device import cores, fast
 from utils.gradient.micro_batch import MicroBatch
 from utils.model.tiktoken_wrapper import CHAT_TOKENS

@@ -29,9 +29,9 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 
 from .base.errors import RunError, UserError
 from .base.json_files import read_object
-from .base.progress import Progress
 from .base.say import Parser, complain, put, tell_everything
 from .base.script import load_script
+from .base.task_progress import Progress
 from .base.text import counted, is_unicode, json_line, shown
 from .data.files import Row
 from .data.questions import encode_prompt
@@ -45,7 +45,7 @@ from .rewards.answers import extract_xml_answer
 if TYPE_CHECKING:  # `--help` answers without them
     import mlx.core as mx
 
-    from .data.completions import Completion
+    from .data.completion import Completion
     from .model.loading import LoadedModel
     from .rollouts.caches import Cache
     from .settings.run_settings import Settings
@@ -543,7 +543,7 @@ class Generator:
         self, prompts: list[list[int]], so_far: Callable[[list[Completion]], None]
     ) -> list[Completion]:
         """What `batch` gives, by mlx-lm."""
-        from .data.completions import Completion
+        from .data.completion import Completion
 
         done: list[Completion] = []
         for ids in prompts:

@@ -49,8 +49,8 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from utils.base.errors import RunError, UserError  # noqa: E402
 from utils.base.json_files import write_json  # noqa: E402
-from utils.base.progress import Progress  # noqa: E402
 from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
+from utils.base.task_progress import Progress  # noqa: E402
 from utils.base.text import counted  # noqa: E402
 from utils.device import runtime  # noqa: E402
 from utils.gradient.shared_prompts import checkpoint_layers  # noqa: E402

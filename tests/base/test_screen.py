@@ -12,7 +12,8 @@ from utils.base import say, screen
 
 COUNTS = """
 import sys
-from utils.base import progress, screen
+from utils.base import screen
+from utils.base import task_progress as progress
 from utils.base.say import say
 screen.LEAST, screen.TICK = 0.0, 0.05
 shown = progress.Progress(5, "update")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from utils.data.completions import Completion
+from utils.data.completion import Completion
 from utils.rewards import by_name, importing, servers
 from utils.rewards import calls as reward_calls
 from utils.rewards.answers import same_answer

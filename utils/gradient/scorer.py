@@ -22,7 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..base.say import say
-from ..data.completions import Completion
+from ..data.completion import Completion
 from ..device import runtime
 from ..memory.plan import MAX_LOGITS, Plan
 from ..memory.retry import ran_out

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..base.errors import UserError
-from ..base.progress import Progress
 from ..base.say import say
+from ..base.task_progress import Progress
 from ..base.text import shown
 from ..model import served_prompt
 

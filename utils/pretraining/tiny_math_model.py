@@ -38,8 +38,8 @@ from mlx_lm.utils import get_total_parameters, save_config, save_model
 from transformers import PreTrainedTokenizerFast
 
 from ..base.errors import UserError
-from ..base.progress import Progress
 from ..base.say import say
+from ..base.task_progress import Progress
 from ..model.shape import ModelConfig
 from . import tiny_math
 from .model import new_model

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..data.completions import Completion
+from ..data.completion import Completion
 from ..data.files import Row
 from ..data.tokenizer import Tokenizer
 from ..settings.run_settings import Settings

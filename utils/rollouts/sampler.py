@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..base.errors import RunError, UserError
-from ..data.completions import Completion
+from ..data.completion import Completion
 from ..device import cores
 from ..memory import this_machine
 from ..memory.memory import RolloutSize

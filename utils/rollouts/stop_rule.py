@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ..data.completions import Completion
+from ..data.completion import Completion
 from ..data.tokenizer import Tokenizer
 
 

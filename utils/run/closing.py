@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..base.intervals import percent
-from ..base.progress import clock
 from ..base.script import ROOT
+from ..base.task_progress import clock
 from ..base.text import counted
 from ..memory.meter import GB, Meter
 from . import course

@@ -24,7 +24,7 @@ import numpy as np
 from ..base.errors import readable
 from ..base.say import complain, say
 from ..base.text import Json, counted, json_line, redact
-from ..data.completions import Completion
+from ..data.completion import Completion
 from ..data.files import Row
 from ..data.tokenizer import Tokenizer
 from ..gradient.micro_batch import MicroBatch

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import UserError
-from ..data.completions import Completion
+from ..data.completion import Completion
 from ..data.files import Row
 from ..data.order import subset
 from ..data.questions import encode_questions

@@ -14,7 +14,7 @@ from ..base import intervals
 from ..base.errors import disk_errors_named
 from ..base.say import say
 from ..base.text import Json, counted, json_line, redacted, shown
-from ..data.completions import Completion
+from ..data.completion import Completion
 from ..data.files import Row
 from ..settings.run_settings import Settings
 from . import trackers, warnings_of_learning

@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from ..base import screen
-from ..base.progress import NARROW, Progress, clock
 from ..base.say import say
 from ..base.screen import Piece
+from ..base.task_progress import NARROW, Progress, clock
 from ..base.text import redact
 from ..data.files import Row
 from ..memory.meter import GB, Meter

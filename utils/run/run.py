@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..base.errors import RunError
 from ..base.say import say
-from ..data.completions import Completion
+from ..data.completion import Completion
 from ..data.files import Row
 from ..gradient.adamw import AdamW
 from ..gradient.scorer import Scorer

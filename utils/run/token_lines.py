@@ -13,7 +13,7 @@ from typing import TypedDict
 import numpy as np
 
 from ..base.text import json_line
-from ..data.completions import Completion
+from ..data.completion import Completion
 from ..data.tokenizer import Tokenizer
 from ..gradient.micro_batch import MicroBatch
 

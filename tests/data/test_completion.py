@@ -1,6 +1,6 @@
 """Completions of which a part was given."""
 
-from utils.data.completions import Completion
+from utils.data.completion import Completion
 
 
 def test_what_was_given_is_not_counted():

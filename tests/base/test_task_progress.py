@@ -3,7 +3,8 @@
 import pytest
 from terminals import Terminal
 
-from utils.base import progress, screen
+from utils.base import screen
+from utils.base import task_progress as progress
 
 
 @pytest.fixture
