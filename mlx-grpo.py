@@ -52,7 +52,7 @@ from mlx.utils import tree_map
 
 from utils.base.say import say
 from utils.data import files, order
-from utils.data.completions import Completion
+from utils.data.completion import Completion
 from utils.data.files import Row
 from utils.data.questions import encode_questions, load_questions
 from utils.data.questions import extract_hash_answer as extract_hash_answer
