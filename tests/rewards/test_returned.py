@@ -65,14 +65,19 @@ NONE = [
 INFINITE = [math.inf, Decimal("-Infinity"), Decimal("1e400"), sympy.oo, np.float32("inf")]
 
 
-@pytest.mark.parametrize(("value", "number"), NUMBERS, ids=repr)
+def named(value):
+    """Without the address that an object has in this process."""
+    return repr(value).partition(" at 0x")[0]
+
+
+@pytest.mark.parametrize(("value", "number"), NUMBERS, ids=named)
 def test_numbers_and_truth_values_count(value, number):
     columns = {"completions": [[{"content": "text"}]]}
     assert checked("own", [value], columns) == [pytest.approx(number, rel=1e-12)]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("value", [*NONE, *INFINITE], ids=repr)
+@pytest.mark.parametrize("value", [*NONE, *INFINITE], ids=named)
 def test_anything_else_stops_the_run(value):
     columns = {"completions": [[{"content": "text"}]]}
     with pytest.raises(RunError, match=r"not a finite number or None, for the completion:\ntext"):
