@@ -93,8 +93,12 @@ def read(run_folder: Path, *, tokens: bool = True) -> Iterator[Group]:
     A damaged part is left out, and said.
     """
     for path in span_files(run_folder / FOLDER, GROUPS):
-        groups = [*lines_of(path, warn)]  # before the tokens: those are written first
-        found = iter(lines_of(beside(path), warn) if tokens else ())
+        groups = [
+            *lines_of(path, Group.__required_keys__, warn)
+        ]  # before the tokens: those are written first
+        found: Iterator[Json] = iter(())
+        if tokens:
+            found = lines_of(beside(path), TokenLine.__required_keys__, warn)
         line: TokenLine | None = next(found, None)
         pieces: dict[str, str] = {}
         for group in groups:
@@ -124,13 +128,22 @@ def warn(path: Path, how: str) -> None:
     complain(f"warning: {path} is damaged: {how}; the rest of it is read")
 
 
-def lines_of(path: Path, damaged: spans.Damaged) -> Iterator[Json]:
+def lines_of(path: Path, needed: frozenset[str], damaged: spans.Damaged) -> Iterator[Json]:
     for piece in spans.pieces(path, damaged):
         for line in piece.lines:
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):
-                damaged(path, f"a line of the piece at byte {piece.start:,} is no JSON")
+            if (found := as_line(line, needed)) is None:
+                damaged(path, f"a line of the piece at byte {piece.start:,} is none of a store")
+            else:
+                yield found
+
+
+def as_line(line: str, needed: frozenset[str]) -> Json:
+    """What a line says; None where it is not of its kind."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and {"n", *needed} <= found.keys() else None
 
 
 # Writing.

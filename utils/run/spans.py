@@ -48,6 +48,9 @@ def append(path: Path, lines: Iterable[str]) -> int:
 
 def pieces(path: Path, damaged: Damaged) -> Iterator[Piece]:
     """The whole pieces of a file, in order. A file that is gone has none."""
+    if path.exists() and not path.is_file():  # to read a pipe would wait for ever
+        damaged(path, "it is no ordinary file")
+        return
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -108,6 +111,6 @@ def cut(path: Path, begins_later: Callable[[str], bool], damaged: Damaged) -> No
             break
         end = piece.end
     else:
-        if end == path.stat().st_size or not is_torn(path.read_bytes(), end):
+        if not path.is_file() or end == path.stat().st_size or not is_torn(path.read_bytes(), end):
             return
     os.truncate(path, end)
