@@ -93,25 +93,29 @@ def read(run_folder: Path, *, tokens: bool = True) -> Iterator[Group]:
     A damaged part is left out, and said.
     """
     for path in span_files(run_folder / FOLDER, GROUPS):
-        groups = [
-            *lines_of(path, Group.__required_keys__, warn)
-        ]  # before the tokens: those are written first
-        found: Iterator[Json] = iter(())
-        if tokens:
-            found = lines_of(beside(path), TokenLine.__required_keys__, warn)
-        line: TokenLine | None = next(found, None)
-        pieces: dict[str, str] = {}
-        for group in groups:
-            n = group.pop("n")
-            while line is not None and line["n"] <= n:
-                pieces |= line["pieces"]
-                if line["n"] == n:
-                    break
-                line = next(found, None)
-            own = line if line is not None and line["n"] == n else None
-            for i, kept in enumerate(group["completions"]):
-                kept |= tokens_of(own, i, pieces)
-            yield group
+        yield from read_span(path, tokens, warn)
+
+
+def read_span(path: Path, tokens: bool, damaged: spans.Damaged) -> Iterator[Group]:
+    """The groups of one of the files with groups; `damaged` is told of what can't be read."""
+    # Before the tokens, which are written first.
+    groups = [*lines_of(path, Group.__required_keys__, damaged)]
+    found: Iterator[Json] = iter(())
+    if tokens:
+        found = lines_of(beside(path), TokenLine.__required_keys__, damaged)
+    line: TokenLine | None = next(found, None)
+    pieces: dict[str, str] = {}
+    for group in groups:
+        n = group.pop("n")
+        while line is not None and line["n"] <= n:
+            pieces |= line["pieces"]
+            if line["n"] == n:
+                break
+            line = next(found, None)
+        own = line if line is not None and line["n"] == n else None
+        for i, kept in enumerate(group["completions"]):
+            kept |= tokens_of(own, i, pieces)
+        yield group
 
 
 def span_files(folder: Path, kind: str = "") -> list[Path]:
