@@ -21,7 +21,12 @@ from .trackers import SIGNED, TRACKIO_SENT, WANDB_ID, first_line
 CONFIG, PROVENANCE, LOG = "config.resolved.json", "provenance.json", "training_log.jsonl"
 METRICS = ("metrics.csv", "metrics_eval.csv")
 TENSORBOARD, COMPLETIONS = "tensorboard", "completions"
-RUN_FILES = (CONFIG, PROVENANCE, LOG, *METRICS, TENSORBOARD, COMPLETIONS, WANDB_ID, TRACKIO_SENT)
+PAGE = "report.html"
+PAGE_OPENING = "<!doctype html><!-- made by mlx-grpo: utils/report.py -->"  # first line of a page
+RUN_FILES = (
+    *(CONFIG, PROVENANCE, LOG, *METRICS, PAGE),
+    *(TENSORBOARD, COMPLETIONS, WANDB_ID, TRACKIO_SENT),
+)
 SPAN = re.compile(r"(groups|tokens)-\d{9}\.jsonl\.gz")
 STATE, ARRAYS, MANIFEST = "trainer_state.json", "trainer_state.safetensors", "manifest.json"
 ENDED = "run.json"  # in final/: how far the run had come
@@ -148,6 +153,10 @@ def is_trackio(path: Path) -> bool:
     return re.fullmatch(r"\d{1,12}\n?", first_line(path)) is not None
 
 
+def is_page(path: Path) -> bool:
+    return first_line(path).startswith(PAGE_OPENING)
+
+
 def is_traceback(path: Path) -> bool:
     return first_line(path).startswith(OPENING)
 
@@ -155,6 +164,7 @@ def is_traceback(path: Path) -> bool:
 FILES: dict[str, Callable[[Path], bool]] = {
     **{CONFIG: is_config, PROVENANCE: is_provenance, LOG: is_log, WANDB_ID: is_wandb_id},
     TRACKIO_SENT: is_trackio,
+    PAGE: is_page,
     **dict.fromkeys(METRICS, lambda path: trackers.is_ours(path) and not empty(path)),
 }
 

@@ -1,0 +1,364 @@
+"""What a page shows of a run, read from its folder: log, settings, completions.
+
+Numbers go into columns, texts into compressed chunks that a page decodes when it shows them.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..base.errors import UserError
+from ..base.text import Json, redacted
+from . import completions
+from .completions import Group, Kept
+
+CONFIG, PROVENANCE, LOG = "config.resolved.json", "provenance.json", "training_log.jsonl"
+CHUNK = 200_000  # characters of text in a chunk: what is decoded to show one group
+SPREAD = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill the interval evenly
+
+Record = dict[str, Json]
+
+
+@dataclass
+class Source:
+    """A run's folder. `refresh` reads what was added since; `version` changes with every change
+    of what had been read before."""
+
+    folder: Path
+    name: str
+    log: list[Record] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    damaged_files: list[str] = field(default_factory=list)
+    settings: Record = field(default_factory=dict)
+    provenance: Record = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, folder: Path) -> "Source":
+        """Raises UserError: it is no folder of a run."""
+        if not folder.is_dir():
+            kind = "is no folder" if folder.exists() else "is not there"
+            raise UserError(f"{folder} {kind}: name the output_dir of a run, as outputs/tiny-math")
+        if not any((folder / name).exists() for name in (LOG, CONFIG, "completions")):
+            raise UserError(
+                f"{folder} is no run's folder: it holds neither {LOG} nor {CONFIG}. Name the "
+                "output_dir of a run, as outputs/tiny-math"
+            )
+        source = cls(folder, folder.resolve().name)
+        source.refresh()
+        return source
+
+    def refresh(self) -> None:
+        """Read log, settings and provenance as they are now."""
+        self.log, self.damaged = [], []
+        self.settings = self.object(CONFIG)
+        self.provenance = self.object(PROVENANCE)
+        path = self.folder / LOG
+        try:
+            lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        *whole, last = lines or [b""]  # the last one is empty, or not yet written to its end
+        for number, line in enumerate(whole, 1):
+            self.take(line, number)
+        if last:
+            self.take(last, len(lines), unfinished=True)
+
+    @property
+    def prefix(self) -> str:
+        """What every completion's text begins with, without having been sampled."""
+        return str(self.settings.get("reasoning_prefix", ""))
+
+    def spans(self) -> list[Path]:
+        """Files that hold completions, in the order in which they were written."""
+        return completions.span_files(self.folder / completions.FOLDER, completions.GROUPS)
+
+    def read(self, path: Path, tokens: bool) -> Iterator[Group]:
+        """The groups of one of these files."""
+        return completions.read_span(path, tokens, self.note_damage)
+
+    def note_damage(self, path: Path, how: str) -> None:
+        """Once, however often the file is read."""
+        text = f"{path.parent.name}/{path.name} is damaged: {how}"
+        if text not in self.damaged_files:
+            self.damaged_files.append(text)
+
+    def take(self, line: bytes, number: int, unfinished: bool = False) -> None:
+        """A line of the log; one that can't be read is left out, and that is said."""
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("update"), int):
+            self.log.append(record)
+        elif line.strip() and not unfinished:
+            self.damaged.append(f"line {number} of {LOG} cannot be read")
+
+    def object(self, name: str) -> Record:
+        """A JSON file of the folder; empty, and that is said, where it can't be read."""
+        path = self.folder / name
+        try:
+            value = json.loads(path.read_bytes()) if path.is_file() else {}
+        except (OSError, ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            return value
+        self.damaged.append(f"{name} cannot be read")
+        return {}
+
+    def facts(self) -> Record:
+        """All that the page is told of the run but its completions."""
+        evaluations = [r for r in self.log if "split" in r]
+        records = [r for r in self.log if "split" not in r]
+        names = [*dict.fromkeys(name for record in records for name in record if name != "notes")]
+        facts = {
+            "name": self.name,
+            "folder": str(self.folder),
+            "settings": self.settings,
+            "versions": {k: v for k, v in self.provenance.items() if k != "resumed"},
+            "finished": (self.folder / "final").is_dir(),
+            "evaluations": evaluations,
+            "marks": [*self.marks(records)],
+            "damaged": [*self.damaged, *self.damaged_files],
+        }
+        rows = [[number(record.get(name)) for name in names] for record in records]
+        return {**redacted(facts), "figures": names, "records": rows}
+
+    def marks(self, records: list[Record]) -> Iterator[Record]:
+        """Notes of the log (warnings of learning, memory that ran out) and resumptions."""
+        for record in records:
+            for note in record.get("notes") or []:
+                yield {"update": record["update"], "kind": "note", "text": str(note)}
+        for resumed in self.provenance.get("resumed") or []:
+            if isinstance(resumed, dict) and isinstance(resumed.get("update"), int):
+                text = f"resumed from {resumed.get('from')}"
+                if changed := resumed.get("changed"):
+                    text += f", with other settings: {', '.join(changed)}"
+                yield {"update": resumed["update"], "kind": "resume", "text": text}
+
+
+def number(value: Json) -> float | None:
+    """A finite number with the digits that a curve shows."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def chosen(number: int, share: float) -> bool:
+    """Whether a thing belongs to a share of all: those that do are spread evenly."""
+    return number * SPREAD % 1 < share
+
+
+def columns(*names: str) -> Callable[[], dict[str, list]]:
+    return lambda: {name: [] for name in names}
+
+
+@dataclass
+class Shelf:
+    """Completions of a run: columns of numbers about all, chunks of the texts of a share of the
+    groups, and of what is known of each token of a share of those."""
+
+    share: float = 1.0
+    groups: dict[str, list] = field(
+        default_factory=columns("update", "set", "prompt", "size", "chunk", "place", "tokens")
+    )
+    numbers: dict[str, list] = field(
+        default_factory=columns("reward", "advantage", "length", "finish", "correct")
+    )
+    rewards: dict[str, list] = field(default_factory=dict)
+    sets: list[str] = field(default_factory=list)
+    finishes: list[str] = field(default_factory=list)
+    texts: list[bytes] = field(default_factory=list)
+    """Compressed."""
+    tokens: dict[int, bytes] = field(default_factory=dict)
+    """Compressed, by the chunk of the texts."""
+    members: list[range] = field(default_factory=list)
+    """The groups among which those of each chunk are."""
+    spans: dict[Path, int] = field(default_factory=dict)
+    """The first group of each file."""
+    chunks: dict[Path, range] = field(default_factory=dict)
+    """Those of each file."""
+    begun: int = 0
+    """The first group that may belong to the next chunk."""
+    text_size: int = 0
+    assumed: int = 0
+    """Whether groups are taken to have tokens as long as nobody has looked."""
+    level: int = 6
+    """Of compression, from 1 to 9."""
+    most: float = math.inf
+    """Bytes of texts; beyond, they are only measured."""
+    waiting: list[Json] = field(default_factory=list)
+    waiting_size: int = 0
+
+    def __len__(self) -> int:
+        return len(self.groups["update"])
+
+    def add_span(self, path: Path, groups: Iterable[Group]) -> None:
+        """All of a file, or what was added to it: no chunk is of two files."""
+        self.begun = len(self)
+        self.spans.setdefault(path, len(self))
+        first = self.chunks.get(path, range(len(self.texts), 0)).start
+        for group in groups:
+            self.add(group)
+        self.pack()
+        self.chunks[path] = range(first, len(self.texts))
+
+    def add(self, group: Group) -> None:
+        kept, has_text = group["completions"], chosen(len(self), self.share)
+        kind = group["kind"] if group["split"] is None else f"{group['kind']} {group['split']}"
+        values = {
+            "update": group["update"],
+            "set": position(self.sets, kind),
+            "prompt": group["prompt_index"],
+            "size": len(kept),
+            "chunk": len(self.texts) if has_text else -1,
+            "place": len(self.waiting) if has_text else -1,
+            "tokens": self.assumed,
+        }
+        for name, value in values.items():
+            self.groups[name].append(value)
+        for completion in kept:
+            self.count(completion)
+        if has_text:
+            self.waiting.append(texts_of(group))
+            self.waiting_size += len(group["prompt"]) + sum(len(c["text"]) for c in kept) + 100
+        if self.waiting_size > CHUNK:
+            self.pack()
+
+    def count(self, completion: Kept) -> None:
+        right, before = completion["correct"], len(self.numbers["reward"])
+        values = {
+            "reward": number(completion["reward"]),
+            "advantage": number(completion["advantage"]),
+            "length": completion["length"],
+            "finish": position(self.finishes, completion["finish_reason"]),
+            "correct": 2 if right is None else int(right),
+        }
+        for name, value in values.items():
+            self.numbers[name].append(value)
+        for name in completion["rewards"]:
+            self.rewards.setdefault(name, [None] * before)
+        for name, column in self.rewards.items():
+            column.append(number(completion["rewards"].get(name)))
+
+    def pack(self) -> None:
+        """Close the chunk that is being filled."""
+        if not self.waiting:
+            return
+        part = packed(self.waiting, self.level)
+        self.text_size += len(part)
+        self.texts.append(part if self.text_size <= self.most else b"")
+        self.members.append(range(self.begun, len(self)))
+        self.begun, self.waiting, self.waiting_size = len(self), [], 0
+
+    def token_chunk(self, chunk: int, groups: Iterator[Group], prefix: str, share: float) -> bytes:
+        """What is known of the tokens of its groups, which come first among `groups`; empty where
+        that is nothing."""
+        found: list[Json] = []
+        for n, group in zip(self.members[chunk], groups, strict=False):
+            if self.groups["chunk"][n] == chunk:
+                own = [tokens_of(c, prefix) for c in group["completions"]]
+                known = any(own) and chosen(len(found), share)
+                self.groups["tokens"][n] = int(known)
+                found.append(own if known else None)
+        return packed(found, self.level) if any(found) else b""
+
+    def forget_tokens(self, chunks: Iterable[int]) -> None:
+        """Those of some chunks are not kept."""
+        for chunk in chunks:
+            for group in self.members[chunk]:
+                self.groups["tokens"][group] = 0
+
+    def facts(self, since: int = 0) -> Record:
+        """The columns from group `since` on."""
+        first = sum(self.groups["size"][:since])
+        return {
+            "since": since,
+            "groups": {name: column[since:] for name, column in self.groups.items()},
+            "numbers": {name: column[first:] for name, column in self.numbers.items()},
+            "rewards": {name: column[first:] for name, column in self.rewards.items()},
+            "sets": self.sets,
+            "finishes": self.finishes,
+        }
+
+
+def position(names: list[str], name: str) -> int:
+    """Where a name stands in a list, which gets it if it is new."""
+    if name not in names:
+        names.append(name)
+    return names.index(name)
+
+
+def packed(value: Json, level: int = 6) -> bytes:
+    """JSON, compressed as a browser's DecompressionStream("gzip") reads it; a lone half of a
+    surrogate pair, which UTF-8 lacks, is an escape in JSON."""
+    compressor = zlib.compressobj(level, zlib.DEFLATED, 31)
+    text = json.dumps(value, separators=(",", ":"))
+    return compressor.compress(text.encode()) + compressor.flush()
+
+
+def texts_of(group: Group) -> Record:
+    return {
+        "prompt": group["prompt"],
+        "question": group["question"],
+        "answer": group["answer"],
+        "completions": [
+            {
+                "text": c["text"],
+                "parsed": c["parsed"],
+                **({"messages": c["messages"]} if c["messages"] else {}),
+                **({"images": c["images"]} if c["images"] else {}),
+            }
+            for c in group["completions"]
+        ],
+    }
+
+
+def tokens_of(completion: Kept, prefix: str) -> Record | None:
+    """Where in the text each token stands, and how probable it was; None where that is not kept.
+
+    Log-probs in hundredths, without the sign; what the trained policy's differ by in thousandths.
+    """
+    pieces, sampled = completion["pieces"], completion["sampled_logprobs"]
+    if not pieces:
+        return None
+    record: Record = {"p": parts(sampled, -100, 9900)}
+    text, joined = completion["text"], "".join(pieces)
+    start = place_of(joined, text, prefix)
+    if start is None:  # a character that is spread over several tokens, a cut that is not the end
+        record["pieces"] = pieces
+    else:
+        record |= {"start": units(text[:start]), "sizes": [units(piece) for piece in pieces]}
+        record["rest"] = joined[len(text) - start :]
+    if (trained := completion["trained_logprobs"]) is not None:
+        with np.errstate(invalid="ignore"):  # both may be infinite
+            record["d"] = parts(np.subtract(trained, sampled), 1000, 30_000, unknown=0)
+    if not all(completion["mask"]):
+        record["mask"] = completion["mask"]
+    return record
+
+
+def place_of(joined: str, text: str, prefix: str) -> int | None:
+    """Where in `text` the sampled tokens begin: it may begin with what was given, and end before
+    the last token does."""
+    for start in (len(prefix), 0):
+        if text[:start] == prefix[:start] and joined.startswith(text[start:]):
+            return start
+    return None
+
+
+def units(text: str) -> int:
+    """Its length as JavaScript counts it."""
+    return len(text) if text.isascii() else len(text.encode("utf-16-le", "surrogatepass")) // 2
+
+
+def parts(values: ArrayLike, each: int, most: int, unknown: int | None = None) -> list[int]:
+    """Numbers as whole parts of one, `most` at most; `unknown` (most) for what is no number."""
+    nan = most if unknown is None else unknown
+    scaled = np.nan_to_num(np.asarray(values, float) * each, nan=nan)
+    return np.rint(scaled.clip(-most, most)).astype(int).tolist()
