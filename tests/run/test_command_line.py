@@ -112,7 +112,7 @@ TABLE = {
 }
 # smoke_test runs on the model in the repository, offline and as often as one likes.
 ADDITIONS = {
-    "smoke_test": {"dataset", "system_prompt", "overwrite", "closing_note"},
+    "smoke_test": {"dataset", "system_prompt", "overwrite", "closing_note", "report"},
     "prod": {"max_prompt_length", "max_completion_length"},
 }
 

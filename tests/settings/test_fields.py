@@ -1061,6 +1061,7 @@ FIELDS = {
         0.5, 1e-9, prompts_kept, ["2 train", "2 train"], {"max_updates": 2}
     ),
     "quiet": Watch(False, True, lines("plan"), [], ONE),
+    "report": Watch(True, False, files("*.html"), [], ONE),
     "closing_note": Watch("", "Well done.", lines("note"), ["note      Well done."], ONE),
     "report_to": Watch([], ["csv"], files("*.csv"), ["metrics.csv"], ONE),
     "save_steps": Watch(

@@ -15,6 +15,7 @@ import mlx_grpo
 
 folder = Path(mlx_grpo.__file__).parent
 assert (folder / "configs/default.toml").is_file()
+assert (folder / "utils/run/page_assets/uPlot.iife.min.js").is_file()
 model = str(folder / "models/tiny-math")
 config = mlx_grpo.MLXGRPOConfig(
     model_name=model, dataset=model, system_prompt="", num_generations=2, max_new_tokens=8,

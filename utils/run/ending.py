@@ -24,7 +24,7 @@ from ..base.json_files import write_json
 from ..base.say import complain, say
 from ..base.text import redact, visible
 from ..rewards import foreign
-from . import checkpoints, closing, completions, folders, model_card, ours
+from . import checkpoints, closing, completions, folders, model_card, ours, page_at_end
 from .log import RunLog
 from .run import Interrupted, Run, Trainer
 from .state import Record
@@ -257,10 +257,11 @@ def finish(trainer: Trainer, early: str) -> None:
         model_card.write(folder, run.shown(run.folder / "final"), trainer, prompt, early)
         ours.sign(folder)
     folders.drop_replaced(run.folder)
-    say_the_end(run, early, trainer.total_updates)
+    say_the_end(run, early, trainer.total_updates, page_at_end.last_words(run))
 
 
-def say_the_end(run: Run, early: str, total: int) -> None:
+def say_the_end(run: Run, early: str, total: int, page: str) -> None:
+    """`page`: what the last line says of it."""
     run.log.say_what_stayed()
     run.log.summary(run.state.update_step)
     for line in closing.table(run.log, run.meter):
@@ -275,7 +276,7 @@ def say_the_end(run: Run, early: str, total: int) -> None:
         say(f"warning   mlx_lm does not ask final/ as in training: {run.prompt.trouble}")
     for line in closing.next_step(run.shown(run.folder)):
         say(line)
-    say(f"reason    {early}" if early else f"finished  {all_updates(total)}")
+    say(f"reason    {early}{page}" if early else f"finished  {all_updates(total)}{page}")
 
 
 def all_updates(number: int) -> str:

@@ -13,7 +13,7 @@ MAY_CHANGE = {
     *("closing_note", "rollout_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
     *("wired_limit_gb", "cache_limit_gb", "memory_limit_gb", "use_compile"),
     *("max_ckpt_gb", "save_best", "early_stopping_patience", "watchdog_window"),
-    *("remote_rm_url", "reward_timeout", "reward_workers"),
+    *("report", "remote_rm_url", "reward_timeout", "reward_workers"),
     *("keep_completions", "max_completions_gb", "plot_every"),
 }
 

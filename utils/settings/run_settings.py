@@ -173,6 +173,8 @@ class RunSettings:
     """Stop after five updates in a row in which no reward function gave any completion a value."""
     closing_note: str = ""
     """Text to show when the run ends."""
+    report: bool = True
+    """Write report.html, a page that shows the run, when it ends (utils/report.py at any time)."""
 
     save_steps: int = 100
     """Checkpoint every so many batches; 0 only at the end."""

@@ -1,0 +1,45 @@
+"""The page that a run leaves: made in two seconds at most, and never why a run fails."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..base.errors import reason
+from ..base.say import say
+from . import ours, page
+from .page_source import Source
+from .run import Run
+
+SECONDS = 2.0
+
+
+class Unwanted(Exception):
+    """Ctrl-C came."""
+
+
+def last_words(run: Run) -> str:
+    """What the run's last line says of the page, which is written now; "" where there is none."""
+    if not run.args.report:
+        return ""
+    path = run.folder / ours.PAGE
+    try:
+        write(path, lambda: run.interrupted)
+    except (Unwanted, KeyboardInterrupt):
+        say("note      the page was not written, to stop at once")
+        return ""
+    except Exception as error:  # noqa: BLE001 - the run has ended well, whatever a page lacks
+        say(f"warning   the page of the run was not written: {reason(error)}")
+        return ""
+    return f"; look at {run.shown(path)}"
+
+
+def write(path: Path, interrupted: Callable[[], bool]) -> None:
+    """Raises Unwanted when a signal asks for the end."""
+    start = time.perf_counter()
+
+    def is_over(share: float) -> bool:
+        if interrupted():
+            raise Unwanted
+        return time.perf_counter() - start > share * SECONDS
+
+    page.write(path, [Source.at(path.parent)], page.Room(limited=True, is_over=is_over))
