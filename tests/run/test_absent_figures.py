@@ -103,7 +103,7 @@ def test_patience_ends_where_no_evaluation_has_a_value(model_dir, data_dir, tmp_
     assert (code, trainer.update_step) == (0, 3)
     assert capsys.readouterr().out.splitlines()[-1] == (
         "reason    early_stopping_patience: 3 evaluations without a value "
-        "(test_absent_figures:nothing gave none)"
+        f"(test_absent_figures:nothing gave none); look at {tmp_path / 'o' / 'report.html'}"
     )
 
 

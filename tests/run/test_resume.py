@@ -433,7 +433,7 @@ def test_early_stopping_ends_well_and_can_be_taken_back(model_dir, data_dir, tmp
     assert (code, stopped.update_step) == (0, 3)
     reason = "2 evaluations without a better one than exact match 40.0% at update 1"
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"reason    early_stopping_patience: {reason}"
+        f"reason    early_stopping_patience: {reason}; look at {tmp_path / 'o' / 'report.html'}"
     )
     assert (tmp_path / "o" / "final").is_dir()
     settings |= {"early_stopping_patience": 0, "resume": "auto"}

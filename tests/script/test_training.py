@@ -857,7 +857,8 @@ def test_max_hours_stops_after_an_update_and_the_run_can_go_on(
     assert "checkpoint-4" in out
     assert "mlx-grpo.py --resume" in out
     assert "after 2 updates" in out
-    assert out.splitlines()[-1] == "reason    max_hours = 1 reached"
+    page = output / "report.html"
+    assert out.splitlines()[-1] == f"reason    max_hours = 1 reached; look at {page}"
     assert load_logits(output / "final") == pytest.approx(logits(stopped.model), abs=1e-5)
     again = settings | {"resume": "auto", "max_hours": 1}  # the command that was printed
     code, resumed = run_training(model_dir, data_dir, output, **again)

@@ -152,7 +152,7 @@ function faded(colour, part) {
 // What uPlot draws for a panel: its aligned data and its series.
 function drawing(figures) {
   const tables = [];
-  const series = [{ label: { update: "update", hours: "hours", tokens: "tokens" }[curves.x] }];
+  const series = [{ label: { update: "update", hours: "hours", tokens: "tokens" }[curves.x], value: (_, x) => figure(x, 4) }];
   const bands = [];
   const runs = page.runs.filter((run) => run.shown);
   for (const run of runs) {

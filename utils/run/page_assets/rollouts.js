@@ -403,7 +403,7 @@ function colourChoice(run, group, again) {
     mask: "grey was given, not sampled: it is not trained on",
   };
   const scale = { probability: ["p9", "p6", "p3", "p0"], ratio: ["less3", "less1", "more1", "more3"], mask: ["given"], none: [] }[rollouts.colour];
-  const ends = { probability: ["0.01%", "100%"], ratio: ["0.86", "1.16"], mask: ["", ""], none: ["", ""] }[rollouts.colour];
+  const ends = { probability: ["1%", "100%"], ratio: ["0.86", "1.16"], mask: ["", ""], none: ["", ""] }[rollouts.colour];
   return make(
     "div",
     { class: "colours" },
@@ -520,7 +520,7 @@ function tokenRange(known, n, from, size, text) {
 
 function tokenClass(probability, ratio, given) {
   if (given) return "given";
-  if (rollouts.colour === "probability") return `p${Math.min(9, Math.floor(-Math.log(Math.max(probability, 1e-9))))}`;
+  if (rollouts.colour === "probability") return `p${Math.min(9, Math.floor(-2 * Math.log(Math.max(probability, 1e-9))))}`;
   if (rollouts.colour !== "ratio") return "";
   const size = Math.min(3, Math.floor(Math.abs(Math.log(ratio)) / 0.05));
   return size ? `${ratio > 1 ? "more" : "less"}${size}` : "";
