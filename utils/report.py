@@ -80,7 +80,7 @@ def report(args: argparse.Namespace) -> int:
     path = args.output or Path(PAGE if len(sources) > 1 else sources[0].folder / PAGE)
     kept = page.write(path, sources, page.Room(page.LIMIT))
     for source, own in zip(sources, kept, strict=True):
-        for text in (*source.damaged, *source.damaged_files):
+        for text in source.all_damage():
             complain(f"warning: {source.folder}: {text}; the rest is shown")
         tell(source.folder, own)
     say(f"{path}: {readable(path.stat().st_size)}, {counted(len(sources), 'run')}")

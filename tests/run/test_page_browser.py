@@ -529,10 +529,42 @@ def test_a_served_run_is_followed(tmp_path, groups, opened):
         page_runs.make_run(folder, updates=9, final=False)
         page_runs.keep(folder, groups[50:90], first=50)
         shown.click("text=New completions: show them")
+        shown.locator("#group .token").first.wait_for()
         until(shown, "page.runs[0].groups.update.length === 90")
         assert "9, not finished" in text_of(shown, "#runs")
         slide(shown, "#update", str(shown.evaluate("document.querySelector('#update').max")))
         shown.wait_for_selector(f"text={groups[84]['question']}")
+
+
+def test_curves_of_a_served_run_grow_in_their_plots(tmp_path, opened):
+    folder = page_runs.make_run(tmp_path / "run", updates=4, final=False)
+    with served(folder) as port:
+        shown = opened(f"http://127.0.0.1:{port}/")
+        shown.evaluate("follow.pause = 50")
+        shown.wait_for_selector("canvas")
+        shown.evaluate("window.first = curves.plots[0].plot")
+        records = [*page_runs.records(9)]
+        with (folder / "training_log.jsonl").open("a") as file:
+            file.writelines(json.dumps(r) + "\n" for r in records if 4 < r["update"] < 8)
+        until(shown, "curves.plots[0].plot.data[0].length === 7")
+        assert shown.evaluate("window.first === curves.plots[0].plot")
+        assert shown.evaluate("curves.plots[0].plot.scales.x.max") == 7
+        assert shown.evaluate("page.runs[0].records.map((r) => r.update)") == [*range(1, 8)]
+
+
+def test_a_conversation_is_shown_turn_by_turn(tmp_path, opened):
+    folder = page_runs.make_run(tmp_path / "run")
+    made = page_runs.group(random.Random(0), 1, 0, size=2)
+    for own in made["completions"]:
+        own["messages"] = [
+            {"role": "assistant", "content": "I ask <b>the tool</b>."},
+            {"role": "tool", "content": "42"},
+        ]
+    page_runs.keep(folder, [made])
+    page.write(folder / "report.html", [Source.at(folder)])
+    shown = opened((folder / "report.html").as_uri(), "rollouts")
+    text = text_of(shown, "#group .card pre >> nth=0")
+    assert text.split("\n")[:4] == ["assistant", "I ask <b>the tool</b>.", "tool", "42"]
 
 
 def many(folder, count):

@@ -133,20 +133,22 @@ def test_nothing_but_the_page_is_there(run):
 
 
 def test_a_run_that_goes_on_is_followed(tmp_path):
-    folder = page_runs.make_run(tmp_path / "run", updates=4, final=False)
+    folder = page_runs.make_run(tmp_path / "run", log=False, final=False)
+    lines = [json.dumps(record) + "\n" for record in page_runs.records(9)]
+    (folder / "training_log.jsonl").write_text("".join(lines[:5]))
     groups = [*page_runs.groups(20)]
     page_runs.keep(folder, groups[:40])
     with served(folder) as port:
         first = told_when_read(port, 40)
         assert told(port, f"since=40&version={first['version']}") == 204, "nothing is new"
-        page_runs.make_run(folder, updates=8, final=False)
+        (folder / "training_log.jsonl").write_text("".join(lines[:9]))
         page_runs.keep(folder, groups[40:70], first=0, span=100)  # more of the same file
         told_when_read(port, 70)
-        new = told(port, f"since=40&version={first['version']}")
+        new = told(port, f"since=40&records=4&version={first['version']}")
         own = new["runs"][0]["completions"]
         assert own["since"] == 40
         assert own["groups"]["prompt"] == [group["prompt_index"] for group in groups[40:70]]
-        assert len(new["runs"][0]["records"]) == 8
+        assert (new["runs"][0]["since"], len(new["runs"][0]["records"])) == (4, 4)
         page_runs.keep(folder, groups[70:90], first=70)  # a new file
         assert told_when_read(port, 90)["runs"][0]["completions"]["groups"]["update"][-1] > 8
 

@@ -10,7 +10,7 @@ import page_runs
 import pytest
 
 from utils.base.errors import UserError
-from utils.run import completions
+from utils.run import completions, spans
 from utils.run.page_source import Shelf, Source, chosen, packed, tokens_of
 
 
@@ -151,8 +151,30 @@ def test_a_damaged_log_is_read_round_the_damage(tmp_path):
     path.write_bytes(b"\n".join([*lines[:3], *bad, *lines[3:-1]]) + b'\n{"update": 21, "lo')
     source = Source.at(folder)
     assert len(source.log) == len(lines) - 1
-    assert [text.split()[1] for text in source.damaged] == ["4", "5", "6", "7"]
+    assert [text.split()[1] for text in source.bad_lines] == ["4", "5", "6", "7"]
     assert len(source.facts()["records"]) == 20, "the line that is being written is no damage"
+
+
+def test_a_log_is_read_on_from_where_it_was_and_anew_where_it_was_cut(tmp_path):
+    folder = page_runs.make_run(tmp_path / "run")
+    path = folder / "training_log.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    source = Source.at(folder)
+    assert len(source.log) == 5
+    for part in (b"".join(lines[:9]) + lines[9][:1], b"".join(lines[:9]), whole):
+        path.write_bytes(part)
+        source.refresh()
+    assert source.log == [json.loads(line) for line in lines]
+    other = b"".join(lines[:7]) + b"".join(lines[10:]) + lines[-1] * 4  # longer than it was
+    path.write_bytes(other)
+    source.refresh()
+    assert source.log == [json.loads(line) for line in other.splitlines()]
+    assert not source.all_damage()
+    path.unlink()
+    source.refresh()
+    assert source.log == []
 
 
 def test_damaged_settings_and_spans_are_said_once(tmp_path):
@@ -168,6 +190,36 @@ def test_damaged_settings_and_spans_are_said_once(tmp_path):
         assert not [*source.read(path, tokens=False)]
     assert source.facts()["damaged"][0] == "config.resolved.json cannot be read"
     assert len(source.facts()["damaged"]) == 2
+
+
+WHOLE = {"n": 9, **page_runs.group(random.Random(0), 1, 0, size=1)}
+ODD = [[], {}, 3, {"n": 9}, WHOLE | {"completions": [{}]}, WHOLE | {"completions": [3]}]
+
+
+@pytest.mark.parametrize("line", ODD, ids=range(len(ODD)))
+def test_groups_of_another_kind_are_left_out_and_said(tmp_path, line):
+    folder = page_runs.make_run(tmp_path / "run")
+    page_runs.keep(folder, [*page_runs.groups(2)][:5])
+    (path,) = completions.span_files(folder / "completions", completions.GROUPS)
+    spans.append(path, [json.dumps(line)])
+    source = Source.at(folder)
+    assert len([*source.read(path, tokens=False)]) == 5
+    (said,) = source.all_damage()
+    assert said.startswith("completions/groups-000000000.jsonl.gz is damaged: ")
+
+
+def test_what_is_odd_in_a_folder_is_told_all_the_same(tmp_path):
+    folder = page_runs.make_run(tmp_path / "run", log=False, settings={"kl_coeff": math.inf})
+    (folder / "provenance.json").write_text('{"resumed": 3, "seed": NaN}')
+    records = [{"update": 1, "notes": 3}, {"update": 2, "split": 1}, {"update": 3, "split": "test"}]
+    records += [{"update": 4, "split": "test", "em": 0.5, "em_subset": 0}]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "training_log.jsonl").write_text(text)
+    facts = Source.at(folder).facts()
+    assert facts["marks"] == []
+    assert {record["em"] for record in facts["evaluations"]} == {None}
+    told = unpacked(packed(facts))
+    assert (told["settings"]["kl_coeff"], told["versions"]["seed"]) == ("inf", "nan")
 
 
 def test_notes_and_resumptions_are_marks(tmp_path):

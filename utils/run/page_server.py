@@ -5,7 +5,6 @@ host name was made to lead here (DNS rebinding) gets nothing.
 """
 
 import gzip
-import json
 import re
 import sys
 import threading
@@ -22,12 +21,12 @@ from ..base.errors import UserError
 from ..base.say import say
 from ..base.text import Json
 from . import page
-from .page_source import Record, Shelf, Source
+from .page_source import Record, Shelf, Source, as_json
 
 LOOPBACK = "127.0.0.1"
 NAMES = (LOOPBACK, "localhost")
 PORT = 8765
-PAUSE = 1.0  # seconds between two looks at a folder
+PAUSE = 2.0  # seconds between two looks at a folder
 AT_ONCE = 200  # groups that are read while no request is answered
 CHUNK_NAME = re.compile(r"/chunk/(text|tokens)-(\d{1,6})-(\d{1,9})")
 
@@ -60,7 +59,10 @@ class Shown:
         if now == self.seen:
             return
         with self.lock:
+            had = self.source.log[-1:]
+            count = len(self.source.log)
             self.source.refresh()
+            self.version += self.source.log[count - 1 : count] != had
         while not self.read_on():
             with self.lock:
                 self.shelf, self.version = Shelf(assumed=1, level=1), self.version + 1
@@ -91,10 +93,10 @@ class Shown:
         seen = hash(str(self.seen)) & 0xFFFFFFFF
         return f"{self.version}.{len(self.shelf)}.{seen:x}.{self.reading:d}"
 
-    def facts(self, since: int) -> Record:
+    def facts(self, since: int, records: int) -> Record:
         completions = self.shelf.facts(since)
         kept = {"text": 1, "tokens": 1, "whole": True}
-        return {**self.source.facts(), "completions": completions, "kept": kept}
+        return {**self.source.facts(records), "completions": completions, "kept": kept}
 
     def chunk(self, kind: str, number: int) -> bytes:
         """Empty where there is none."""
@@ -165,8 +167,8 @@ class Handler(BaseHTTPRequestHandler):
                 if run.trouble:
                     raise UserError(run.trouble)
                 same = n < len(had) and had[n].partition(".")[0] == str(run.version)
-                since = groups_had(query, n) if same else 0
-                told.append(run.facts(min(since, len(run.shelf))))
+                since, records = had_of(query, "since", n), had_of(query, "records", n)
+                told.append(run.facts(since, records) if same else run.facts(0, 0))
                 marks.append(run.mark())
         if marks == had:
             return self.answer(HTTPStatus.NO_CONTENT, b"", "text/plain")
@@ -175,8 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             "version": "_".join(marks),
             "reading": any(r.reading for r in self.runs),
         }
-        text = json.dumps(body, separators=(",", ":"))
-        compressed = gzip.compress(text.encode(), 1)
+        compressed = gzip.compress(as_json(body).encode(), 1)
         return self.answer(HTTPStatus.OK, compressed, "application/json", encoding="gzip")
 
     def answer(self, status: HTTPStatus, body: bytes, kind: str, encoding: str = "") -> None:
@@ -201,8 +202,9 @@ class Handler(BaseHTTPRequestHandler):
         """Requests are no news."""
 
 
-def groups_had(query: dict[str, list[str]], run: int) -> int:
-    counts = query.get("since", [""])[0].split(",")
+def had_of(query: dict[str, list[str]], name: str, run: int) -> int:
+    """How many groups or records of a run the page has."""
+    counts = query.get(name, [""])[0].split(",")
     text = counts[run] if run < len(counts) else ""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 

@@ -8,7 +8,10 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,9 +20,10 @@ from ..base.errors import UserError
 from ..base.text import Json, redacted
 from . import completions
 from .completions import Group, Kept
+from .ours import CONFIG, LOG, PROVENANCE
 
-CONFIG, PROVENANCE, LOG = "config.resolved.json", "provenance.json", "training_log.jsonl"
 CHUNK = 200_000  # characters of text in a chunk: what is decoded to show one group
+REMEMBERED = 300  # bytes of the log, by which it is known again
 SPREAD = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill the interval evenly
 
 Record = dict[str, Json]
@@ -33,6 +37,13 @@ class Source:
     folder: Path
     name: str
     log: list[Record] = field(default_factory=list)
+    lines: int = 0
+    """Of the log, so far."""
+    place: int = 0
+    """Bytes of the log that were read."""
+    before: bytes = b""
+    """The last of them."""
+    bad_lines: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     damaged_files: list[str] = field(default_factory=list)
     settings: Record = field(default_factory=dict)
@@ -54,20 +65,35 @@ class Source:
         return source
 
     def refresh(self) -> None:
-        """Read log, settings and provenance as they are now."""
-        self.log, self.damaged = [], []
+        """Read what was added to the log, all of it where it was cut; settings and provenance."""
+        self.damaged = []
         self.settings = self.object(CONFIG)
         self.provenance = self.object(PROVENANCE)
         path = self.folder / LOG
         try:
-            lines = path.read_bytes().split(b"\n") if path.is_file() else []
+            with path.open("rb") if path.is_file() else BytesIO() as file:
+                self.read_on(file)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        *whole, last = lines or [b""]  # the last one is empty, or not yet written to its end
-        for number, line in enumerate(whole, 1):
-            self.take(line, number)
-        if last:
-            self.take(last, len(lines), unfinished=True)
+
+    def read_on(self, file: BinaryIO) -> None:
+        """Whole lines from where the last look ended, if what stands before that is the same."""
+        file.seek(max(self.place - len(self.before), 0))
+        if file.read(len(self.before)) != self.before:
+            self.log, self.bad_lines = [], []
+            self.lines, self.place, self.before = 0, 0, b""
+            file.seek(0)
+        text = file.read()
+        *whole, unfinished = text.split(b"\n")
+        for line in whole:
+            self.lines += 1
+            if (record := as_record(line)) is not None:
+                self.log.append(record)
+            elif line.strip():
+                self.bad_lines.append(f"line {self.lines} of {LOG} cannot be read")
+        read = text[: len(text) - len(unfinished)]
+        self.place += len(read)
+        self.before = (self.before + read)[-REMEMBERED:]
 
     @property
     def prefix(self) -> str:
@@ -80,7 +106,12 @@ class Source:
 
     def read(self, path: Path, tokens: bool) -> Iterator[Group]:
         """The groups of one of these files."""
-        return completions.read_span(path, tokens, self.note_damage)
+        try:
+            for group in completions.read_span(path, tokens, self.note_damage):
+                check(group)
+                yield group
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            self.note_damage(path, f"it is not as this version writes it ({error!r})")
 
     def note_damage(self, path: Path, how: str) -> None:
         """Once, however often the file is read."""
@@ -88,16 +119,8 @@ class Source:
         if text not in self.damaged_files:
             self.damaged_files.append(text)
 
-    def take(self, line: bytes, number: int, unfinished: bool = False) -> None:
-        """A line of the log; one that can't be read is left out, and that is said."""
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("update"), int):
-            self.log.append(record)
-        elif line.strip() and not unfinished:
-            self.damaged.append(f"line {number} of {LOG} cannot be read")
+    def all_damage(self) -> list[str]:
+        return [*self.damaged, *self.bad_lines, *self.damaged_files]
 
     def object(self, name: str) -> Record:
         """A JSON file of the folder; empty, and that is said, where it can't be read."""
@@ -111,35 +134,69 @@ class Source:
         self.damaged.append(f"{name} cannot be read")
         return {}
 
-    def facts(self) -> Record:
-        """All that the page is told of the run but its completions."""
-        evaluations = [r for r in self.log if "split" in r]
+    def facts(self, since: int = 0) -> Record:
+        """All that the page is told of the run but its completions; of the training records those
+        from `since` on."""
         records = [r for r in self.log if "split" not in r]
-        names = [*dict.fromkeys(name for record in records for name in record if name != "notes")]
+        names = [name for name in dict.fromkeys(chain(*records)) if name != "notes"]
         facts = {
             "name": self.name,
             "folder": str(self.folder),
             "settings": self.settings,
             "versions": {k: v for k, v in self.provenance.items() if k != "resumed"},
             "finished": (self.folder / "final").is_dir(),
-            "evaluations": evaluations,
+            "evaluations": [evaluation(r) for r in self.log if "split" in r],
             "marks": [*self.marks(records)],
-            "damaged": [*self.damaged, *self.damaged_files],
+            "damaged": self.all_damage(),
         }
-        rows = [[number(record.get(name)) for name in names] for record in records]
-        return {**redacted(facts), "figures": names, "records": rows}
+        rows = [numbers(record, names) for record in records[since:]]
+        return {**redacted(facts), "figures": names, "since": since, "records": rows}
 
     def marks(self, records: list[Record]) -> Iterator[Record]:
         """Notes of the log (warnings of learning, memory that ran out) and resumptions."""
         for record in records:
-            for note in record.get("notes") or []:
+            for note in listed(record.get("notes")):
                 yield {"update": record["update"], "kind": "note", "text": str(note)}
-        for resumed in self.provenance.get("resumed") or []:
+        for resumed in listed(self.provenance.get("resumed")):
             if isinstance(resumed, dict) and isinstance(resumed.get("update"), int):
                 text = f"resumed from {resumed.get('from')}"
                 if changed := resumed.get("changed"):
                     text += f", with other settings: {', '.join(changed)}"
                 yield {"update": resumed["update"], "kind": "resume", "text": text}
+
+
+def check(group: Group) -> None:
+    """Raises KeyError where a group lacks something."""
+    for part, kind in ((group, Group), *((own, Kept) for own in group["completions"])):
+        for name in kind.__annotations__.keys() - part.keys():
+            raise KeyError(name)
+
+
+def listed(value: Json) -> list[Json]:
+    return value if isinstance(value, list) else []
+
+
+def evaluation(record: Record) -> Record:
+    """What of its record is shown, with None for what is not known."""
+    size = record.get("em_subset")
+    return {
+        "update": record["update"],
+        "split": str(record["split"]),
+        "em": number(record.get("em")) if isinstance(size, int) and size > 0 else None,
+        "em_subset": size,
+    }
+
+
+def as_record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("update"), int) else None
+
+
+def numbers(record: Record, names: list[str]) -> list[float | None]:
+    return [number(record.get(name)) for name in names]
 
 
 def number(value: Json) -> float | None:
@@ -295,11 +352,25 @@ def position(names: list[str], name: str) -> int:
 
 
 def packed(value: Json, level: int = 6) -> bytes:
-    """JSON, compressed as a browser's DecompressionStream("gzip") reads it; a lone half of a
-    surrogate pair, which UTF-8 lacks, is an escape in JSON."""
+    """JSON, compressed as a browser's DecompressionStream("gzip") reads it."""
     compressor = zlib.compressobj(level, zlib.DEFLATED, 31)
-    text = json.dumps(value, separators=(",", ":"))
-    return compressor.compress(text.encode()) + compressor.flush()
+    return compressor.compress(as_json(value).encode()) + compressor.flush()
+
+
+def as_json(value: Json) -> str:
+    """In ASCII, so that half a surrogate pair can be in it; what is no number is a text."""
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json.dumps(with_finite_numbers(value), separators=(",", ":"))
+
+
+def with_finite_numbers(value: Json) -> Json:
+    if isinstance(value, dict):
+        return {name: with_finite_numbers(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_finite_numbers(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def texts_of(group: Group) -> Record:

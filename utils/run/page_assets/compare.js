@@ -12,22 +12,33 @@ const evaluations = { before: null, after: null, set: "eval test", outcome: "fix
 // Every kept evaluation as [value, text, {run, set, update}].
 function evaluationChoices() {
   return page.runs.flatMap((run) =>
-    evaluated(run, evaluations.set).map((update) => [`${run.number}:${update}`, `${page.runs.length > 1 ? `${run.label}, ` : ""}update ${update}`, { run, set: evaluations.set, update }]),
+    evaluated(run, evaluations.set).map((update) => [
+      `${run.number}:${update}`,
+      `${page.runs.length > 1 ? `${run.label}, ` : ""}update ${update}`,
+      { run, set: evaluations.set, update },
+    ]),
   );
 }
 
 function drawEvaluations() {
   const section = byId("evaluations");
-  const sets = [...new Set(page.runs.flatMap((run) => run.sets))].filter((name) => name.startsWith("eval"));
+  const sets = [...new Set(page.runs.flatMap((run) => run.sets))].filter((name) =>
+    name.startsWith("eval"),
+  );
   if (!sets.length) {
-    section.replaceChildren(make("p", { class: "empty", text: "No evaluation's answers were kept." }));
+    section.replaceChildren(
+      make("p", { class: "empty", text: "No evaluation's answers were kept." }),
+    );
     return;
   }
   if (!sets.includes(evaluations.set)) evaluations.set = sets[0];
   const choices = evaluationChoices();
   const known = (value) => choices.find(([own]) => own === value);
-  const last = page.runs.map((run) => choices.filter(([, , own]) => own.run === run).at(-1)?.[0]).filter(Boolean);
-  if (!known(evaluations.before)) evaluations.before = page.runs.length > 1 ? last[0] : choices[0][0];
+  const last = page.runs
+    .map((run) => choices.filter(([, , own]) => own.run === run).at(-1)?.[0])
+    .filter(Boolean);
+  if (!known(evaluations.before))
+    evaluations.before = page.runs.length > 1 ? last[0] : choices[0][0];
   if (!known(evaluations.after)) evaluations.after = last.at(-1);
   const changed = (name) => (value) => {
     evaluations[name] = value;
@@ -37,18 +48,33 @@ function drawEvaluations() {
   const [before, after] = [known(evaluations.before)[2], known(evaluations.after)[2]];
   const found = paired(before, after);
   evaluations.found = { before, after, ...found };
-  evaluations.list = new VirtualList("Questions", 58, pairRow, (i) => showPair(found[evaluations.outcome][i]));
-  if (!found[evaluations.outcome].length) evaluations.outcome = OUTCOMES.find(([name]) => found[name].length)?.[0] ?? "fixed";
+  evaluations.list = new VirtualList("Questions", 58, pairRow, (i) =>
+    showPair(found[evaluations.outcome][i]),
+  );
+  if (!found[evaluations.outcome].length)
+    evaluations.outcome = OUTCOMES.find(([name]) => found[name].length)?.[0] ?? "fixed";
   section.replaceChildren(
     make(
       "div",
       { class: "controls" },
-      sets.length > 1 ? select("Of", sets.map((name) => [name, setName(name)]), evaluations.set, changed("set")) : null,
+      sets.length > 1
+        ? select(
+            "Of",
+            sets.map((name) => [name, setName(name)]),
+            evaluations.set,
+            changed("set"),
+          )
+        : null,
       select("Before", options, evaluations.before, changed("before")),
       select("After", options, evaluations.after, changed("after")),
     ),
     pairSummary(before, after, found),
-    make("div", { class: "columns two" }, make("div", { class: "found" }, outcomeChoice(found), evaluations.list.element), make("div", { id: "pair", class: "group" })),
+    make(
+      "div",
+      { class: "columns two" },
+      make("div", { class: "found" }, outcomeChoice(found), evaluations.list.element),
+      make("div", { id: "pair", class: "group" }),
+    ),
   );
   showOutcome();
 }
@@ -83,9 +109,39 @@ function pairSummary(before, after, found) {
   return make(
     "div",
     {},
-    make("p", { class: "result" }, make("b", { text: text(share(["broken", "right"])) }), " → ", make("b", { text: text(share(["fixed", "right"])) }), make("span", { class: "muted", text: ` right of ${counted(total, "question")}, 95 % intervals; ${pValue(p)} (paired exact sign test)` })),
-    make("div", { class: "split", role: "img", "aria-label": OUTCOMES.map(([name, own]) => `${own}: ${size(name)}`).join(", ") }, ...OUTCOMES.filter(([name]) => size(name)).map(([name, own, about]) => make("span", { class: name, style: { flexGrow: String(size(name)) }, "data-tip": `${own}, ${about}: ${size(name)}`, text: `${own} ${size(name)}` }))),
-    differentData(before.run, after.run) ? make("p", { class: "warning", text: "These runs had different data: questions are paired by their row." }) : null,
+    make(
+      "p",
+      { class: "result" },
+      make("b", { text: text(share(["broken", "right"])) }),
+      " → ",
+      make("b", { text: text(share(["fixed", "right"])) }),
+      make("span", {
+        class: "muted",
+        text: ` right of ${counted(total, "question")}, 95 % intervals; ${pValue(p)} (paired exact sign test)`,
+      }),
+    ),
+    make(
+      "div",
+      {
+        class: "split",
+        role: "img",
+        "aria-label": OUTCOMES.map(([name, own]) => `${own}: ${size(name)}`).join(", "),
+      },
+      ...OUTCOMES.filter(([name]) => size(name)).map(([name, own, about]) =>
+        make("span", {
+          class: name,
+          style: { flexGrow: String(size(name)) },
+          "data-tip": `${own}, ${about}: ${size(name)}`,
+          text: `${own} ${size(name)}`,
+        }),
+      ),
+    ),
+    differentData(before.run, after.run)
+      ? make("p", {
+          class: "warning",
+          text: "These runs had different data: questions are paired by their row.",
+        })
+      : null,
   );
 }
 
@@ -102,7 +158,13 @@ function pairRow(i) {
     const read = (texts) => texts?.completions[0]?.parsed ?? "–";
     facts.append(make("b", { text: read(was) }), " → ", make("b", { text: read(is) }));
     if (is) facts.append(make("span", { class: "muted right", text: `expected ${is.answer}` }));
-    if (is || was) showText(text, String((is ?? was).question).replace(/\s+/g, " ").slice(0, 160));
+    if (is || was)
+      showText(
+        text,
+        String((is ?? was).question)
+          .replace(/\s+/g, " ")
+          .slice(0, 160),
+      );
     else text.append(make("i", { text: "text not in this page" }));
   });
   return make("div", { class: "row" }, facts, text);
@@ -111,7 +173,11 @@ function pairRow(i) {
 // The answers of both evaluations to a question, side by side.
 async function showPair(pair) {
   const mine = (evaluations.showing = {});
-  const sides = [evaluations.found.before, evaluations.found.after].map(({ run, update }, n) => ({ run, update, group: pair[n] }));
+  const sides = [evaluations.found.before, evaluations.found.after].map(({ run, update }, n) => ({
+    run,
+    update,
+    group: pair[n],
+  }));
   for (const side of sides) {
     side.texts = await side.run.texts(side.group);
     side.tokens = rollouts.colour === "none" ? null : await side.run.tokens(side.group);
@@ -119,8 +185,22 @@ async function showPair(pair) {
   if (evaluations.showing !== mine) return;
   const texts = sides[1].texts ?? sides[0].texts;
   const columns = sides.map(({ run, update, group, texts: own, tokens }) => {
-    const title = make("p", { class: "muted", text: `${page.runs.length > 1 ? `${run.label}, ` : ""}update ${update}` });
-    return make("div", {}, title, completionCard(run, group, run.first[group], { texts: own, tokens, chosen: -1, mean: null, many: false }));
+    const title = make("p", {
+      class: "muted",
+      text: `${page.runs.length > 1 ? `${run.label}, ` : ""}update ${update}`,
+    });
+    return make(
+      "div",
+      {},
+      title,
+      completionCard(run, group, run.first[group], {
+        texts: own,
+        tokens,
+        chosen: -1,
+        mean: null,
+        many: false,
+      }),
+    );
   });
   byId("pair").replaceChildren(
     ...questionHead(texts),
@@ -140,26 +220,55 @@ function drawCompare() {
     ["Reward", (run) => ends(run, "reward_mean")],
     ["Updates", (run) => updatesText(run)],
     ["Time", (run) => duration(run.records.at(-1)?.seconds)],
-    ["Seconds an update", (run) => figure(run.records.length ? run.records.at(-1).seconds / run.records.at(-1).update : null)],
+    [
+      "Seconds an update",
+      (run) =>
+        figure(run.records.length ? run.records.at(-1).seconds / run.records.at(-1).update : null),
+    ],
     ["Tokens a second", (run) => figure(mean(run, "tokens_per_second"))],
     ["Length", (run) => ends(run, "completion_length")],
-    ["Peak memory, GB", (run) => figure(Math.max(...run.records.map((r) => r.peak_memory_gb ?? 0)))],
+    [
+      "Peak memory, GB",
+      (run) => figure(Math.max(...run.records.map((r) => r.peak_memory_gb ?? 0))),
+    ],
     ["Completions", (run) => keptText(run)],
     ["Folder", (run) => run.folder],
     ...versionRows(),
   ];
   const name = page.runs.some((run) => run.metric !== "em") ? "Score" : "Exact match";
-  const head = make("tr", {}, make("td"), ...page.runs.map((run) => make("th", { scope: "col" }, swatch(run), make("span", { text: run.label }))));
-  const body = rows.map(([title, text]) => make("tr", {}, make("th", { scope: "row", text: title.replace("Exact match", name) }), ...page.runs.map((run) => make("td", { text: String(text(run)) }))));
+  const head = make(
+    "tr",
+    {},
+    make("td"),
+    ...page.runs.map((run) =>
+      make("th", { scope: "col" }, swatch(run), make("span", { text: run.label })),
+    ),
+  );
+  const body = rows.map(([title, text]) =>
+    make(
+      "tr",
+      {},
+      make("th", { scope: "row", text: title.replace("Exact match", name) }),
+      ...page.runs.map((run) => make("td", { text: String(text(run)) })),
+    ),
+  );
   byId("compare").replaceChildren(
-    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Runs" }, make("table", { class: "compared" }, make("thead", {}, head), make("tbody", {}, ...body))),
+    make(
+      "div",
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": "Runs" },
+      make("table", { class: "compared" }, make("thead", {}, head), make("tbody", {}, ...body)),
+    ),
     make("h2", { text: "Settings" }),
     ...settingsSection(),
   );
 }
 
 const testScores = (run) => run.evaluations.filter((record) => record.split === "test");
-const best = (run) => testScores(run).reduce((top, record) => (record.em !== null && (!top || record.em > top.em) ? record : top), null);
+const best = (run) =>
+  testScores(run).reduce(
+    (top, record) => (record.em !== null && (!top || record.em > top.em) ? record : top),
+    null,
+  );
 
 function scoreText(run, record) {
   if (!record || record.em === null) return "–";
@@ -172,7 +281,11 @@ function scoreText(run, record) {
 // The paired test of the last evaluations of a run and the first one.
 function against(run) {
   if (run === page.runs[0]) return "–";
-  const [before, after] = [page.runs[0], run].map((own) => ({ run: own, set: "eval test", update: evaluated(own, "eval test").at(-1) }));
+  const [before, after] = [page.runs[0], run].map((own) => ({
+    run: own,
+    set: "eval test",
+    update: evaluated(own, "eval test").at(-1),
+  }));
   if (before.update === undefined || after.update === undefined) return "no answers kept";
   const { fixed, broken, right, wrong } = paired(before, after);
   const total = fixed.length + broken.length + right.length + wrong.length;
@@ -182,16 +295,21 @@ function against(run) {
 }
 
 function ends(run, name) {
-  const known = run.records.map((record) => record[name]).filter((value) => value !== null && value !== undefined);
+  const known = run.records
+    .map((record) => record[name])
+    .filter((value) => value !== null && value !== undefined);
   return known.length ? `${figure(known[0])} → ${figure(known.at(-1))}` : "–";
 }
 
 function mean(run, name) {
-  const known = run.records.map((record) => record[name]).filter((value) => value !== null && value !== undefined);
+  const known = run.records
+    .map((record) => record[name])
+    .filter((value) => value !== null && value !== undefined);
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
 }
 
-const updatesText = (run) => `${run.last.toLocaleString("en")}${run.finished ? "" : ", not finished"}`;
+const updatesText = (run) =>
+  `${run.last.toLocaleString("en")}${run.finished ? "" : ", not finished"}`;
 
 function keptText(run) {
   const { text, tokens } = run.kept;
@@ -213,10 +331,16 @@ function settingsSection() {
   const differing = differences();
   const box = make("div");
   let only = page.runs.length > 1 && differing.length > 0;
-  const search = make("input", { type: "search", placeholder: "name of a setting", "aria-label": "Search settings" });
+  const search = make("input", {
+    type: "search",
+    placeholder: "name of a setting",
+    "aria-label": "Search settings",
+  });
   const show = () => {
     const names = (only ? differing : all).filter((name) => name.includes(search.value.trim()));
-    box.replaceChildren(names.length ? settingsTable(names) : make("p", { class: "empty", text: "There is none." }));
+    box.replaceChildren(
+      names.length ? settingsTable(names) : make("p", { class: "empty", text: "There is none." }),
+    );
   };
   search.addEventListener("input", show);
   show();
@@ -226,7 +350,19 @@ function settingsSection() {
     show();
   });
   return [
-    make("div", { class: "controls" }, search, page.runs.length > 1 ? make("label", { class: "field" }, toggle, make("span", { text: "Only those that differ" })) : null),
+    make(
+      "div",
+      { class: "controls" },
+      search,
+      page.runs.length > 1
+        ? make(
+            "label",
+            { class: "field" },
+            toggle,
+            make("span", { text: "Only those that differ" }),
+          )
+        : null,
+    ),
     box,
   ];
 }

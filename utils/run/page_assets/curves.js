@@ -5,13 +5,21 @@ const PANELS = [
   ["Reward", ["reward_mean"], "mean of the completions of an update"],
   ["Exact match", ["em"], "greedy answers to the same questions; the band is the 95 % interval"],
   ["Spread of rewards", ["reward_std"], "standard deviation within a group; 0 teaches nothing"],
-  ["Groups without signal", ["groups_without_signal"], "share whose completions all earned the same"],
+  [
+    "Groups without signal",
+    ["groups_without_signal"],
+    "share whose completions all earned the same",
+  ],
   ["Loss", ["loss"], "near 0 by construction with one update a rollout"],
   ["Policy reward", ["policy_reward"], "mean of ratio x advantage"],
   ["KL to the reference", ["kl"], "how far the policy has moved"],
   ["Entropy", ["entropy"], "of the sampler, per token; near 0 it explores no more"],
   ["Clipped tokens", ["clip_low", "clip_high"], "share that the loss clips, below and above"],
-  ["Sampler mismatch", ["sampler_mismatch"], "mean |log ratio| of training and sampling, per token"],
+  [
+    "Sampler mismatch",
+    ["sampler_mismatch"],
+    "mean |log ratio| of training and sampling, per token",
+  ],
   ["Importance weight", ["importance_weight"], "mean; 1 where sampler and policy agree"],
   ["Importance capped", ["importance_capped"], "share of tokens at the cap"],
   [
@@ -38,7 +46,9 @@ function panels() {
   for (const part of ["10%", "50%", "90%"]) names.add(`length ${part}`);
   const rest = [...names].filter((name) => !NOT_SHOWN.has(name));
   const taken = new Set(PANELS.flatMap(([, figures]) => figures));
-  const own = rest.filter((name) => name.startsWith("reward/")).map((name) => [`Reward: ${name.slice(7)}`, [name], ""]);
+  const own = rest
+    .filter((name) => name.startsWith("reward/"))
+    .map((name) => [`Reward: ${name.slice(7)}`, [name], ""]);
   const stages = rest.filter((name) => name.startsWith("seconds_"));
   const others = rest.filter((name) => !taken.has(name) && !/^reward\/|^seconds_/.test(name));
   const all = [
@@ -50,7 +60,11 @@ function panels() {
     ...others.map((name) => [name, [name], ""]),
   ];
   return all
-    .map(([title, figures, about]) => [title, figures.filter((name) => page.runs.some((run) => has(run, name))), about])
+    .map(([title, figures, about]) => [
+      title,
+      figures.filter((name) => page.runs.some((run) => has(run, name))),
+      about,
+    ])
     .filter(([, figures]) => figures.length);
 }
 
@@ -141,7 +155,8 @@ function smoothed(values) {
   });
 }
 
-const positive = (values) => (curves.log ? values.map((v) => (v !== null && v > 0 ? v : null)) : values);
+const positive = (values) =>
+  curves.log ? values.map((v) => (v !== null && v > 0 ? v : null)) : values;
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function faded(colour, part) {
@@ -152,7 +167,12 @@ function faded(colour, part) {
 // What uPlot draws for a panel: its aligned data and its series.
 function drawing(figures) {
   const tables = [];
-  const series = [{ label: { update: "update", hours: "hours", tokens: "tokens" }[curves.x], value: (_, x) => figure(x, 4) }];
+  const series = [
+    {
+      label: { update: "update", hours: "hours", tokens: "tokens" }[curves.x],
+      value: (_, x) => figure(x, 4),
+    },
+  ];
   const bands = [];
   const runs = page.runs.filter((run) => run.shown);
   for (const run of runs) {
@@ -161,7 +181,10 @@ function drawing(figures) {
       if (!y.some((value) => value !== null)) return;
       const at = placed(run, x);
       const colour = page.runs.length > 1 ? run.colour : COLOURS[n % COLOURS.length];
-      const label = [page.runs.length > 1 ? run.label : "", figures.length > 1 || page.runs.length < 2 ? name : ""];
+      const label = [
+        page.runs.length > 1 ? run.label : "",
+        figures.length > 1 || page.runs.length < 2 ? name : "",
+      ];
       const line = {
         label: plain(label.filter(Boolean).join(": ")),
         stroke: colour,
@@ -173,7 +196,14 @@ function drawing(figures) {
       };
       const averaged = curves.smoothing > 0 && name !== "em";
       if (averaged) {
-        series.push({ ...line, label: `${line.label} (raw)`, stroke: faded(colour, 0.25), width: 1, points: { show: false }, raw: true });
+        series.push({
+          ...line,
+          label: `${line.label} (raw)`,
+          stroke: faded(colour, 0.25),
+          width: 1,
+          points: { show: false },
+          raw: true,
+        });
         tables.push([at, positive(y)]);
       }
       series.push(line);
@@ -226,9 +256,17 @@ function upright(_, low, high) {
 }
 
 function plotOptions(figures, width, { series, bands }) {
-  const line = { stroke: () => css("--muted"), grid: { stroke: () => css("--line"), width: 1 }, ticks: { stroke: () => css("--line"), width: 1 }, font: "12px system-ui, sans-serif" };
+  const line = {
+    stroke: () => css("--muted"),
+    grid: { stroke: () => css("--line"), width: 1 },
+    ticks: { stroke: () => css("--line"), width: 1 },
+    font: "12px system-ui, sans-serif",
+  };
   const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
-  const short = (_, values) => values.map((v) => (v === null ? "" : v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential() : compact.format(v)));
+  const short = (_, values) =>
+    values.map((v) =>
+      v === null ? "" : v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential() : compact.format(v),
+    );
   return {
     width,
     height: Math.round(Math.min(320, Math.max(190, width * 0.46))),
@@ -239,7 +277,11 @@ function plotOptions(figures, width, { series, bands }) {
       { ...line, values: short },
       { ...line, values: short, size: 56 },
     ],
-    cursor: { sync: { key: "curves", setSeries: false }, drag: { x: true, y: false }, focus: { prox: 24 } },
+    cursor: {
+      sync: { key: "curves", setSeries: false },
+      drag: { x: true, y: false },
+      focus: { prox: 24 },
+    },
     focus: { alpha: 0.35 },
     hooks: { drawAxes: [drawMarks], setScale: [zoomed] },
   };
@@ -313,7 +355,9 @@ function readByKey(event, item) {
   const at = Math.min(Math.max((plot.cursor.idx ?? -1) + step, 0), x.length - 1);
   plot.setCursor({ left: plot.valToPos(x[at], "x"), top: 10 });
   const values = plot.series
-    .map((own, i) => (i && !own.raw && plot.data[i][at] != null ? `${own.label} ${figure(plot.data[i][at])}` : ""))
+    .map((own, i) =>
+      i && !own.raw && plot.data[i][at] != null ? `${own.label} ${figure(plot.data[i][at])}` : "",
+    )
     .filter(Boolean);
   announce(`${plot.series[0].label} ${figure(x[at])}: ${values.join(", ")}`);
 }
@@ -322,24 +366,72 @@ function redrawCurves() {
   for (const item of curves.plots) if (item.seen) makePlot(item);
 }
 
-function drawCurves() {
-  const section = byId("curves");
-  for (const { plot } of curves.plots) plot?.destroy();
+// What is drawn of a run that goes on: new points in the same plots, where nothing else is new.
+function updateCurves() {
+  const [had, marked] = [JSON.stringify(curves.shown), JSON.stringify(curves.told)];
+  collect();
+  if (JSON.stringify(curves.shown) !== had || JSON.stringify(curves.told) !== marked) {
+    const { scrollY } = window;
+    drawCurves();
+    window.scrollTo(0, scrollY);
+    return;
+  }
+  for (const item of curves.plots) {
+    if (!item.seen) continue;
+    const made = drawing(item.figures);
+    if (!item.plot || item.plot.series.length !== made.series.length) makePlot(item);
+    else {
+      item.box.setAttribute("aria-label", summary(item.title, item.figures));
+      curves.syncing = true;
+      item.plot.setData(made.data, !curves.range);
+      curves.syncing = false;
+    }
+  }
+}
+
+function collect() {
   for (const run of page.runs) run.points = new Map();
   curves.marks = page.runs
     .flatMap((run) => run.marks.map((mark) => ({ run, mark })))
     .sort((a, b) => a.mark.update - b.mark.update);
   curves.marks.forEach((own, i) => (own.number = i + 1));
+  curves.told = curves.marks.map(({ mark }) => mark);
+  curves.shown = panels();
+}
+
+function drawCurves() {
+  const section = byId("curves");
+  for (const { plot } of curves.plots) plot?.destroy();
+  collect();
   const grid = make("div", { class: "plots" });
-  curves.plots = panels().map(([title, figures, about]) => {
-    const box = make("div", { class: "plot", tabindex: "0", role: "img", "aria-label": summary(title, figures) });
+  curves.plots = curves.shown.map(([title, figures, about]) => {
+    const box = make("div", {
+      class: "plot",
+      tabindex: "0",
+      role: "img",
+      "aria-label": summary(title, figures),
+    });
     const item = { title, figures, box, seen: false, plot: null };
     box.addEventListener("keydown", (event) => readByKey(event, item));
-    grid.append(make("figure", {}, make("figcaption", {}, make("b", { text: title }), " ", make("span", { class: "muted", text: about })), box));
+    grid.append(
+      make(
+        "figure",
+        {},
+        make(
+          "figcaption",
+          {},
+          make("b", { text: title }),
+          " ",
+          make("span", { class: "muted", text: about }),
+        ),
+        box,
+      ),
+    );
     return item;
   });
   section.replaceChildren(...differenceTable(), curveControls(), ...marksList(), grid);
-  if (!curves.plots.length) grid.append(make("p", { class: "empty", text: "The log holds no figures yet." }));
+  if (!curves.plots.length)
+    grid.append(make("p", { class: "empty", text: "The log holds no figures yet." }));
   // A plot is drawn when it comes into view.
   curves.observer?.disconnect();
   curves.observer = new IntersectionObserver(
@@ -369,7 +461,13 @@ function drawCurves() {
 }
 
 function curveControls() {
-  const slider = make("input", { type: "range", min: "0", max: "0.98", step: "0.02", "aria-label": "Smoothing" });
+  const slider = make("input", {
+    type: "range",
+    min: "0",
+    max: "0.98",
+    step: "0.02",
+    "aria-label": "Smoothing",
+  });
   slider.value = curves.smoothing;
   const value = make("output", { text: curves.smoothing.toFixed(2) });
   slider.addEventListener("input", () => {
@@ -382,7 +480,11 @@ function curveControls() {
     curves.log = log.checked;
     redrawCurves();
   });
-  const over = [["update", "update"], ["hours", "hours"], ["tokens", "tokens sampled"]];
+  const over = [
+    ["update", "update"],
+    ["hours", "hours"],
+    ["tokens", "tokens sampled"],
+  ];
   return make(
     "div",
     { class: "controls" },
@@ -401,14 +503,24 @@ function curveControls() {
         redrawCurves();
       },
     }),
-    make("span", { class: "muted hint", text: "Drag over a plot to zoom, double-click to see all." }),
+    make("span", {
+      class: "muted hint",
+      text: "Drag over a plot to zoom, double-click to see all.",
+    }),
   );
 }
 
 function marksList() {
   if (!curves.marks.length) return [];
   const rows = curves.marks.map(({ run, mark, number }) =>
-    make("li", { class: mark.kind, value: number }, make("span", { text: `${page.runs.length > 1 ? `${run.label}, ` : ""}update ${mark.update}: ` }), make("span", { text: mark.text.replace(/^update \d+: /, "") })),
+    make(
+      "li",
+      { class: mark.kind, value: number },
+      make("span", {
+        text: `${page.runs.length > 1 ? `${run.label}, ` : ""}update ${mark.update}: `,
+      }),
+      make("span", { text: mark.text.replace(/^update \d+: /, "") }),
+    ),
   );
   const list = make("ol", { class: "marks" }, ...rows);
   const title = make("summary", { text: `${counted(rows.length, "mark")} on the curves` });
@@ -419,16 +531,36 @@ function marksList() {
 function differenceTable() {
   if (page.runs.length < 2) return [];
   const names = differences();
-  if (!names.length) return [make("p", { class: "muted", text: "The settings of these runs are the same." })];
+  if (!names.length)
+    return [make("p", { class: "muted", text: "The settings of these runs are the same." })];
   return [settingsTable(names)];
 }
 
 function settingsTable(names) {
-  const head = make("tr", {}, make("th", { scope: "col", text: "Setting" }), ...page.runs.map((run) => make("th", { scope: "col" }, swatch(run), make("span", { text: run.label }))));
-  const rows = names.map((name) =>
-    make("tr", {}, make("th", { scope: "row", text: name }), ...page.runs.map((run) => make("td", {}, make("code", { text: settingText(run.settings[name]) })))),
+  const head = make(
+    "tr",
+    {},
+    make("th", { scope: "col", text: "Setting" }),
+    ...page.runs.map((run) =>
+      make("th", { scope: "col" }, swatch(run), make("span", { text: run.label })),
+    ),
   );
-  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Settings that differ" }, make("table", { class: "settings" }, make("thead", {}, head), make("tbody", {}, ...rows)));
+  const rows = names.map((name) =>
+    make(
+      "tr",
+      {},
+      make("th", { scope: "row", text: name }),
+      ...page.runs.map((run) =>
+        make("td", {}, make("code", { text: settingText(run.settings[name]) })),
+      ),
+    ),
+  );
+  return make(
+    "div",
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": "Settings that differ" },
+    make("table", { class: "settings" }, make("thead", {}, head), make("tbody", {}, ...rows)),
+  );
 }
 
-const swatch = (run) => make("i", { class: "swatch", style: { background: run.colour }, "aria-hidden": "true" });
+const swatch = (run) =>
+  make("i", { class: "swatch", style: { background: run.colour }, "aria-hidden": "true" });

@@ -3,7 +3,16 @@
 
 const page = { runs: [], server: false, tab: "", drawn: new Set() };
 const KEPT_CHUNKS = 24;
-const COLOURS = ["#0b6fb8", "#d1570a", "#00876c", "#a8479b", "#8a6d00", "#c03030", "#5a5ad0", "#4d7a1f"];
+const COLOURS = [
+  "#0b6fb8",
+  "#d1570a",
+  "#00876c",
+  "#a8479b",
+  "#8a6d00",
+  "#c03030",
+  "#5a5ad0",
+  "#4d7a1f",
+];
 
 async function unpacked(bytes) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -44,14 +53,16 @@ class Run {
   // What is known of a run; of its completions those from `since` on.
   take(facts) {
     const { completions, ...rest } = facts;
+    const before = this.records ?? [];
     Object.assign(this, rest);
-    this.records = facts.records.map((row) => {
+    const added = facts.records.map((row) => {
       const record = {};
       facts.figures.forEach((name, i) => (record[name] = row[i]));
       return record;
     });
+    this.records = [...before.slice(0, facts.since), ...added];
     if (completions.since < this.groups.update.length) this.clear();
-    const before = this.groupOf.length;
+    const had = this.groupOf.length;
     for (const name of Object.keys(this.groups)) {
       for (const value of completions.groups[name]) this.groups[name].push(value);
     }
@@ -59,7 +70,7 @@ class Run {
       for (const value of completions.numbers[name]) this.numbers[name].push(value);
     }
     for (const [name, column] of Object.entries(completions.rewards)) {
-      this.rewards[name] ??= new Array(before).fill(null);
+      this.rewards[name] ??= new Array(had).fill(null);
       for (const value of column) this.rewards[name].push(value);
     }
     for (let group = completions.since; group < this.groups.update.length; group++) {
@@ -152,7 +163,9 @@ class Run {
 
   // Of a reward function in the total; the log names them in the order of the settings.
   weight(name) {
-    const names = this.figures.filter((own) => own.startsWith("reward/")).map((own) => own.slice(7));
+    const names = this.figures
+      .filter((own) => own.startsWith("reward/"))
+      .map((own) => own.slice(7));
     return (this.settings.reward_weights || [])[names.indexOf(name)] ?? 1;
   }
 
@@ -169,7 +182,11 @@ class Run {
   }
 }
 
-const SET_NAMES = { train: "training", "eval test": "test questions", "eval train": "evaluation on training questions" };
+const SET_NAMES = {
+  train: "training",
+  "eval test": "test questions",
+  "eval train": "evaluation on training questions",
+};
 const setName = (name) => SET_NAMES[name] || name;
 
 // Statistics.
@@ -235,8 +252,11 @@ function evaluated(run, set) {
 // no difference.
 function differences() {
   const names = new Set(page.runs.flatMap((run) => Object.keys(run.settings)));
-  const same = (name) => new Set(page.runs.map((run) => JSON.stringify(run.settings[name]))).size < 2;
-  return [...names].filter((name) => !["output_dir", "run_name"].includes(name) && !same(name)).sort();
+  const same = (name) =>
+    new Set(page.runs.map((run) => JSON.stringify(run.settings[name]))).size < 2;
+  return [...names]
+    .filter((name) => !["output_dir", "run_name"].includes(name) && !same(name))
+    .sort();
 }
 
 const settingText = (value) =>

@@ -15,7 +15,9 @@ function questionList(run) {
     if (!found.has(prompt)) found.set(prompt, { prompt, visits: [] });
     found.get(prompt).visits.push(group);
   }
-  return [...found.values()].sort((a, b) => b.visits.length - a.visits.length || a.prompt - b.prompt);
+  return [...found.values()].sort(
+    (a, b) => b.visits.length - a.visits.length || a.prompt - b.prompt,
+  );
 }
 
 function drawQuestions() {
@@ -26,14 +28,21 @@ function drawQuestions() {
   }
   const run = page.runs[questions.run];
   const data = [...new Set(run.sets.map(dataOf))];
-  if (!data.includes(questions.data)) questions.data = data.includes("test questions") ? "test questions" : data[0];
+  if (!data.includes(questions.data))
+    questions.data = data.includes("test questions") ? "test questions" : data[0];
   questions.list = questionList(run);
-  questions.view = new VirtualList("Questions", 58, questionRow, (i) => showQuestion(questions.shown[i]));
+  questions.view = new VirtualList("Questions", 58, questionRow, (i) =>
+    showQuestion(questions.shown[i]),
+  );
   const again = () => {
     questions.chosen = null;
     drawQuestions();
   };
-  const search = make("input", { type: "search", "aria-label": "Search questions", placeholder: "in questions" });
+  const search = make("input", {
+    type: "search",
+    "aria-label": "Search questions",
+    placeholder: "in questions",
+  });
   search.value = questions.text;
   search.addEventListener("change", () => searchQuestions(search.value));
   section.replaceChildren(
@@ -43,8 +52,22 @@ function drawQuestions() {
       make(
         "div",
         { class: "found" },
-        page.runs.length > 1 ? select("Run", page.runs.map((own, n) => [n, own.label]), questions.run, (value) => ((questions.run = Number(value)), again())) : null,
-        data.length > 1 ? select("Of", data.map((name) => [name, name]), questions.data, (value) => ((questions.data = value), again())) : null,
+        page.runs.length > 1
+          ? select(
+              "Run",
+              page.runs.map((own, n) => [n, own.label]),
+              questions.run,
+              (value) => ((questions.run = Number(value)), again()),
+            )
+          : null,
+        data.length > 1
+          ? select(
+              "Of",
+              data.map((name) => [name, name]),
+              questions.data,
+              (value) => ((questions.data = value), again()),
+            )
+          : null,
         make("label", { class: "field wide" }, make("span", { text: "Search" }), search),
         make("div", { id: "question-count", role: "status", class: "muted" }),
         questions.view.element,
@@ -61,7 +84,11 @@ async function searchQuestions(text) {
   const wanted = text.toLowerCase();
   const found = [];
   for (const own of questions.list) {
-    if (!wanted || `${(await run.texts(own.visits.at(-1)))?.question ?? ""}`.toLowerCase().includes(wanted)) found.push(own);
+    if (
+      !wanted ||
+      `${(await run.texts(own.visits.at(-1)))?.question ?? ""}`.toLowerCase().includes(wanted)
+    )
+      found.push(own);
     if (questions.text !== text) return;
   }
   questions.shown = found;
@@ -69,7 +96,10 @@ async function searchQuestions(text) {
   const at = found.findIndex((own) => own.prompt === questions.chosen);
   questions.view.reset(found.length, Math.max(at, 0));
   if (found.length) showQuestion(found[Math.max(at, 0)]);
-  else byId("visits").replaceChildren(make("p", { class: "empty", text: "No question has this text." }));
+  else
+    byId("visits").replaceChildren(
+      make("p", { class: "empty", text: "No question has this text." }),
+    );
 }
 
 function questionRow(i) {
@@ -81,7 +111,17 @@ function questionRow(i) {
     else text.append(make("i", { text: "text not in this page" }));
   });
   const ends = [visits[0], visits.at(-1)].map((group) => outcome(run, group));
-  return make("div", { class: "row" }, make("span", { class: "facts" }, make("b", { text: ends.join(" → ") }), make("span", { class: "muted right", text: counted(visits.length, "visit") })), text);
+  return make(
+    "div",
+    { class: "row" },
+    make(
+      "span",
+      { class: "facts" },
+      make("b", { text: ends.join(" → ") }),
+      make("span", { class: "muted right", text: counted(visits.length, "visit") }),
+    ),
+    text,
+  );
 }
 
 // In a few characters: right of judged, or the mean reward.
@@ -100,13 +140,24 @@ function showQuestion(question) {
     const share = right ? right.right / right.known : null;
     const mean = run.mean(numbers.reward, group);
     const show = () => {
-      for (const row of byId("visits").querySelectorAll("tbody tr")) row.classList.toggle("chosen", row === rowElement);
+      for (const row of byId("visits").querySelectorAll("tbody tr"))
+        row.classList.toggle("chosen", row === rowElement);
       showGroup(byId("visit"), run, group);
     };
     const rowElement = make(
       "tr",
       { onclick: show },
-      make("th", { scope: "row" }, make("button", { type: "button", class: "link", text: String(groups.update[group]), "aria-label": `Visit ${n + 1}, at update ${groups.update[group]}`, onclick: show })),
+      make(
+        "th",
+        { scope: "row" },
+        make("button", {
+          type: "button",
+          class: "link",
+          text: String(groups.update[group]),
+          "aria-label": `Visit ${n + 1}, at update ${groups.update[group]}`,
+          onclick: show,
+        }),
+      ),
       make("td", { text: setName(run.sets[groups.set[group]]) }),
       make("td", { text: right ? `${right.right} of ${right.known}` : "–" }),
       make("td", { class: "earned" }, make("i", { style: { width: `${100 * (share ?? 0)}%` } })),
@@ -115,10 +166,20 @@ function showQuestion(question) {
     );
     return rowElement;
   });
-  const head = make("tr", {}, ...["Update", "Asked in", "Right", "", "Reward", "Tokens"].map((text) => make("th", { scope: "col", text })));
+  const head = make(
+    "tr",
+    {},
+    ...["Update", "Asked in", "Right", "", "Reward", "Tokens"].map((text) =>
+      make("th", { scope: "col", text }),
+    ),
+  );
   byId("visits").replaceChildren(
     make("h2", { text: `Row ${question.prompt}, ${counted(rows.length, "visit")}` }),
-    make("div", { class: "scroll visits", tabindex: "0", role: "region", "aria-label": "Visits" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows))),
+    make(
+      "div",
+      { class: "scroll visits", tabindex: "0", role: "region", "aria-label": "Visits" },
+      make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)),
+    ),
   );
   rows.at(-1).classList.add("chosen");
   showGroup(byId("visit"), run, question.visits.at(-1));

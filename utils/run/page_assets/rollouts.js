@@ -31,7 +31,12 @@ function passes(run, i, except = "") {
     if (name === except) continue;
     if (name === "reward" || name === "length") {
       const value = numbers[name][i];
-      if (wanted === "none" ? value !== null : value === null || value < wanted[0] || value > wanted[1]) return false;
+      if (
+        wanted === "none"
+          ? value !== null
+          : value === null || value < wanted[0] || value > wanted[1]
+      )
+        return false;
     } else if (name === "right" && numbers.correct[i] !== wanted) return false;
     else if (name === "finish" && run.finishes[numbers.finish[i]] !== wanted) return false;
     else if (name === "text" && !(rollouts.found && rollouts.found.has(i))) return false;
@@ -45,7 +50,8 @@ function candidates(run) {
   const set = run.sets.indexOf(rollouts.set);
   for (const group of set < 0 ? [] : run.groupsOf(set)) {
     if (rollouts.update !== null && run.groups.update[group] !== rollouts.update) continue;
-    for (let i = run.first[group]; i < run.first[group] + run.groups.size[group]; i++) found.push(i);
+    for (let i = run.first[group]; i < run.first[group] + run.groups.size[group]; i++)
+      found.push(i);
   }
   return found;
 }
@@ -56,7 +62,8 @@ function bars(values) {
   const distinct = [...new Set(known)].sort((a, b) => a - b);
   const made = [];
   if (distinct.length <= 12) {
-    for (const value of distinct) made.push({ from: value, to: value, label: figure(value), count: 0 });
+    for (const value of distinct)
+      made.push({ from: value, to: value, label: figure(value), count: 0 });
   } else {
     const [low, high] = [distinct[0], distinct.at(-1)];
     let width = (high - low) / BINS;
@@ -70,7 +77,8 @@ function bars(values) {
   return made;
 }
 
-const within = (bar, next, value) => value >= bar.from && (next ? value < next.from : value <= bar.to);
+const within = (bar, next, value) =>
+  value >= bar.from && (next ? value < next.from : value <= bar.to);
 
 function histogram(title, name, run, all) {
   const counted_ = all.filter((i) => passes(run, i, name));
@@ -84,11 +92,16 @@ function histogram(title, name, run, all) {
   }
   const most = Math.max(1, ...made.map((bar) => bar.count));
   const chosen = rollouts.filters[name];
-  const box = make("div", { class: "bars", role: "group", "aria-label": `${title}: a bar filters` });
+  const box = make("div", {
+    class: "bars",
+    role: "group",
+    "aria-label": `${title}: a bar filters`,
+  });
   made.forEach((bar, n) => {
     const next = made[n + 1];
     // Up to, and without, where the next bar begins.
-    const to = next && bar.to >= next.from ? next.from - 1e-9 * Math.max(1, Math.abs(next.from)) : bar.to;
+    const to =
+      next && bar.to >= next.from ? next.from - 1e-9 * Math.max(1, Math.abs(next.from)) : bar.to;
     const pressed = Array.isArray(chosen) && bar.from >= chosen[0] && to <= chosen[1];
     const label = `${title} ${bar.label}: ${counted(bar.count, "completion")}`;
     box.append(
@@ -103,12 +116,15 @@ function histogram(title, name, run, all) {
           onclick: (event) => {
             if (event.shiftKey && Array.isArray(chosen)) {
               rollouts.filters[name] = [Math.min(chosen[0], bar.from), Math.max(chosen[1], to)];
-            } else if (pressed && chosen[0] === bar.from && chosen[1] === to) delete rollouts.filters[name];
+            } else if (pressed && chosen[0] === bar.from && chosen[1] === to)
+              delete rollouts.filters[name];
             else rollouts.filters[name] = [bar.from, to];
             drawFound(`[data-histogram="${name}"] .bar:nth-child(${n + 1})`);
           },
         },
-        make("i", { style: { height: `${bar.count ? Math.max(4, (100 * bar.count) / most) : 0}%` } }),
+        make("i", {
+          style: { height: `${bar.count ? Math.max(4, (100 * bar.count) / most) : 0}%` },
+        }),
       ),
     );
   });
@@ -120,10 +136,15 @@ function histogram(title, name, run, all) {
     box,
     make("div", { class: "ends muted" }, ...ends.map((end) => make("span", { text: figure(end) }))),
     without
-      ? make("button", { type: "button", class: "link", text: `${counted(without, "completion")} without`, onclick: () => {
-          rollouts.filters[name] = "none";
-          drawFound();
-        } })
+      ? make("button", {
+          type: "button",
+          class: "link",
+          text: `${counted(without, "completion")} without`,
+          onclick: () => {
+            rollouts.filters[name] = "none";
+            drawFound();
+          },
+        })
       : null,
   );
 }
@@ -137,14 +158,29 @@ function drawRollouts() {
   }
   if (!run.sets.includes(rollouts.set)) rollouts.set = run.sets[0] ?? "train";
   const updates = updatesOf(run);
-  if (rollouts.update !== null && !updates.includes(rollouts.update)) rollouts.update = updates.at(-1) ?? null;
-  rollouts.list = new VirtualList("Completions", 58, completionRow, (i) => showChosen(rollouts.shown[i]));
+  if (rollouts.update !== null && !updates.includes(rollouts.update))
+    rollouts.update = updates.at(-1) ?? null;
+  rollouts.list = new VirtualList("Completions", 58, completionRow, (i) =>
+    showChosen(rollouts.shown[i]),
+  );
   section.replaceChildren(
     make(
       "div",
       { class: "columns" },
-      make("div", { class: "filters" }, ...sourceChoice(run), updateSlider(run, updates), ...filterFields(run), make("div", { id: "histograms" })),
-      make("div", { class: "found" }, make("div", { id: "count", role: "status" }), rollouts.list.element),
+      make(
+        "div",
+        { class: "filters" },
+        ...sourceChoice(run),
+        updateSlider(run, updates),
+        ...filterFields(run),
+        make("div", { id: "histograms" }),
+      ),
+      make(
+        "div",
+        { class: "found" },
+        make("div", { id: "count", role: "status" }),
+        rollouts.list.element,
+      ),
       make("div", { id: "group", class: "group", "aria-live": "off" }),
     ),
   );
@@ -153,7 +189,10 @@ function drawRollouts() {
 
 function noCompletions() {
   if (page.reading) return make("p", { class: "empty", text: "Reading the completions …" });
-  return make("p", { class: "empty", text: "No completions were kept of this run: keep_completions is none, or it is of an earlier version." });
+  return make("p", {
+    class: "empty",
+    text: "No completions were kept of this run: keep_completions is none, or it is of an earlier version.",
+  });
 }
 
 function sourceChoice(run) {
@@ -165,20 +204,54 @@ function sourceChoice(run) {
   const runs = page.runs.map((own, n) => [n, own.label]);
   const sets = run.sets.map((name) => [name, setName(name)]);
   return [
-    ...(runs.length > 1 ? [select("Run", runs, rollouts.run, changed((value) => ((rollouts.run = Number(value)), (rollouts.found = null), delete rollouts.filters.text)))] : []),
-    ...(sets.length > 1 ? [select("Of", sets, rollouts.set, changed((value) => (rollouts.set = value)))] : []),
+    ...(runs.length > 1
+      ? [
+          select(
+            "Run",
+            runs,
+            rollouts.run,
+            changed(
+              (value) => (
+                (rollouts.run = Number(value)),
+                (rollouts.found = null),
+                delete rollouts.filters.text
+              ),
+            ),
+          ),
+        ]
+      : []),
+    ...(sets.length > 1
+      ? [
+          select(
+            "Of",
+            sets,
+            rollouts.set,
+            changed((value) => (rollouts.set = value)),
+          ),
+        ]
+      : []),
   ];
 }
 
 function updateSlider(run, updates) {
-  const input = make("input", { type: "range", id: "update", min: "0", max: String(Math.max(0, updates.length - 1)), step: "1", "aria-label": "Update" });
+  const input = make("input", {
+    type: "range",
+    id: "update",
+    min: "0",
+    max: String(Math.max(0, updates.length - 1)),
+    step: "1",
+    "aria-label": "Update",
+  });
   const text = make("output", {});
   const all = make("input", { type: "checkbox", id: "all-updates" });
   const show = () => {
     const at = rollouts.update === null ? updates.length - 1 : updates.indexOf(rollouts.update);
     input.value = String(at);
     all.checked = rollouts.update === null;
-    text.textContent = rollouts.update === null ? `all ${counted(updates.length, "update")}` : `update ${rollouts.update}`;
+    text.textContent =
+      rollouts.update === null
+        ? `all ${counted(updates.length, "update")}`
+        : `update ${rollouts.update}`;
     input.setAttribute("aria-valuetext", text.textContent);
   };
   const go = (update) => {
@@ -187,7 +260,8 @@ function updateSlider(run, updates) {
     drawFound();
   };
   const step = (by) => {
-    const at = rollouts.update === null ? updates.length - 1 : updates.indexOf(rollouts.update) + by;
+    const at =
+      rollouts.update === null ? updates.length - 1 : updates.indexOf(rollouts.update) + by;
     go(updates[Math.min(Math.max(at, 0), updates.length - 1)] ?? null);
   };
   input.addEventListener("input", () => go(updates[Number(input.value)] ?? null));
@@ -200,16 +274,31 @@ function updateSlider(run, updates) {
     make(
       "div",
       { class: "line" },
-      make("button", { type: "button", text: "‹", "aria-label": "Previous update", onclick: () => step(-1) }),
+      make("button", {
+        type: "button",
+        text: "‹",
+        "aria-label": "Previous update",
+        onclick: () => step(-1),
+      }),
       input,
-      make("button", { type: "button", text: "›", "aria-label": "Next update", onclick: () => step(1) }),
+      make("button", {
+        type: "button",
+        text: "›",
+        "aria-label": "Next update",
+        onclick: () => step(1),
+      }),
     ),
     make("label", { class: "field" }, all, make("span", { text: "All updates" })),
   );
 }
 
 function filterFields(run) {
-  const search = make("input", { type: "search", id: "search", placeholder: "in questions and completions", "aria-label": "Search text" });
+  const search = make("input", {
+    type: "search",
+    id: "search",
+    placeholder: "in questions and completions",
+    "aria-label": "Search text",
+  });
   search.value = rollouts.filters.text ?? "";
   let timer = 0;
   search.addEventListener("input", () => {
@@ -222,11 +311,34 @@ function filterFields(run) {
     drawFound();
   };
   const judged = run.numbers.correct.some((value) => value !== 2);
-  const orders = [["sampled", "order of sampling"], ["reward", "reward, highest first"], ["worst", "reward, lowest first"], ["advantage", "advantage, highest first"], ["length", "length, longest first"]];
+  const orders = [
+    ["sampled", "order of sampling"],
+    ["reward", "reward, highest first"],
+    ["worst", "reward, lowest first"],
+    ["advantage", "advantage, highest first"],
+    ["length", "length, longest first"],
+  ];
   return [
     make("label", { class: "field wide" }, make("span", { text: "Search" }), search),
-    judged ? select("Answer", [["", "any"], [1, "right"], [0, "wrong"], [2, "not judged"]], rollouts.filters.right ?? "", (value) => filter("right", value)) : null,
-    select("Ended by", [["", "any"], ...run.finishes.map((name) => [name, finishName(name)])], rollouts.filters.finish ?? "", (value) => filter("finish", value)),
+    judged
+      ? select(
+          "Answer",
+          [
+            ["", "any"],
+            [1, "right"],
+            [0, "wrong"],
+            [2, "not judged"],
+          ],
+          rollouts.filters.right ?? "",
+          (value) => filter("right", value),
+        )
+      : null,
+    select(
+      "Ended by",
+      [["", "any"], ...run.finishes.map((name) => [name, finishName(name)])],
+      rollouts.filters.finish ?? "",
+      (value) => filter("finish", value),
+    ),
     select("Sorted by", orders, rollouts.order, (value) => {
       rollouts.order = value;
       drawFound();
@@ -258,7 +370,8 @@ async function searchText(text) {
     if (texts) {
       const asked = `${texts.question}`.toLowerCase().includes(wanted);
       texts.completions.forEach((own, i) => {
-        if (asked || own.text.toLowerCase().includes(wanted)) rollouts.found.add(run.first[group] + i);
+        if (asked || own.text.toLowerCase().includes(wanted))
+          rollouts.found.add(run.first[group] + i);
       });
     }
     rollouts.looked = (group + 1) / total;
@@ -286,35 +399,60 @@ function drawFound(focus = "") {
   };
   const key = keys[rollouts.order];
   if (key) rollouts.shown.sort((a, b) => key(b) - key(a) || a - b);
-  byId("histograms").replaceChildren(histogram("Reward", "reward", run, all), histogram("Length", "length", run, all));
+  byId("histograms").replaceChildren(
+    histogram("Reward", "reward", run, all),
+    histogram("Length", "length", run, all),
+  );
   byId("count").replaceChildren(...countLine(run, all));
   const at = rollouts.shown.findIndex((i) => i === rollouts.completion);
   rollouts.list.element.scrollTop = 0;
   rollouts.list.reset(rollouts.shown.length, Math.max(at, 0));
-  if (at < 0 && rollouts.shown.length) showChosen(rollouts.shown[0], false);
-  if (!rollouts.shown.length) byId("group").replaceChildren(make("p", { class: "empty", text: "Nothing passes these filters." }));
+  const chosen = rollouts.shown[Math.max(at, 0)];
+  if (chosen !== undefined && (at < 0 || !byId("group").firstChild)) showChosen(chosen, false);
+  if (!rollouts.shown.length)
+    byId("group").replaceChildren(
+      make("p", { class: "empty", text: "Nothing passes these filters." }),
+    );
   if (focus) document.querySelector(focus)?.focus();
 }
 
 function countLine(run, all) {
   const groups = new Set(rollouts.shown.map((i) => run.groupOf[i]));
-  const parts = [make("span", { text: `${rollouts.shown.length.toLocaleString("en")} of ${counted(all.length, "completion")}, ${counted(groups.size, "group")}` })];
+  const parts = [
+    make("span", {
+      text: `${rollouts.shown.length.toLocaleString("en")} of ${counted(all.length, "completion")}, ${counted(groups.size, "group")}`,
+    }),
+  ];
   const { filters } = rollouts;
   const names = {
-    reward: () => (filters.reward === "none" ? "no reward" : `reward ${figure(filters.reward[0])} to ${figure(filters.reward[1])}`),
+    reward: () =>
+      filters.reward === "none"
+        ? "no reward"
+        : `reward ${figure(filters.reward[0])} to ${figure(filters.reward[1])}`,
     length: () => `length ${figure(filters.length[0])} to ${figure(filters.length[1])}`,
     right: () => RIGHT[filters.right][1],
     finish: () => `ended by ${finishName(filters.finish)}`,
-    text: () => `“${filters.text}”${rollouts.looked < 1 ? ` (${percent(rollouts.looked, 0)} searched)` : ""}`,
+    text: () =>
+      `“${filters.text}”${rollouts.looked < 1 ? ` (${percent(rollouts.looked, 0)} searched)` : ""}`,
   };
   for (const name of Object.keys(filters)) {
     const text = names[name]();
     parts.push(
-      make("button", { type: "button", class: "chip", "aria-label": plain(`Remove filter ${text}`), onclick: () => {
-        delete filters[name];
-        if (name === "text") searchText("");
-        drawRollouts();
-      } }, make("span", { text }), " ×"),
+      make(
+        "button",
+        {
+          type: "button",
+          class: "chip",
+          "aria-label": plain(`Remove filter ${text}`),
+          onclick: () => {
+            delete filters[name];
+            if (name === "text") searchText("");
+            drawRollouts();
+          },
+        },
+        make("span", { text }),
+        " ×",
+      ),
     );
   }
   return parts;
@@ -331,7 +469,14 @@ function completionRow(at) {
   run.texts(group).then((texts) => {
     const own = texts && texts.completions[i - run.first[group]];
     if (!own) text.append(make("i", { text: "text not in this page" }));
-    else showText(text, own.text.replace(run.settings.reasoning_prefix || "", "").replace(/\s+/g, " ").slice(0, 160));
+    else
+      showText(
+        text,
+        own.text
+          .replace(run.settings.reasoning_prefix || "", "")
+          .replace(/\s+/g, " ")
+          .slice(0, 160),
+      );
   });
   return make(
     "div",
@@ -340,11 +485,22 @@ function completionRow(at) {
       "span",
       { class: "facts" },
       make("b", { text: figure(numbers.reward[i]) }),
-      make("span", { class: `judged ${name.split(" ")[0]}`, title: name, text: sign, "aria-label": name }),
-      numbers.advantage[i] === null ? null : make("span", { class: "muted", text: `adv. ${signed(numbers.advantage[i])}` }),
+      make("span", {
+        class: `judged ${name.split(" ")[0]}`,
+        title: name,
+        text: sign,
+        "aria-label": name,
+      }),
+      numbers.advantage[i] === null
+        ? null
+        : make("span", { class: "muted", text: `adv. ${signed(numbers.advantage[i])}` }),
       make("span", { class: "muted", text: counted(numbers.length[i], "token") }),
-      run.finishes[numbers.finish[i]] === "length" ? make("span", { class: "cut", text: "cut off" }) : null,
-      rollouts.update === null ? make("span", { class: "muted right", text: `update ${run.groups.update[group]}` }) : null,
+      run.finishes[numbers.finish[i]] === "length"
+        ? make("span", { class: "cut", text: "cut off" })
+        : null,
+      rollouts.update === null
+        ? make("span", { class: "muted right", text: `update ${run.groups.update[group]}` })
+        : null,
     ),
     text,
   );
@@ -355,13 +511,19 @@ function showChosen(completion, told = true) {
   rollouts.completion = completion;
   rollouts.group = run.groupOf[completion];
   showGroup(byId("group"), run, rollouts.group, completion);
-  if (told) announce(`reward ${figure(run.numbers.reward[completion])}, ${RIGHT[run.numbers.correct[completion]][1]}`);
+  if (told)
+    announce(
+      `reward ${figure(run.numbers.reward[completion])}, ${RIGHT[run.numbers.correct[completion]][1]}`,
+    );
 }
 
 // The group of one prompt, side by side, sorted by advantage; `chosen` is marked.
 async function showGroup(box, run, group, chosen = -1) {
   const mine = (box.showing = {});
-  const [texts, tokens] = await Promise.all([run.texts(group), rollouts.colour === "none" ? null : run.tokens(group)]);
+  const [texts, tokens] = await Promise.all([
+    run.texts(group),
+    rollouts.colour === "none" ? null : run.tokens(group),
+  ]);
   if (box.showing !== mine) return;
   const { numbers, groups, first } = run;
   const members = Array.from({ length: groups.size[group] }, (_, n) => first[group] + n);
@@ -369,11 +531,17 @@ async function showGroup(box, run, group, chosen = -1) {
   members.sort((a, b) => rank(b) - rank(a) || a - b);
   const rewards = members.map((i) => numbers.reward[i]).filter((value) => value !== null);
   const mean = rewards.length ? rewards.reduce((a, b) => a + b, 0) / rewards.length : null;
-  const spread = rewards.length > 1 ? Math.sqrt(rewards.reduce((sum, r) => sum + (r - mean) ** 2, 0) / (rewards.length - 1)) : null;
+  const spread =
+    rewards.length > 1
+      ? Math.sqrt(rewards.reduce((sum, r) => sum + (r - mean) ** 2, 0) / (rewards.length - 1))
+      : null;
   const place = `${setName(run.sets[groups.set[group]])}, update ${groups.update[group]}, row ${groups.prompt[group]}`;
   const about = [place, counted(members.length, "completion")];
-  if (members.length > 1) about.push(`reward ${figure(mean)} on average, standard deviation ${figure(spread)}`);
-  const cards = members.map((i) => completionCard(run, group, i, { texts, tokens, chosen, mean, many: members.length > 1 }));
+  if (members.length > 1)
+    about.push(`reward ${figure(mean)} on average, standard deviation ${figure(spread)}`);
+  const cards = members.map((i) =>
+    completionCard(run, group, i, { texts, tokens, chosen, mean, many: members.length > 1 }),
+  );
   box.replaceChildren(
     make("p", { class: "muted", text: about.join(" · ") }),
     ...questionHead(texts),
@@ -385,25 +553,58 @@ async function showGroup(box, run, group, chosen = -1) {
 // Question, expected answer and prompt.
 function questionHead(texts) {
   if (!texts) return [make("p", { class: "question", text: "(its text is not in this page)" })];
-  const answer = make("p", {}, "expected ", make("code", { class: "answer", text: String(texts.answer) }));
+  const answer = make(
+    "p",
+    {},
+    "expected ",
+    make("code", { class: "answer", text: String(texts.answer) }),
+  );
   return [
     make("p", { class: "question", dir: "auto", text: String(texts.question) }),
     ...(texts.answer === null ? [] : [answer]),
-    make("details", {}, make("summary", { text: "The prompt as the model sees it" }), make("pre", { dir: "auto", text: texts.prompt })),
+    make(
+      "details",
+      {},
+      make("summary", { text: "The prompt as the model sees it" }),
+      make("pre", { dir: "auto", text: texts.prompt }),
+    ),
   ];
 }
 
 function colourChoice(run, group, again) {
-  if (!run.groups.tokens[group]) return make("p", { class: "muted", text: run.kept.tokens < 1 ? "What is known of this group's tokens is not in this page." : "What is known of each token was not kept for this group." });
-  const ways = [["none", "plain"], ["probability", "probability"], ["ratio", "ratio trained : sampled"], ["mask", "given or sampled"]];
+  if (!run.groups.tokens[group])
+    return make("p", {
+      class: "muted",
+      text:
+        run.kept.tokens < 1
+          ? "What is known of this group's tokens is not in this page."
+          : "What is known of each token was not kept for this group.",
+    });
+  const ways = [
+    ["none", "plain"],
+    ["probability", "probability"],
+    ["ratio", "ratio trained : sampled"],
+    ["mask", "given or sampled"],
+  ];
   const legends = {
     none: "",
     probability: "how probable the sampler found each token",
-    ratio: "how much more (orange) or less (blue) probable training found each token than the sampler did",
+    ratio:
+      "how much more (orange) or less (blue) probable training found each token than the sampler did",
     mask: "grey was given, not sampled: it is not trained on",
   };
-  const scale = { probability: ["p9", "p6", "p3", "p0"], ratio: ["less3", "less1", "more1", "more3"], mask: ["given"], none: [] }[rollouts.colour];
-  const ends = { probability: ["1%", "100%"], ratio: ["0.86", "1.16"], mask: ["", ""], none: ["", ""] }[rollouts.colour];
+  const scale = {
+    probability: ["p9", "p6", "p3", "p0"],
+    ratio: ["less3", "less1", "more1", "more3"],
+    mask: ["given"],
+    none: [],
+  }[rollouts.colour];
+  const ends = {
+    probability: ["1%", "100%"],
+    ratio: ["0.86", "1.16"],
+    mask: ["", ""],
+    none: ["", ""],
+  }[rollouts.colour];
   return make(
     "div",
     { class: "colours" },
@@ -412,7 +613,15 @@ function colourChoice(run, group, again) {
       rollouts.colour = value;
       again();
     }),
-    make("span", { class: "legend muted" }, ends[0], ...scale.map((name) => make("i", { class: `token ${name}`, text: "ab" })), ends[1], " ", legends[rollouts.colour]),
+    make(
+      "span",
+      { class: "legend muted" },
+      ends[0],
+      ...scale.map((name) => make("i", { class: `token ${name}`, text: "ab" })),
+      ends[1],
+      " ",
+      legends[rollouts.colour],
+    ),
   );
 }
 
@@ -428,16 +637,44 @@ function completionCard(run, group, i, { texts, tokens, chosen, mean, many }) {
     {},
     make("b", { class: "total", text: figure(numbers.reward[i]) }),
     make("span", { class: `judged ${judged.split(" ")[0]}`, text: `${sign} ${judged}` }),
-    make("span", { class: "muted", text: `${counted(numbers.length[i], "token")}, ${finishName(run.finishes[numbers.finish[i]])}` }),
+    make("span", {
+      class: "muted",
+      text: `${counted(numbers.length[i], "token")}, ${finishName(run.finishes[numbers.finish[i]])}`,
+    }),
   );
   const body = make("pre", { dir: "auto", tabindex: "0", "aria-label": "Completion" });
   if (own) showCompletion(body, own, known, run);
-  else body.append(make("i", { text: "This text was left out to keep the page small; --serve shows it." }));
-  const card = make("article", { class: i === chosen ? "card chosen" : "card", "aria-current": i === chosen ? "true" : null }, head, rewardTable(run, i));
-  if (advantage !== null) card.append(make("p", { class: "why", text: whyAdvantage(advantage, numbers.reward[i], mean, many) }));
-  if (own) card.append(make("p", { class: "why" }, ...(own.parsed === null ? ["no answer was found in the text"] : ["answer read: ", make("code", { class: "answer", text: own.parsed }), ...expectedNote(texts.answer)])));
+  else
+    body.append(
+      make("i", { text: "This text was left out to keep the page small; --serve shows it." }),
+    );
+  const card = make(
+    "article",
+    { class: i === chosen ? "card chosen" : "card", "aria-current": i === chosen ? "true" : null },
+    head,
+    rewardTable(run, i),
+  );
+  if (advantage !== null)
+    card.append(
+      make("p", { class: "why", text: whyAdvantage(advantage, numbers.reward[i], mean, many) }),
+    );
+  if (own)
+    card.append(
+      make(
+        "p",
+        { class: "why" },
+        ...(own.parsed === null
+          ? ["no answer was found in the text"]
+          : [
+              "answer read: ",
+              make("code", { class: "answer", text: own.parsed }),
+              ...expectedNote(texts.answer),
+            ]),
+      ),
+    );
   card.append(body);
-  for (const image of own?.images ?? []) card.append(make("p", { class: "muted" }, "picture: ", make("code", { text: image })));
+  for (const image of own?.images ?? [])
+    card.append(make("p", { class: "muted" }, "picture: ", make("code", { text: image })));
   return card;
 }
 
@@ -448,14 +685,17 @@ function expectedNote(answer) {
 function whyAdvantage(advantage, reward, mean, many) {
   if (!many || reward === null || mean === null) return `advantage ${signed(advantage)}`;
   const apart = reward - mean;
-  if (Math.abs(apart) < 1e-9) return `advantage ${signed(advantage)}: as much as the group on average`;
+  if (Math.abs(apart) < 1e-9)
+    return `advantage ${signed(advantage)}: as much as the group on average`;
   return `advantage ${signed(advantage)}: ${figure(Math.abs(apart))} ${apart > 0 ? "above" : "below"} the group's average`;
 }
 
 // What each reward function gave, with its weight, and what of the total they do not explain.
 function rewardTable(run, i) {
   const group = run.groupOf[i];
-  const names = Object.keys(run.rewards).filter((name) => run.mean(run.rewards[name], group) !== null);
+  const names = Object.keys(run.rewards).filter(
+    (name) => run.mean(run.rewards[name], group) !== null,
+  );
   if (!names.length) return null;
   const total = run.numbers.reward[i];
   let sum = 0;
@@ -464,17 +704,38 @@ function rewardTable(run, i) {
     const value = run.rewards[name][i];
     sum += weight * value;
     const size = Math.abs(weight * value) / run.mostEarned();
-    const shown = value === null ? "no value" : weight === 1 ? figure(value) : `${figure(value)} × ${figure(weight)}`;
+    const shown =
+      value === null
+        ? "no value"
+        : weight === 1
+          ? figure(value)
+          : `${figure(value)} × ${figure(weight)}`;
     return make(
       "tr",
       {},
       make("th", { scope: "row", text: name }),
       make("td", { text: shown }),
-      make("td", { class: "earned", "aria-hidden": "true" }, make("i", { class: weight * value < 0 ? "lost" : "", style: { width: `${100 * size}%` } })),
+      make(
+        "td",
+        { class: "earned", "aria-hidden": "true" },
+        make("i", { class: weight * value < 0 ? "lost" : "", style: { width: `${100 * size}%` } }),
+      ),
     );
   });
-  if (total !== null && names.length && Math.abs(total - sum) > 1e-3 * Math.max(1, Math.abs(total))) {
-    rows.push(make("tr", {}, make("th", { scope: "row", text: "shaping" }), make("td", { text: signed(total - sum) }), make("td")));
+  if (
+    total !== null &&
+    names.length &&
+    Math.abs(total - sum) > 1e-3 * Math.max(1, Math.abs(total))
+  ) {
+    rows.push(
+      make(
+        "tr",
+        {},
+        make("th", { scope: "row", text: "shaping" }),
+        make("td", { text: signed(total - sum) }),
+        make("td"),
+      ),
+    );
   }
   return make("table", { class: "rewards", "aria-label": "Rewards" }, make("tbody", {}, ...rows));
 }
@@ -484,7 +745,10 @@ function showCompletion(parent, own, known, run) {
   if (own.messages && !known) {
     for (const message of own.messages) {
       parent.append(make("b", { class: "role", text: String(message.role ?? "") }));
-      showText(parent, `\n${typeof message.content === "string" ? message.content : JSON.stringify(message.content ?? message)}\n`);
+      showText(
+        parent,
+        `\n${typeof message.content === "string" ? message.content : JSON.stringify(message.content ?? message)}\n`,
+      );
     }
     return;
   }
@@ -492,21 +756,36 @@ function showCompletion(parent, own, known, run) {
     const text = known.pieces.join("");
     let at = 0;
     const sizes = known.pieces.map((piece) => piece.length);
-    showRanges(parent, text, sizes.map((size, n) => tokenRange(known, n, (at += size) - size, size, text)));
+    showRanges(
+      parent,
+      text,
+      sizes.map((size, n) => tokenRange(known, n, (at += size) - size, size, text)),
+    );
     return;
   }
   const text = known ? own.text + known.rest : own.text;
   const ranges = answerRange(own);
   if (known) {
     let at = known.start;
-    if (at && rollouts.colour === "mask") ranges.push({ from: 0, to: at, class: "token given", tip: "given, not sampled" });
+    if (at && rollouts.colour === "mask")
+      ranges.push({ from: 0, to: at, class: "token given", tip: "given, not sampled" });
     known.sizes.forEach((size, n) => {
       ranges.push(tokenRange(known, n, at, size, text));
       at += size;
     });
-    if (known.rest) ranges.push({ from: own.text.length, to: text.length, class: "beyond", tip: "sampled, but behind the end of the text that is judged" });
+    if (known.rest)
+      ranges.push({
+        from: own.text.length,
+        to: text.length,
+        class: "beyond",
+        tip: "sampled, but behind the end of the text that is judged",
+      });
   }
-  showRanges(parent, text, ranges.filter((range) => range.to > range.from));
+  showRanges(
+    parent,
+    text,
+    ranges.filter((range) => range.to > range.from),
+  );
 }
 
 function tokenRange(known, n, from, size, text) {
@@ -514,13 +793,16 @@ function tokenRange(known, n, from, size, text) {
   const ratio = known.d ? Math.exp(known.d[n] / 1000) : 1;
   const given = known.mask ? !known.mask[n] : false;
   const shown = plain(JSON.stringify(text.slice(from, from + size)));
-  const tip = given ? `${shown}: given, not sampled` : `${shown}: probability ${percent(probability, probability < 0.1 ? 2 : 1)}, ratio ${ratio.toFixed(3)}`;
+  const tip = given
+    ? `${shown}: given, not sampled`
+    : `${shown}: probability ${percent(probability, probability < 0.1 ? 2 : 1)}, ratio ${ratio.toFixed(3)}`;
   return { from, to: from + size, class: `token ${tokenClass(probability, ratio, given)}`, tip };
 }
 
 function tokenClass(probability, ratio, given) {
   if (given) return "given";
-  if (rollouts.colour === "probability") return `p${Math.min(9, Math.floor(-2 * Math.log(Math.max(probability, 1e-9))))}`;
+  if (rollouts.colour === "probability")
+    return `p${Math.min(9, Math.floor(-2 * Math.log(Math.max(probability, 1e-9))))}`;
   if (rollouts.colour !== "ratio") return "";
   const size = Math.min(3, Math.floor(Math.abs(Math.log(ratio)) / 0.05));
   return size ? `${ratio > 1 ? "more" : "less"}${size}` : "";

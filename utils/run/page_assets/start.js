@@ -1,7 +1,13 @@
 "use strict";
 // The frame: tabs, the line under the title, keys, tips, printing, and following a served run.
 
-const DRAW = { curves: drawCurves, rollouts: drawRollouts, questions: drawQuestions, evaluations: drawEvaluations, compare: drawCompare };
+const DRAW = {
+  curves: drawCurves,
+  rollouts: drawRollouts,
+  questions: drawQuestions,
+  evaluations: drawEvaluations,
+  compare: drawCompare,
+};
 
 function show(tab) {
   page.tab = tab in DRAW ? tab : "curves";
@@ -26,14 +32,32 @@ function label() {
 
 function drawHeader() {
   label();
-  byId("title").textContent = plain(page.runs.length === 1 ? page.runs[0].label : `${page.runs.length} runs`);
-  byId("runs").replaceChildren(...page.runs.map((run) => (page.runs.length > 1 ? runSwitch(run) : facts(run))));
+  byId("title").textContent = plain(
+    page.runs.length === 1 ? page.runs[0].label : `${page.runs.length} runs`,
+  );
+  const focus = [...byId("runs").children].indexOf(document.activeElement);
+  byId("runs").replaceChildren(
+    ...page.runs.map((run) => (page.runs.length > 1 ? runSwitch(run) : facts(run))),
+  );
+  byId("runs").children[focus]?.focus();
   const told = page.runs.flatMap((run) => [
     ...(page.reading ? [`${run.label}: reading, ${counted(run.count, "completion")} so far`] : []),
-    ...(run.count && !run.kept.whole ? [`${run.label}: this page was written in a hurry, at the end of the run, and holds ${counted(run.count, "completion")}; utils/report.py ${run.folder} writes one with all.`] : []),
+    ...(run.count && !run.kept.whole
+      ? [
+          `${run.label}: this page was written in a hurry, at the end of the run, and holds ${counted(run.count, "completion")}; utils/report.py ${run.folder} writes one with all.`,
+        ]
+      : []),
     ...run.damaged.map((text) => `${run.label}: ${text}; the rest is shown.`),
-    ...(run.count && run.kept.whole && run.kept.text === 1 && run.kept.tokens < 1 ? [`${run.label}: this page knows the tokens of ${percent(run.kept.tokens, 0)} of the groups.`] : []),
-    ...(run.count && run.kept.text < 1 ? [`${run.label}: this page holds the texts of ${percent(run.kept.text, 0)} of the groups, and all numbers; utils/report.py ${run.folder} --serve shows every text.`] : []),
+    ...(run.count && run.kept.whole && run.kept.text === 1 && run.kept.tokens < 1
+      ? [
+          `${run.label}: this page knows the tokens of ${percent(run.kept.tokens, 0)} of the groups; utils/report.py ${run.folder} may fit more, --serve shows all.`,
+        ]
+      : []),
+    ...(run.count && run.kept.text < 1
+      ? [
+          `${run.label}: this page holds the texts of ${percent(run.kept.text, 0)} of the groups, and all numbers; utils/report.py ${run.folder} --serve shows every text.`,
+        ]
+      : []),
   ]);
   byId("told").hidden = !told.length;
   byId("told").replaceChildren(...told.map((text) => make("span", { text })));
@@ -43,12 +67,25 @@ function facts(run) {
   const scores = testScores(run);
   const values = [
     ["Reward", ends(run, "reward_mean")],
-    scores.length ? [run.metric === "em" ? "Exact match" : run.metric, scores.length > 1 ? `${score(run, scores[0])} → ${score(run, scores.at(-1))}` : score(run, scores[0])] : null,
+    scores.length
+      ? [
+          run.metric === "em" ? "Exact match" : run.metric,
+          scores.length > 1
+            ? `${score(run, scores[0])} → ${score(run, scores.at(-1))}`
+            : score(run, scores[0]),
+        ]
+      : null,
     ["Updates", updatesText(run)],
     ["Time", duration(run.records.at(-1)?.seconds)],
     ["Completions", run.count.toLocaleString("en")],
   ].filter(Boolean);
-  return make("dl", { class: "facts" }, ...values.map(([name, text]) => make("div", {}, make("dt", { text: name }), make("dd", { text }))));
+  return make(
+    "dl",
+    { class: "facts" },
+    ...values.map(([name, text]) =>
+      make("div", {}, make("dt", { text: name }), make("dd", { text })),
+    ),
+  );
 }
 
 const score = (run, record) => (run.metric === "em" ? percent(record.em) : figure(record.em));
@@ -69,7 +106,10 @@ function runSwitch(run) {
     },
     swatch(run),
     make("span", { text: run.label }),
-    make("span", { class: "muted", text: testScores(run).length ? ` ${score(run, testScores(run).at(-1))}` : "" }),
+    make("span", {
+      class: "muted",
+      text: testScores(run).length ? ` ${score(run, testScores(run).at(-1))}` : "",
+    }),
   );
 }
 
@@ -86,8 +126,9 @@ function take(told) {
 // A run that goes on: new groups, log and marks.
 async function follow() {
   const have = page.runs.map((run) => run.groups.update.length).join(",");
+  const records = page.runs.map((run) => run.records.length).join(",");
   try {
-    const answer = await fetch(`data?since=${have}&version=${page.version}`);
+    const answer = await fetch(`data?since=${have}&records=${records}&version=${page.version}`);
     if (answer.status === 200) {
       const told = await answer.json();
       const before = page.runs.reduce((sum, run) => sum + run.count, 0);
@@ -106,20 +147,29 @@ follow.pause = 2000; // milliseconds
 // Curves and tables are drawn anew; what a person is reading or filtering stays.
 function refresh(before) {
   for (const tab of [...page.drawn]) if (tab !== page.tab) page.drawn.delete(tab);
-  if (page.tab === "curves") {
-    const { scrollY } = window;
-    drawCurves();
-    window.scrollTo(0, scrollY);
-  } else if (page.tab === "compare" || !before) DRAW[page.tab]();
-  else byId("fresh")?.remove(), byId("view").before(make("button", { id: "fresh", type: "button", class: "chip", text: "New completions: show them", onclick: () => {
-    byId("fresh").remove();
-    DRAW[page.tab]();
-  } }));
+  if (page.tab === "curves") updateCurves();
+  else if (page.tab === "compare" || !before) DRAW[page.tab]();
+  else
+    (byId("fresh")?.remove(),
+      byId("view").before(
+        make("button", {
+          id: "fresh",
+          type: "button",
+          class: "chip",
+          text: "New completions: show them",
+          onclick: () => {
+            byId("fresh").remove();
+            DRAW[page.tab]();
+          },
+        }),
+      ));
 }
 
 function onKey(event) {
   const tabs = [...byId("tabs").children];
-  const typing = event.target.matches("input:not([type=range]):not([type=checkbox]), select, textarea");
+  const typing = event.target.matches(
+    "input:not([type=range]):not([type=checkbox]), select, textarea",
+  );
   if (typing || event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.target.getAttribute("role") === "tab") {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -150,6 +200,9 @@ function tips() {
 }
 
 async function start() {
+  if (!("DecompressionStream" in window)) {
+    throw new Error("this browser is too old. Chrome 80, Firefox 113 and Safari 16.4 can show it");
+  }
   const source = byId("data").textContent;
   if (source) take(await unpacked(bytesOf(source)));
   else {

@@ -69,7 +69,9 @@ function showRanges(parent, text, ranges) {
       continue;
     }
     const mark = open.some((range) => range.mark);
-    const part = make(mark ? "mark" : "span", { class: open.map((range) => range.class).join(" ") });
+    const part = make(mark ? "mark" : "span", {
+      class: open.map((range) => range.class).join(" "),
+    });
     const tip = open.find((range) => range.tip);
     if (tip) part.dataset.tip = tip.tip;
     parent.append(showText(part, piece));
@@ -84,10 +86,9 @@ function figure(value, digits = 3) {
   if (Number.isInteger(value) && Math.abs(value) < 1e7) return value.toLocaleString("en");
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(digits - 1);
-  return Number(value.toPrecision(Math.max(digits, Math.ceil(Math.log10(size + 1))))).toLocaleString(
-    "en",
-    { maximumFractionDigits: 6 },
-  );
+  return Number(
+    value.toPrecision(Math.max(digits, Math.ceil(Math.log10(size + 1)))),
+  ).toLocaleString("en", { maximumFractionDigits: 6 });
 }
 
 const signed = (value) => (value > 0 ? `+${figure(value)}` : figure(value).replace("-", "−"));
