@@ -79,6 +79,20 @@ def test_where_time_is_short_files_from_all_over_the_run_are_read(run):
     assert told["kept"]["whole"] is False
 
 
+def test_where_there_is_hardly_time_a_part_of_the_newest_is_there(run):
+    asked = []
+
+    def is_over(share):
+        asked.append(share)
+        return len(asked) > 10
+
+    (kept,) = page.write(
+        run / "report.html", [Source.at(run)], page.Room(limited=True, is_over=is_over)
+    )
+    assert (kept.whole, kept.tokens, len(kept.shelf)) == (False, 0, 10)
+    assert kept.shelf.groups["update"][0] > 20
+
+
 def test_the_policy_allows_the_scripts_of_the_page_and_nothing_else(run):
     page.write(run / "report.html", [Source.at(run)])
     text = (run / "report.html").read_text()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..base.errors import UserError, disk_errors_named
-from ..base.text import Json
+from ..base.text import Json, visible
 from . import ours
 from .completions import Group
 from .page_source import SPREAD, Record, Shelf, Source, packed
@@ -30,8 +30,10 @@ LIMIT = 30_000_000  # bytes of a file
 FOR_TEXT = 0.7  # of the room at most: the rest is for tokens
 CAUTION = 0.95  # chunks are not all of one size, and stand in elements
 BASE64 = 4 / 3
-# Parts of a limited time after which reading and adding tokens end; writing takes the rest.
-FOR_READING, FOR_TOKENS = 0.35, 0.75
+QUICK, THOROUGH = 2, 6  # levels of compression
+# Parts of a limited time after which reading and adding tokens end. Sorting and packing what was
+# read take about twice as long as reading it.
+FOR_READING, FOR_TOKENS = 0.2, 0.65
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Kept:
 
     shelf: Shelf
     whole: bool
-    """Every file was read."""
+    """All were read."""
     tokens: float
     """Of the groups with a text, the share of which each token is known, where it was kept."""
 
@@ -95,7 +97,7 @@ def document(title: str, data: Json, connect: str = "'none'") -> tuple[str, str]
         f'<meta http-equiv="Content-Security-Policy" content="{security}">',
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         '<meta name=color-scheme content="light dark">',
-        f"<title>{html.escape(title)}</title>",
+        f"<title>{html.escape(visible(title))}</title>",
         f"<style>{styles[0]}</style>\n</head>\n<body>\n{asset('page.html')}",
         f'<script type="text/plain" id=data>{encoded(packed(data)) if data else ""}</script>',
         *(f"<script>{script}</script>" for script in scripts),
@@ -171,14 +173,17 @@ def refuse_to_replace(path: Path) -> None:
 def within(source: Source, room: Room) -> Kept:
     """A run's completions, in as much room as there is: where they are too many, texts and tokens
     of a share of the groups, evenly over the run. The numbers of all stay."""
-    left = room.size / BASE64
-    spans = in_time(source, room) if room.limited else streamed(source)
-    shelf = shelved(spans, Shelf(most=left))
+    left, whole = room.size / BASE64, True
+    spans: Iterable[tuple[Path, Iterable[Group]]] = streamed(source)
+    if room.limited:
+        spans, whole = in_time(source, room)
+    level = QUICK if room.limited else THOROUGH
+    shelf = shelved(spans, Shelf(most=left, level=level))
     left -= len(packed(shelf.facts()))
     if shelf.text_size > FOR_TEXT * left:
         share = max(FOR_TEXT * left / shelf.text_size, 0) * CAUTION
-        shelf = shelved(spans if room.limited else streamed(source), Shelf(share, most=left))
-    whole = len(shelf.spans) == len(source.spans())
+        again = spans if room.limited else streamed(source)
+        shelf = shelved(again, Shelf(share, most=left, level=level))
     return Kept(shelf, whole, with_tokens(source, shelf, CAUTION * left - shelf.text_size, room))
 
 
@@ -193,18 +198,20 @@ def streamed(source: Source) -> Iterator[tuple[Path, Iterator[Group]]]:
     return ((path, source.read(path, tokens=False)) for path in source.spans())
 
 
-def in_time(source: Source, room: Room) -> list[tuple[Path, list[Group]]]:
-    """Whole files, as many as there is time to read: the newest, the oldest, and between."""
+def in_time(source: Source, room: Room) -> tuple[list[tuple[Path, list[Group]]], bool]:
+    """Files, as many as there is time to read, and whether these are all: the newest (or a part of
+    it), the oldest, and between."""
     read: dict[Path, list[Group]] = {}
     spans = source.spans()
     for path in dict.fromkeys([*spans[-1:], *spans[:1], *spread(spans)]):
-        groups = []
+        groups: list[Group] = []
         for group in source.read(path, tokens=False):
-            if read and room.is_over(FOR_READING):
-                return sorted(read.items())
+            if room.is_over(FOR_READING):
+                read = read or {path: groups}
+                return sorted(read.items()), False
             groups.append(group)
         read[path] = groups
-    return sorted(read.items())
+    return sorted(read.items()), True
 
 
 def spread(paths: Sequence[Path]) -> list[Path]:

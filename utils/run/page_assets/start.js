@@ -97,7 +97,7 @@ function runSwitch(run) {
       type: "button",
       class: "chip",
       "aria-pressed": String(run.shown),
-      title: run.folder,
+      title: plain(run.folder),
       onclick: (event) => {
         run.shown = !run.shown;
         event.currentTarget.setAttribute("aria-pressed", run.shown);
