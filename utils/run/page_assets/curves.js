@@ -229,7 +229,10 @@ function sorted([x, y]) {
 function drawMarks(plot) {
   const { ctx, bbox } = plot;
   ctx.save();
+  ctx.textAlign = "left";
   ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
+  let before = -Infinity;
+  let row = 0;
   for (const { run, mark, number } of curves.marks) {
     if (!run.shown) continue;
     const [at] = placed(run, [mark.update]);
@@ -243,7 +246,10 @@ function drawMarks(plot) {
     ctx.moveTo(x, bbox.top);
     ctx.lineTo(x, bbox.top + bbox.height);
     ctx.stroke();
-    ctx.fillText(String(number), x + 3 * devicePixelRatio, bbox.top + 11 * devicePixelRatio);
+    row = x - before < 14 * devicePixelRatio ? row + 1 : 0; // numbers of close ones below each other
+    before = x;
+    const y = bbox.top + (11 + 12 * row) * devicePixelRatio;
+    ctx.fillText(String(number), x + 3 * devicePixelRatio, y);
   }
   ctx.restore();
 }
@@ -254,6 +260,9 @@ function upright(_, low, high) {
   const pad = 0.05 * (high - low) || 0.1 * Math.abs(low) || 0.1;
   return uPlot.rangeNum(low - pad, high + pad, 0, false);
 }
+
+// Room for the longest label of an axis.
+const widthOf = (_, labels) => 18 + 7 * Math.max(3, ...(labels ?? []).map((text) => text.length));
 
 function plotOptions(figures, width, { series, bands }) {
   const line = {
@@ -275,7 +284,7 @@ function plotOptions(figures, width, { series, bands }) {
     scales: { x: { time: false }, y: curves.log ? { distr: 3 } : { range: upright } },
     axes: [
       { ...line, values: short },
-      { ...line, values: short, size: 56 },
+      { ...line, values: short, size: widthOf },
     ],
     cursor: {
       sync: { key: "curves", setSeries: false },
