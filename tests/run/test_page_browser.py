@@ -159,6 +159,9 @@ def test_curves_are_smoothed_zoomed_and_read_by_key(one, opened):
             f"(({{min, max}}) => [min, max])(curves.plots[{n}].plot.scales.x)"
         )
         assert 5 < low < 12 < 20 < high < 25, "all of them are"
+    shown.locator(".plot").last.scroll_into_view_if_needed()
+    until(shown, "curves.plots.at(-1).plot")
+    assert shown.evaluate("curves.plots.at(-1).plot.scales.x.max") == pytest.approx(high)
     shown.locator(".plot").first.focus()
     shown.keyboard.press("Escape")
     assert shown.evaluate(f"{plot}.scales.x.max") == 30
@@ -318,9 +321,11 @@ def test_evaluations_are_paired(one, groups, opened):
     keys = [(False, True), (True, False), (True, True), (False, False)]
     assert [*map(int, said)] == [counts[key] for key in keys]
     p = sign_test(counts[keys[0]], counts[keys[1]])
-    low, high = wilson((counts[keys[0]] + counts[keys[2]]) / 20, 20)
     result = text_of(shown, ".result")
-    assert f"[{100 * low:.1f}%, {100 * high:.1f}%]" in result
+    shares = [(counts[keys[1]] + counts[keys[2]]) / 20, (counts[keys[0]] + counts[keys[2]]) / 20]
+    both = [f"{100 * s:.1f}% [{{:.1f}}%, {{:.1f}}%]" for s in shares]
+    both = [t.format(*(100 * e for e in wilson(s, 20))) for t, s in zip(both, shares, strict=True)]
+    assert result.startswith(" → ".join(both))
     assert ("p < 0.0001" if p < 1e-4 else f"p = {p:.4f}") in result
     assert shown.locator("#pair .card").count() == 2
     assert text_of(shown, "#pair .judged >> nth=0") == "✗ wrong"
