@@ -12,7 +12,7 @@ import pytest
 from test_page_server import served, soon  # noqa: F401 - a fixture
 
 from utils.evaluate_model import sign_test, wilson
-from utils.run import page
+from utils.run import completions, page
 from utils.run.page_source import Source
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -63,17 +63,18 @@ def two(runs):
 @pytest.fixture
 def opened(browser):
     """Open an address; what the page complains of, and asks of others, fails the test."""
-    context, complaints = [], []
+    context, heard = [], []
 
-    def open_(address, tab="curves", width=1300, height=800, **how):
+    def open_(address, tab="curves", width=1300, height=800, complaints=True, **how):
         made = browser.new_context(viewport={"width": width, "height": height}, **how)
         context.append(made)
         shown = made.new_page()
-        shown.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        shown.on("pageerror", lambda error: complaints.append(str(error)))
-        shown.on("dialog", lambda dialog: complaints.append(dialog.message))
-        base = address.split("#")[0]
-        shown.on("request", lambda r: r.url.startswith(base) or complaints.append(r.url))
+        if complaints:
+            shown.on("console", lambda m: heard.append(m.text) if m.type == "error" else None)
+            shown.on("pageerror", lambda error: heard.append(str(error)))
+            shown.on("dialog", lambda dialog: heard.append(dialog.message))
+            base = address.split("#")[0]
+            shown.on("request", lambda r: r.url.startswith(base) or heard.append(r.url))
         shown.set_default_timeout(20_000)
         shown.goto(f"{address}#{tab}")
         shown.wait_for_selector("body[data-ready]")
@@ -82,7 +83,7 @@ def opened(browser):
     yield open_
     for made in context:
         made.close()
-    assert not complaints
+    assert not heard
 
 
 def text_of(shown, selector):
@@ -522,7 +523,9 @@ def test_texts_that_were_left_out_are_said(runs, groups, tmp_path, opened):
 
 
 def test_a_served_run_is_followed(tmp_path, groups, opened):
-    folder = page_runs.make_run(tmp_path / "run", updates=4, final=False)
+    folder = page_runs.make_run(tmp_path / "run", log=False, final=False)
+    lines = [json.dumps(record) + "\n" for record in page_runs.records(9)]
+    (folder / "training_log.jsonl").write_text("".join(lines[:5]))
     page_runs.keep(folder, groups[:50])
     with served(folder) as port:
         shown = opened(f"http://127.0.0.1:{port}/", "rollouts")
@@ -531,7 +534,7 @@ def test_a_served_run_is_followed(tmp_path, groups, opened):
         shown.wait_for_selector(f"text={groups[44]['question']}")
         shown.click("[data-value=probability]")
         shown.locator("#group .token").first.wait_for()
-        page_runs.make_run(folder, updates=9, final=False)
+        (folder / "training_log.jsonl").write_text("".join(lines))
         page_runs.keep(folder, groups[50:90], first=50)
         shown.click("text=New completions: show them")
         shown.locator("#group .token").first.wait_for()
@@ -539,6 +542,29 @@ def test_a_served_run_is_followed(tmp_path, groups, opened):
         assert "9, not finished" in text_of(shown, "#runs")
         slide(shown, "#update", str(shown.evaluate("document.querySelector('#update').max")))
         shown.wait_for_selector(f"text={groups[84]['question']}")
+
+
+def test_a_served_run_that_is_cut_is_shown_anew_and_stays_when_the_server_ends(
+    tmp_path, groups, opened
+):
+    folder = page_runs.make_run(tmp_path / "run", updates=4, final=False)
+    page_runs.keep(folder, groups[:80], span=40)
+    with served(folder) as port:
+        shown = opened(f"http://127.0.0.1:{port}/", "rollouts", complaints=False)
+        shown.evaluate("follow.pause = 50")
+        until(shown, "page.runs[0].groups.update.length === 80 && !page.reading")
+        shown.get_by_label("Search text").fill("question")
+        until(shown, "rollouts.looked === 1")
+        completions.rewind(folder, 40)
+        page_runs.keep(folder, groups[80:84], first=40)
+        until(shown, "page.runs[0].groups.update.length === 44")
+        until(shown, "rollouts.shown.every((i) => i < page.runs[0].count)")
+        shown.locator("#group .card").first.wait_for()
+        shown.route("**/*", lambda route: route.abort())  # as if it had ended
+        until(shown, "document.body.classList.contains('cut-off')")
+        said = shown.evaluate("getComputedStyle(byId('title'), '::after').content")
+        assert "the server has ended" in said
+        assert shown.locator("#group .card").count(), "what was shown stays"
 
 
 def test_curves_of_a_served_run_grow_in_their_plots(tmp_path, opened):

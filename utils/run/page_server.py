@@ -142,7 +142,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def get(self) -> None:
         port = self.server.server_port  # type: ignore[attr-defined]
-        if self.headers.get("Host") not in {f"{name}:{port}" for name in NAMES}:
+        own = {*(f"{name}:{port}" for name in NAMES), *(NAMES if port == 80 else ())}
+        if self.headers.get("Host") not in own:
             text = f"This page is for this machine alone: http://{LOOPBACK}:{port}/\n"
             return self.answer(HTTPStatus.FORBIDDEN, text.encode(), "text/plain")
         url = urlsplit(self.path)

@@ -31,8 +31,7 @@ Record = dict[str, Json]
 
 @dataclass
 class Source:
-    """A run's folder. `refresh` reads what was added since; `version` changes with every change
-    of what had been read before."""
+    """A run's folder; `refresh` reads what was added to it since."""
 
     folder: Path
     name: str

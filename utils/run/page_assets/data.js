@@ -41,7 +41,9 @@ class Run {
     this.clear();
   }
 
+  // Forget all completions: a resumed run has cut what was read.
   clear() {
+    this.cleared = (this.cleared ?? -1) + 1;
     this.groups = { update: [], set: [], prompt: [], size: [], chunk: [], place: [], tokens: [] };
     this.numbers = { reward: [], advantage: [], length: [], finish: [], correct: [] };
     this.rewards = {};
@@ -97,7 +99,13 @@ class Run {
   // The contents of a chunk ("text" or "tokens"); null where the page does not hold it.
   chunk(kind, number) {
     const key = `${kind}-${this.number}-${number}`;
-    const found = this.chunks.get(key) ?? this.decoded(key);
+    const found =
+      this.chunks.get(key) ??
+      this.decoded(key).catch((error) => {
+        console.warn(`${key}: ${error.message}`); // a server that has ended, a damaged page
+        this.chunks.delete(key);
+        return null;
+      });
     this.chunks.delete(key);
     this.chunks.set(key, found); // now the newest
     if (this.chunks.size > KEPT_CHUNKS) this.chunks.delete(this.chunks.keys().next().value);

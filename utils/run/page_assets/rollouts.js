@@ -184,6 +184,7 @@ function drawRollouts() {
       make("div", { id: "group", class: "group", "aria-live": "off" }),
     ),
   );
+  if (rollouts.filters.text && !rollouts.found) searchText(rollouts.filters.text);
   drawFound();
 }
 

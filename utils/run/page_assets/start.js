@@ -132,8 +132,9 @@ async function follow() {
     if (answer.status === 200) {
       const told = await answer.json();
       const before = page.runs.reduce((sum, run) => sum + run.count, 0);
+      const cleared = page.runs.map((run) => run.cleared).join();
       take(told);
-      refresh(before);
+      refresh(before, cleared !== page.runs.map((run) => run.cleared).join());
     }
     document.body.classList.remove("cut-off");
   } catch {
@@ -145,24 +146,24 @@ async function follow() {
 follow.pause = 2000; // milliseconds
 
 // Curves and tables are drawn anew; what a person is reading or filtering stays.
-function refresh(before) {
+function refresh(before, cleared) {
+  if (cleared) rollouts.found = null;
   for (const tab of [...page.drawn]) if (tab !== page.tab) page.drawn.delete(tab);
   if (page.tab === "curves") updateCurves();
-  else if (page.tab === "compare" || !before) DRAW[page.tab]();
-  else
-    (byId("fresh")?.remove(),
-      byId("view").before(
-        make("button", {
-          id: "fresh",
-          type: "button",
-          class: "chip",
-          text: "New completions: show them",
-          onclick: () => {
-            byId("fresh").remove();
-            DRAW[page.tab]();
-          },
-        }),
-      ));
+  else if (page.tab === "compare" || !before || cleared) DRAW[page.tab]();
+  else offerNew();
+}
+
+function offerNew() {
+  byId("fresh")?.remove();
+  const show_ = () => {
+    byId("fresh").remove();
+    DRAW[page.tab]();
+  };
+  const text = "New completions: show them";
+  byId("view").before(
+    make("button", { id: "fresh", type: "button", class: "chip", text, onclick: show_ }),
+  );
 }
 
 function onKey(event) {
