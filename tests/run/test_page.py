@@ -123,6 +123,13 @@ def test_uplot_is_as_it_was_published():
 UPLOT = "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
 
 
+def test_a_page_carries_the_licence_of_what_it_carries(run):
+    page.write(run / "report.html", [Source.at(run)])
+    text = (run / "report.html").read_text()
+    assert page.asset("uPlot.LICENSE") in text
+    assert "--" not in page.asset("uPlot.LICENSE"), "it would end the comment"
+
+
 def test_a_page_is_replaced_and_nothing_else(run, tmp_path):
     path = tmp_path / "mine.html"
     path.write_text("my own")

@@ -100,6 +100,7 @@ def document(title: str, data: Json, connect: str = "'none'") -> tuple[str, str]
         f"<title>{html.escape(visible(title))}</title>",
         f"<style>{styles[0]}</style>\n</head>\n<body>\n{asset('page.html')}",
         f'<script type="text/plain" id=data>{encoded(packed(data)) if data else ""}</script>',
+        f"<!-- The plots are uPlot's, which is under\n{asset('uPlot.LICENSE')}-->",
         *(f"<script>{script}</script>" for script in scripts),
     ]
     return "\n".join(head) + "\n", "</body>\n</html>\n"
