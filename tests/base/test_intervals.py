@@ -28,7 +28,8 @@ def test_a_run_shows_it_and_says_once_that_they_are_too_few(typed):
     _, out, *_ = typed(eval_samples=4, max_updates=1)
     lines = [line for line in out.splitlines() if line.startswith("eval ")]
     assert len(lines) == 2
-    assert all(", 95% interval 0% to 49%)" in line for line in lines)
+    assert ", 95% interval 0% to 49%)" in lines[0]
+    assert "as since update 0" in lines[1]
     assert out.count("4 questions are too few to see learning") == 1
 
 

@@ -12,6 +12,7 @@ from fuzz import time_limit
 from helpers import make_config, make_trainer, read_log, run_training
 
 from utils.base.errors import RunError, UserError
+from utils.device import cores
 from utils.rewards import by_name
 from utils.rewards import calls as reward_calls
 
@@ -251,8 +252,9 @@ def test_training_is_the_same_with_workers(model_dir, data_dir, tmp_path, own):
     assert logs[0] == logs[1]
 
 
-def test_rewards_begin_while_the_rest_is_sampled(model_dir, data_dir, tmp_path, own):
+def test_rewards_begin_while_the_rest_is_sampled(model_dir, data_dir, tmp_path, own, monkeypatch):
     """Sampling goes on only once the first group was scored; no group is scored twice."""
+    monkeypatch.setattr(cores, "EVERY", 0)
     scored, function = tmp_path / "scored", f"{own}:numbers"
     scored.mkdir()
     settings = {"reward_funcs": [function], "reward_workers": 1, "rollout_batch_size": 4}
@@ -275,8 +277,9 @@ def test_rewards_begin_while_the_rest_is_sampled(model_dir, data_dir, tmp_path, 
     assert trainer.compute_rewards(rows, responses)[0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_what_began_before_a_second_try_is_dropped(model_dir, data_dir, tmp_path, own):
+def test_what_began_before_a_second_try_is_dropped(model_dir, data_dir, tmp_path, own, monkeypatch):
     """A rollout that did not fit is sampled again, from its first batch on."""
+    monkeypatch.setattr(cores, "EVERY", 0)
     settings = {"reward_funcs": [f"{own}:digest"], "reward_workers": 1, "rollout_batch_size": 4}
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", None, **settings)
     responses = trainer.generate_responses([5, 6])

@@ -283,7 +283,7 @@ def test_nothing_but_plain_lines_when_nobody_watches(model_dir, data_dir, tmp_pa
     words = [line.split()[0] for line in done.stdout.splitlines() if line[0] != " "]
     assert [w for w in words if w != "speed"] == [
         *("model", "data", "plan", "eval", "update", "update", "update"),
-        *("eval", "result", "saved", "next", "finished"),
+        *("eval", "result", "kept", "saved", "next", "finished"),
     ]
 
 

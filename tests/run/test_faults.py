@@ -676,6 +676,7 @@ def test_after_the_gradient_ran_out_entropies_are_again_without_dropout(
 
     monkeypatch.setattr(grpo.MLXGRPOTrainer, "rescored", spy)
     settings = RUN | {"train_type": "lora", "lora_dropout": 0.5, "top_entropy_quantile": 0.5}
+    settings["lora_learning_rate"] = settings["learning_rate"]
     prepare = starve(monkeypatch, "gradient", 5)
     _, trainer = run_training(model_dir, data_dir, tmp_path / "o", prepare, **settings)
     assert trainer.memory.plan.halved == ("micro_batch_tokens",)

@@ -23,14 +23,14 @@ def test_a_record_of_the_log_and_its_trackers_hold_no_secrets(tmp_path):
 def scored(log, *scores, split="test"):
     """Evaluations of these updates and scores."""
     for update, em, cut in scores:
-        figures = {"em": em, "em_subset": 10, "truncation_rate": cut}
+        figures = {"em": em, "em_subset": 600, "truncation_rate": cut}
         log.evaluation({"update": update, "split": split, **figures})
 
 
 @pytest.fixture
 def log(tmp_path):
     settings = {"log_jsonl": False, "eval_metric": "em", "eval_max_new_tokens": 8, "quiet": False}
-    return RunLog(SimpleNamespace(output_dir=tmp_path, **settings))
+    return RunLog(SimpleNamespace(output_dir=tmp_path, from_preset=False, **settings))
 
 
 def test_evaluations_are_shown_where_they_change(log, capsys):
@@ -38,9 +38,9 @@ def test_evaluations_are_shown_where_they_change(log, capsys):
     scored(log, (60, 0.5, 0.0), split="train")
     log.say_what_stayed()
     assert capsys.readouterr().out.splitlines() == [
-        "eval      update    0  exact match 10.0% on test (10 questions, greedy)",
-        "eval      update   50  exact match 10.0% -> 60.0% on test (10 questions, greedy)",
-        "eval      update   60  exact match 50.0% on train (10 questions, greedy)",
+        "eval      update    0  exact match 10.0% on test (600 questions, greedy)",
+        "eval      update   50  exact match 10.0% -> 60.0% on test (600 questions, greedy)",
+        "eval      update   60  exact match 50.0% on train (600 questions, greedy)",
         "eval      update   60  exact match 60.0% on test, as since update 50",
     ]
     assert [record["em"] for record in log.history] == [0.1] * 5 + [0.6] * 2
@@ -49,10 +49,10 @@ def test_evaluations_are_shown_where_they_change(log, capsys):
 def test_an_evaluation_that_is_cut_off_more_is_a_change(log, capsys):
     scored(log, (0, 0.1, 0.0), (1, 0.1, 0.04), (2, math.nan, 0.0), (3, 0.2, 0.0))
     assert [line[23:].strip() for line in capsys.readouterr().out.splitlines()] == [
-        "exact match 10.0% on test (10 questions, greedy)",
-        "exact match 10.0% on test (10 questions, greedy, 4% cut off)",
-        "em gave no value on test (10 questions, greedy)",
-        "exact match 20.0% on test (10 questions, greedy)",
+        "exact match 10.0% on test (600 questions, greedy)",
+        "exact match 10.0% on test (600 questions, greedy, 4% cut off)",
+        "em gave no value on test (600 questions, greedy)",
+        "exact match 20.0% on test (600 questions, greedy)",
     ]
 
 

@@ -7,6 +7,7 @@ import pytest
 from helpers import digest, load_script, make_trainer, snapshot
 
 from utils.base.errors import RunError
+from utils.device import cores
 from utils.memory.plan import Plan
 
 
@@ -133,8 +134,11 @@ def test_prompts_may_be_an_array(model_dir, data_dir, tmp_path):
     assert results[0] == results[1] == results[2]
 
 
-def test_an_evaluation_takes_no_value_that_was_begun_for_a_rollout(model_dir, data_dir, tmp_path):
+def test_an_evaluation_takes_no_value_that_was_begun_for_a_rollout(
+    model_dir, data_dir, tmp_path, monkeypatch
+):
     """Whose completions nobody scored."""
+    monkeypatch.setattr(cores, "EVERY", 0)
     asked = []
 
     class Slow:

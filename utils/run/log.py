@@ -97,7 +97,7 @@ class RunLog:
         note = f", {cut:.0%} cut off" if cut else ""
         share, questions = record["em"], record["em_subset"]
         wide = few = ""
-        if self.args.eval_metric == "em" and questions:
+        if self.args.eval_metric == "em" and questions and not math.isnan(share):
             wide, few = intervals.note(share, questions), intervals.too_few(share, questions)
         asked = counted(questions, "question")
         text = f"{self.score_text(share)} on {record['split']} ({asked}, greedy{note}{wide})"

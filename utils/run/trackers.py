@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Protocol
 
 from ..base.errors import UserError, reason
 from ..base.say import say
 from ..base.text import Json, shown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Record = dict[str, Json]
 """A line of training_log.jsonl."""
@@ -50,7 +51,7 @@ class Pictures:
     """What an update sampled: distributions, and completions as rows of a table."""
 
     update: int
-    values: dict[str, np.ndarray]  # of finite numbers
+    values: "dict[str, np.ndarray]"  # of finite numbers
     columns: list[str]
     rows: list[list[Json]]
 
