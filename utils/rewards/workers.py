@@ -72,8 +72,7 @@ class InWorkers:
                     log_metric(name, number)
             for column, values in extras.items():
                 log_extra(column, values)
-        found = [value for values, _, _ in answers for value in values]
-        return [None if math.isnan(value) else value for value in found]  # NaN: it said None
+        return [value for values, _, _ in answers for value in as_said(values)]
 
     def answer(self, columns: dict[str, list], state: TrainerState) -> Answer:
         """
@@ -91,6 +90,11 @@ class InWorkers:
         if isinstance(answer, str):
             raise RunError(answer)
         return answer
+
+
+def as_said(values: Values) -> list[float | None]:
+    """With None again for the NaN that it was checked as."""
+    return [None if math.isnan(value) else value for value in values]
 
 
 def groups(prompts: list) -> list[slice]:
