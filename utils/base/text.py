@@ -124,6 +124,11 @@ def _redact(text: str, secrets: Iterable[str] = ()) -> str:
     every |= {(secret, len(secret) < 4) for secret in secrets if secret}
     if every:
         text = _any_of(frozenset(every)).sub(HIDDEN, text)
+    return _without_telling_forms(text)
+
+
+def _without_telling_forms(text: str) -> str:
+    """Without what is a secret by its place or its shape."""
     # Most texts have nothing of the kind, which is found out in a seventh of the time.
     folded = text.casefold().replace("\u0131", "i").replace("\u0307", "")  # as (?i) reads it
     if "://" in text:

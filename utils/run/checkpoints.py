@@ -285,8 +285,9 @@ def open_run(
             completions.bring(resume_from.parent, folder)
     else:
         seed_random_states(config.seed)
-    completions.rewind(folder, run.state.groups_kept if run.between else 0)
-    rewind_log(log, run.state.log_bytes if run.between else 0)
+    groups, log_bytes = (run.state.groups_kept, run.state.log_bytes) if run.between else (0, 0)
+    completions.rewind(folder, groups)
+    rewind_log(log, log_bytes)
     records = without_torn_line(log, run.state.update_step) if log.exists() else None
     if stays or config.resume:  # also where a run was killed before its first checkpoint
         trackers.rewind(folder, records, reported(run))

@@ -96,9 +96,7 @@ class RunLog:
         cut = record["truncation_rate"]
         note = f", {cut:.0%} cut off" if cut else ""
         share, questions = record["em"], record["em_subset"]
-        wide = few = ""
-        if self.args.eval_metric == "em" and questions and not math.isnan(share):
-            wide, few = intervals.note(share, questions), intervals.too_few(share, questions)
+        wide, few = self.how_sure(share, questions)
         asked = counted(questions, "question")
         text = f"{self.score_text(share)} on {record['split']} ({asked}, greedy{note}{wide})"
         streak = Streak(text, self.value_text(share), record["update"], record["update"])
@@ -114,6 +112,12 @@ class RunLog:
                 f"          {cut:.0%} of the answers hit eval_max_new_tokens = "
                 f"{self.args.eval_max_new_tokens} and count as wrong: raise it"
             )
+
+    def how_sure(self, share: float, questions: int) -> tuple[str, str]:
+        """The interval of an exact match where it is wide, and a line where it says nothing."""
+        if self.args.eval_metric != "em" or not questions or math.isnan(share):
+            return "", ""
+        return intervals.note(share, questions), intervals.too_few(share, questions)
 
     def show_score(self, split: str, new: "Streak") -> None:
         """If it differs from the split's last one: equal ones are shown together."""

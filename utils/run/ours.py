@@ -77,13 +77,13 @@ def strangers(folder: Path) -> list[str]:
     if folder.name == COMPLETIONS:
         names = sorted(os.listdir(folder))
         return [n for n in names if not SPAN.fullmatch(n) and not matches(n, OF_NOBODY)]
-    known, added = listed(folder), []
-    for name in sorted(os.listdir(folder)):
-        own = name in known if known else matches(name, OF_A_MODEL)
-        own = own and (name == "adapters" or not (folder / name).is_dir())
-        if not own and not matches(name, OF_NOBODY):
-            added.append(name)
-    return added
+    known = listed(folder)
+
+    def own(name: str) -> bool:
+        ours = name in known if known else matches(name, OF_A_MODEL)
+        return ours and (name == "adapters" or not (folder / name).is_dir())
+
+    return [n for n in sorted(os.listdir(folder)) if not own(n) and not matches(n, OF_NOBODY)]
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -118,14 +118,7 @@ class Run:
             progress.warn_of_kl(records[0]["kl"], trainer.loaded.train_type)
             self.log.warn_of_no_value(trainer.train_dataset, trainer.rollout, trainer.reward_funcs)
         self.show(trainer, records, state.update_step - update)
-        if due(a.logging_steps, step, state.step):
-            self.log.training(self.meter.report())
-            if trainer.rollout:
-                shown = trainer.rewards.shown()
-                names = [*trainer.reward_funcs]
-                self.log.completions(trainer.train_dataset, trainer.rollout, names, shown)
-        if due(a.plot_every, update, state.update_step) and trainer.rollout:
-            self.log.pictures(trainer.train_dataset, trainer.rollout, trainer.reward_funcs)
+        self.write(trainer, before)
         if due(a.eval_every_updates, update, state.update_step):
             trainer.evaluate("train")
         last = state.update_step >= trainer.total_updates  # after it, an evaluation ends the run
@@ -137,6 +130,18 @@ class Run:
                 trainer.save_checkpoint(self.checkpoint())
             self.prune()
         self.refuse_to_waste(records)
+
+    def write(self, trainer: "Trainer", before: tuple[int, int]) -> None:
+        """The record that falls due, and what trackers show beside it."""
+        a, state, rollout, (step, update) = self.args, self.state, trainer.rollout, before
+        names = [*trainer.reward_funcs]
+        if due(a.logging_steps, step, state.step):
+            self.log.training(self.meter.report())
+            if rollout:
+                shown = trainer.rewards.shown()
+                self.log.completions(trainer.train_dataset, rollout, names, shown)
+        if due(a.plot_every, update, state.update_step) and rollout:
+            self.log.pictures(trainer.train_dataset, rollout, names)
 
     def refuse_to_waste(self, records: list[Record]) -> None:
         """Raises RunError after five updates in a row that taught nothing: see `after_update`."""

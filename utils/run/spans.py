@@ -48,16 +48,7 @@ def append(path: Path, lines: Iterable[str]) -> int:
 
 def pieces(path: Path, damaged: Damaged) -> Iterator[Piece]:
     """The whole pieces of a file, in order. A file that is gone has none."""
-    if path.exists() and not path.is_file():  # to read a pipe would wait for ever
-        damaged(path, "it is no ordinary file")
-        return
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        damaged(path, error.strerror or str(error))
-        return
+    data = contents(path, damaged)
     place, lost = 0, -1  # where the first of some lost bytes is
     while place < len(data):
         found = unpacked(data, place)
@@ -74,6 +65,20 @@ def pieces(path: Path, damaged: Damaged) -> Iterator[Piece]:
         place = found.end
     if lost >= 0 and not is_torn(data, lost):
         damaged(path, f"the last {len(data) - lost:,} bytes cannot be read")
+
+
+def contents(path: Path, damaged: Damaged) -> bytes:
+    """Nothing of a file that is gone, or can't be read."""
+    if path.exists() and not path.is_file():  # to read a pipe would wait for ever
+        damaged(path, "it is no ordinary file")
+        return b""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        damaged(path, error.strerror or str(error))
+        return b""
 
 
 def unpacked(data: bytes, start: int) -> Piece | None:

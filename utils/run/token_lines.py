@@ -111,21 +111,14 @@ def token_line(
     pieces: Pieces,
 ) -> str:
     """A TokenLine; a completion that is None is left out."""
-    known = [c for c in completions if c is not None]
-    new = pieces.new(completion.ids for completion in known)
-    joined = [
-        (i, *pair)
-        for i, completion in enumerate(completions)
-        for pair in (pieces.joined(completion.ids) if completion else ())
-    ]
-    sampled = [None if c is None else np.array(c.logprobs, float) for c in completions]
-    after = [
-        placed(t, c, s) if c is not None and t is not None and s is not None else None
-        for t, c, s in zip(trained, completions, sampled, strict=True)
-    ]
+    known = [(i, completion) for i, completion in enumerate(completions) if completion]
+    new = pieces.new(completion.ids for _, completion in known)
+    joined = [(i, *pair) for i, completion in known for pair in pieces.joined(completion.ids)]
+    sampled = [np.array(c.logprobs, float) if c else None for c in completions]
+    after = map(placed, trained, completions, sampled)
     parts = {
         "n": str(n),
-        "ids": listed(f"[{','.join(map(str, c.ids))}]" if c else "null" for c in completions),
+        "ids": listed(map(ids_text, completions)),
         "sampled_logprobs": listed(map(decimals, sampled)),
         "trained_logprobs": listed(map(decimals, after)),
         "mask": listed(mask_text(c) for c in completions),
@@ -135,9 +128,13 @@ def token_line(
     return "{" + ",".join(f'"{name}":{text}' for name, text in parts.items()) + "}"
 
 
-def placed(trained: np.ndarray, completion: Completion, sampled: np.ndarray) -> np.ndarray | None:
+def placed(
+    trained: np.ndarray | None, completion: Completion | None, sampled: np.ndarray | None
+) -> np.ndarray | None:
     """(T,) log-probs, 0 where a token was given; None if they are those of the sampler, as far as
-    is stored."""
+    is stored, or not known."""
+    if trained is None or completion is None or sampled is None:
+        return None
     own = np.array(completion.mask, bool)
     if own.sum() != len(trained):
         return None
@@ -145,6 +142,10 @@ def placed(trained: np.ndarray, completion: Completion, sampled: np.ndarray) -> 
     found[own] = trained
     same = np.abs(found - sampled)[own] <= 1 / UNIT
     return None if same.all() else found
+
+
+def ids_text(completion: Completion | None) -> str:
+    return "null" if completion is None else f"[{','.join(map(str, completion.ids))}]"
 
 
 def mask_text(completion: Completion | None) -> str:
