@@ -1,9 +1,11 @@
-"""Convert a Hugging Face model or a GGUF file to an MLX folder, quantized if wished, and check it.
+"""Convert models: into an MLX folder, quantized if wished, and out of it to GGUF; and check them.
 
     uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-1.5B-Instruct --quantize
     uv run --extra gguf python utils/convert_model.py --hf-path model.gguf
+    uv run --extra gguf python utils/convert_model.py --hf-path outputs/run/final --to gguf
+    uv run python utils/convert_model.py --hf-path outputs/run/final/adapters --to peft
 
-The folder appears only when the converted model has been loaded again, has generated text, and its
+The result appears only when the converted model has been loaded again, has generated text, and its
 log-probs of a fixed text have been compared with those of the source.
 """
 
@@ -35,10 +37,18 @@ from utils.base.errors import (  # noqa: E402
     disk_errors_named,
     nearest_existing,
 )
+from utils.base.json_files import read_object  # noqa: E402
 from utils.base.say import Parser, complain, say, tell_everything  # noqa: E402
 from utils.data import files  # noqa: E402
 from utils.device import runtime  # noqa: E402
-from utils.model import gguf_file, gguf_weights, served_prompt, vision  # noqa: E402
+from utils.model import (  # noqa: E402
+    gguf_file,
+    gguf_weights,
+    lm_studio,
+    peft_adapters,
+    served_prompt,
+    vision,
+)
 from utils.model import shape as model_shape  # noqa: E402
 from utils.model.conversion_check import compare, describe, read_fixed_text, read_source  # noqa: E402
 from utils.model.hf_config import translate_config  # noqa: E402
@@ -61,6 +71,11 @@ EXAMPLES = f"""examples:
   {COMMAND} --hf-path mlx-community/some-4bit-model --dequantize
   uv run --extra gguf python utils/convert_model.py --hf-path model.gguf
       a file of llama.cpp; its numbers are unpacked, or stay packed with --keep-quantized
+  uv run --extra gguf python utils/convert_model.py --hf-path outputs/run/final --to gguf
+      a file for llama.cpp, Ollama and LM Studio, asked as it was trained
+  {COMMAND} --hf-path BASE --adapter-path outputs/run/checkpoint-100
+      adapters, also PEFT's, merged into their model
+  {COMMAND} --hf-path outputs/run/final/adapters --to peft
 
 train the result with --set model_name={DEFAULT_OUTPUT}, or a preset that names it"""
 
@@ -71,6 +86,16 @@ RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 QUANT_METHODS = (  # of Hugging Face checkpoints, which mlx-lm's load_model can read
     "awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8",
 )  # fmt: skip
+FOR_MLX = (
+    "quantize bits group_size q_mode quant_predicate keep_quantized dtype eos_token upload_repo"
+)
+USED_BY = {  # options that only some results have
+    "gguf": ("gguf_type", "dequantize", "adapter_path", "revision", "trust_remote_code"),
+    "peft": ("base",),
+    "mlx": (*FOR_MLX.split(), "dequantize", "adapter_path", "revision", "trust_remote_code"),
+}
+MODELFILE = ".Modelfile"  # beside a GGUF file, for Ollama
+GGUF_TYPES = ("f16", "q8_0", "bf16", "f32")
 
 
 # mlx-lm and MLX read untrusted files without checks of their own, and fail in all of these ways.
@@ -83,8 +108,8 @@ READ_ERRORS = (
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="convert_model.py",
-        description="Convert a Hugging Face model or a GGUF file to an MLX folder, and check that "
-        "it works.",
+        description="Convert a Hugging Face model or a GGUF file to an MLX folder, or a trained "
+        "model to GGUF or PEFT's format, and check that it works.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -102,6 +127,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="MODEL",
         help="name on the hub, a local folder, or a local .gguf file",
+    )
+    add(
+        "--adapter-path",
+        type=Path,
+        metavar="FOLDER",
+        help="LoRA or DoRA adapters, of a run, mlx-lm or PEFT, to merge into the model first",
     )
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub; default: its main")
     add(
@@ -151,13 +182,36 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("result").add_argument
     add(
-        "--output-dir",
-        type=Path,
-        default=Path(DEFAULT_OUTPUT),
-        metavar="FOLDER",
-        help=f"default {DEFAULT_OUTPUT}",
+        "--to",
+        choices=tuple(USED_BY),
+        default="mlx",
+        help="mlx (default): a folder for training and mlx-lm; gguf: a file for llama.cpp, Ollama "
+        "and LM Studio; peft: adapters as PEFT keeps them",
     )
-    add("--force", action="store_true", help="replace an existing model folder")
+    add(
+        "--gguf-type",
+        choices=GGUF_TYPES,
+        help="how a GGUF file stores matrices; default f16. f32 and bf16 keep such models exact",
+    )
+    add(
+        "--base",
+        metavar="MODEL",
+        help="with --to peft: the model that PEFT is to load, instead of the one that was trained",
+    )
+    add(
+        "--output-dir",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help=f"default {DEFAULT_OUTPUT}; with --to gguf a file NAME.gguf, or a folder for it, "
+        "default models/NAME-TYPE.gguf; with --to peft a folder, default models/NAME-peft",
+    )
+    add(
+        "--lm-studio",
+        metavar="PUBLISHER/NAME",
+        help="put the result where LM Studio finds it, instead of --output-dir",
+    )
+    add("--force", action="store_true", help="replace an existing model folder or file")
     add(
         "--eos-token",
         metavar="TOKEN",
@@ -168,11 +222,76 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is downloaded. Raises UserError."""
+    check_format(args)
     check_quantization(args)
-    check_source(args)
+    args.output_dir = place_of(args)
+    if args.to == "peft":
+        check_adapters(args)
+    else:
+        check_source(args)
     check_output(args)
     if args.upload_repo:
         check_upload(args.upload_repo)
+
+
+def check_format(args: argparse.Namespace) -> None:
+    """Refuse options that the wanted result does not have."""
+    every = {name for names in USED_BY.values() for name in names}
+    for name in sorted(every - {*USED_BY[args.to]}):
+        if getattr(args, name) not in (None, False):
+            fits = " or ".join(f"--to {to}" for to, names in USED_BY.items() if name in names)
+            raise UserError(f"--{name.replace('_', '-')} goes with {fits}, not with --to {args.to}")
+    check_lm_studio(args)
+
+
+def check_lm_studio(args: argparse.Namespace) -> None:
+    if args.lm_studio is not None and args.output_dir:
+        raise UserError("--lm-studio and --output-dir exclude each other: both say where")
+    if args.lm_studio is not None and args.to == "peft":
+        raise UserError("LM Studio does not read adapters: leave out --lm-studio, or --to peft")
+
+
+def place_of(args: argparse.Namespace) -> Path:
+    """Where the result goes: a folder, or a file of GGUF."""
+    file = f"{own_name(args.hf_path)}-{args.gguf_type or GGUF_TYPES[0]}.gguf"
+    if args.lm_studio is not None:
+        folder = lm_studio.place(args.lm_studio)
+        return folder / file if args.to == "gguf" else folder
+    defaults = {
+        "mlx": DEFAULT_OUTPUT,
+        "gguf": f"models/{file}",
+        "peft": f"models/{own_name(args.hf_path)}-peft",
+    }
+    place: Path = (args.output_dir or Path(defaults[args.to])).expanduser()
+    if args.to == "gguf" and place.suffix.lower() != ".gguf":
+        return place / file
+    return place
+
+
+def own_name(source: str) -> str:
+    """Of a model in a run's folder: run-final, not final."""
+    parts = list(Path(source).expanduser().parts)
+    name = parts.pop() if parts else "model"
+    part = name
+    while parts and (part in ("final", "best", "adapters") or part.startswith("checkpoint-")):
+        part = parts.pop()
+        name = f"{part}-{name}" if part.strip("./~") else name
+    return name.strip("./~") or "model"
+
+
+def check_adapters(args: argparse.Namespace) -> None:
+    """--to peft takes adapters as mlx-lm keeps them. Raises UserError for anything else."""
+    folder = Path(args.hf_path).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        inside = folder / "adapters"
+        hint = f"; {inside} does" if (inside / "adapter_config.json").is_file() else ""
+        raise UserError(
+            f"--to peft writes adapters, and {args.hf_path} holds none (no adapter_config.json)"
+            f"{hint}. A whole model in Hugging Face's layout needs no conversion for PEFT"
+        )
+    config = read_object(folder / "adapter_config.json")
+    if "peft_type" in config:
+        raise UserError(f"{args.hf_path} holds adapters of PEFT already")
 
 
 def check_quantization(args: argparse.Namespace) -> None:
@@ -230,9 +349,10 @@ def check_source(args: argparse.Namespace) -> None:
     name, source = args.hf_path, Path(args.hf_path).expanduser()
     if args.revision and source.exists():
         raise UserError(f"--revision is for models on the hub, and {name} is on this machine")
-    if gguf_file.is_gguf(source):
-        gguf_file.check_start(source)
+    if args.to == "gguf":
         gguf_file.check_installed()
+    if gguf_file.is_gguf(source):
+        check_gguf_source(args)
         return
     if args.keep_quantized:
         raise UserError("--keep-quantized is for GGUF files; a quantized folder stays so anyway")
@@ -240,12 +360,26 @@ def check_source(args: argparse.Namespace) -> None:
         refuse_folder(name, source)
 
 
+def check_gguf_source(args: argparse.Namespace) -> None:
+    if args.to == "gguf":
+        raise UserError(
+            f"{args.hf_path} is a GGUF file already; llama.cpp's llama-quantize changes its type"
+        )
+    if args.adapter_path:
+        raise UserError(
+            f"--adapter-path merges into a model folder: convert {args.hf_path} first, and merge "
+            "into the result"
+        )
+    gguf_file.check_start(Path(args.hf_path).expanduser())
+    gguf_file.check_installed()
+
+
 def refuse_folder(name: str, source: Path) -> None:
     """Raises UserError for what is no model folder, unless it can be a name on the hub."""
     if (source / "adapter_config.json").is_file():
         raise UserError(
-            f"--hf-path {name} holds adapters, not a model: fuse them into their base first, "
-            f"with mlx_lm.fuse --model BASE --adapter-path {name}"
+            f"--hf-path {name} holds adapters, not a model. To merge them into the model that "
+            f"they were trained on: --hf-path MODEL --adapter-path {name}"
         )
     if source.exists():
         raise UserError(f"--hf-path {name} is no model folder: it has no config.json{hint(source)}")
@@ -264,17 +398,37 @@ def hint(folder: Path) -> str:
 
 def check_output(args: argparse.Namespace) -> None:
     output: Path = args.output_dir
-    source = Path(args.hf_path).expanduser().resolve()
-    if source.exists() and (source == output.resolve() or output.resolve() in source.parents):
-        raise UserError(f"--output-dir {output} would replace the source {args.hf_path}")
-    if not output.exists() and not output.is_symlink():
+    refuse_source(args, output)
+    places = [output, output.with_suffix(MODELFILE)] if args.to == "gguf" else [output]
+    standing = [place for place in places if os.path.lexists(place)]
+    if not standing:
         check_writable(output)
         return
     if not args.force:
+        output = standing[0]
         again = shlex.join([*sys.argv[1:], "--force"])
         raise UserError(f"{output} exists already. Replace it with:\n  {COMMAND} {again}")
-    refuse_to_replace(output)
+    for place in standing:
+        (refuse_to_replace_file if args.to == "gguf" else refuse_to_replace)(place)
     check_writable(output)
+
+
+def refuse_source(args: argparse.Namespace, output: Path) -> None:
+    """Raises UserError where the result would take the place of what it is made of."""
+    for given in filter(None, (args.hf_path, args.adapter_path)):
+        source = Path(given).expanduser().resolve()
+        if source.exists() and (source == output.resolve() or output.resolve() in source.parents):
+            raise UserError(f"--output-dir {output} would replace the source {given}")
+
+
+def refuse_to_replace_file(path: Path) -> None:
+    """--force replaces GGUF files and their Modelfiles only. Raises UserError."""
+    ours = path.is_file()
+    if ours and path.suffix != MODELFILE:
+        with path.open("rb") as file:
+            ours = file.read(4) == gguf_file.MAGIC
+    if path.is_symlink() or not ours:
+        raise UserError(f"--force replaces GGUF files only, and {path} is none")
 
 
 def refuse_to_replace(output: Path) -> None:
@@ -294,6 +448,8 @@ def refuse_to_replace(output: Path) -> None:
 def is_model_or_empty(folder: Path) -> bool:
     """By its config.json, which must be that of a model: others have files of that name."""
     if not any(folder.iterdir()):
+        return True
+    if (folder / peft_adapters.WEIGHTS).is_file():
         return True
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -341,17 +497,34 @@ def partial_folder(output: Path) -> Iterator[Path]:
     """A name beside `output` to write to; moved there at the end, removed after an error."""
     from utils.run.folders import take_place  # late: not for --help
 
+    with partial_folder_of(output) as partial:
+        yield partial
+        take_place(partial, output)
+
+
+@contextmanager
+def partial_folder_of(output: Path) -> Iterator[Path]:
+    """A name beside `output`, whose folder is made; both are gone after an error."""
     partial = output.with_name(f".{output.name}.mlx-grpo-partial-{os.getpid()}")
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        take_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: the result is there
             for parent in made:
                 parent.rmdir()
+
+
+@contextmanager
+def partial_files(output: Path) -> Iterator[Path]:
+    """A file to write to in a folder beside `output`; all in there is moved at the end."""
+    with partial_folder_of(output) as partial:
+        partial.mkdir()
+        yield partial / output.name
+        for file in sorted(partial.iterdir(), key=lambda file: file.suffix == ".gguf"):
+            os.replace(file, output.parent / file.name)
 
 
 class Source(NamedTuple):
@@ -372,11 +545,14 @@ def unpacked(args: argparse.Namespace) -> Iterator[Source]:
     path = Path(args.hf_path).expanduser()
     if not gguf_file.is_gguf(path):
         folder, config = find_source(args)
-        yield Source(folder, config, folder, None if folder == path else args.hf_path)
+        if args.adapter_path:
+            with fused(args, folder) as source:
+                yield source
+        else:
+            yield Source(folder, config, folder, None if folder == path else args.hf_path)
         return
     file = gguf_file.open_gguf(path)
-    output: Path = args.output_dir
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.source-") as name:
+    with beside(args.output_dir) as name:
         plain, packed = Path(name) / "plain", Path(name) / "packed"
         note(f"unpacking {args.hf_path}: {gguf_weights.kinds_of(file)}")
         write_gguf(file, plain)
@@ -390,6 +566,32 @@ def unpacked(args: argparse.Namespace) -> Iterator[Source]:
             yield Source(plain, read_config(packed, args), packed)
         except RunError as error:  # names the folder, which is gone when the user reads it
             raise RunError(str(error).replace(str(plain), args.hf_path)) from error
+
+
+@contextmanager
+def beside(output: Path) -> Iterator[str]:
+    """A folder on the same disk as the result, which is removed afterwards."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.source-") as name:
+        yield name
+
+
+@contextmanager
+def fused(args: argparse.Namespace, folder: Path) -> Iterator[Source]:
+    """The model of `folder` with the adapters merged into it; removed afterwards."""
+    from utils.model.fusing import fuse
+
+    said = args.hf_path, str(args.adapter_path)
+    with beside(args.output_dir) as name:
+        merged = Path(name) / "fused"
+        note(f"merging {said[1]} into {said[0]}")
+        try:
+            with disk_errors_named(merged):
+                adapters = args.adapter_path.expanduser()
+                fuse(folder, adapters, merged, said, args.trust_remote_code)
+        except READ_ERRORS as error:
+            raise explain(error, args) from error
+        args.dequantize = False  # the merged model is not quantized
+        yield Source(merged, read_config(merged, args), merged)
 
 
 def write_gguf(file: gguf_file.GGUF, folder: Path, keep_quantized: bool = False) -> str:
@@ -459,7 +661,15 @@ def read_config(folder: Path, args: argparse.Namespace) -> ModelConfig:
 
 def check_config(config: ModelConfig, args: argparse.Namespace) -> None:
     """Refuse what the configuration alone rules out."""
-    check_how_quantized(config, args)
+    if args.to == "gguf":
+        from utils.model.gguf_out import check_family
+
+        unpacks = args.dequantize or args.adapter_path is not None
+        check_family(config, args.hf_path, dequantized=unpacks)
+    if not args.adapter_path:
+        check_how_quantized(config, args)
+    elif vision.has_vision(config):
+        raise UserError(f"--adapter-path is for language models; {args.hf_path} has a vision tower")
     if vision.has_vision(config):
         check_vision(args)
     elif "model_file" not in config:
@@ -701,6 +911,73 @@ def how_to_use(output: Path, sees: bool, problem: str) -> str:
     return f"Train it with: {shlex.join(['--set', f'model_name={output}'])}"
 
 
+def run_to_gguf(args: argparse.Namespace, path: Path) -> str:
+    """Read the source, write it to the file `path`, read that; what came of it.
+
+    Raises:
+        UserError, RunError: mlx-lm's, MLX's and gguf's own errors, in one line.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    from utils.model import gguf_out, ollama
+
+    kind = args.gguf_type or GGUF_TYPES[0]
+    with unpacked(args) as source, beside(args.output_dir) as scratch:
+        plain, back = source.packed, Path(scratch) / "back"
+        note(f"reading {args.hf_path}")
+        try:
+            added = translate_config(source.config)
+            before = read_source(source.folder, args.trust_remote_code, False, added)
+            if args.dequantize:
+                plain = Path(scratch) / "plain"
+                convert_text_model(args, source.folder, source.config, plain)
+            note(f"writing {kind}")
+            name = own_name(args.hf_path)
+            notes = gguf_out.write_gguf(plain, path, kind, name, args.hf_path)
+            note("checking the result")
+            gguf_out.read_back(path, back, kind)
+            notes += gguf_out.compare_tokenizers(plain, back)
+            after = read_fixed_text(back, False, False, {})
+            tokenizer = load_tokenizer(plain)
+            text, left_out = ollama.modelfile(args.output_dir.name, tokenizer, source.folder)
+        except READ_ERRORS as error:
+            raise explain(error, args) from error
+        stops = ollama.stops(source.folder)
+    path.with_suffix(MODELFILE).write_text(text, encoding="utf-8")
+    if stops:
+        notes.append(
+            f"the model stops at {', '.join(map(repr, stops))}, which a GGUF file cannot say: give "
+            f"llama.cpp -r {shlex.quote(stops[0])}; the Modelfile says it"
+        )
+    lines = [f"{describe(path, after)}", compare(before, after)]
+    return "\n".join([*lines, *(f"note: {text}" for text in [*notes, *left_out]), how_to_ask(args)])
+
+
+def how_to_ask(args: argparse.Namespace) -> str:
+    place, name = str(args.output_dir), own_name(args.hf_path).lower()
+    modelfile = str(args.output_dir.with_suffix(MODELFILE))
+    return (
+        f"Ask it with: {shlex.join(['llama-cli', '-m', place, '--jinja'])}\n"
+        f"Ollama:      {shlex.join(['ollama', 'create', name, '-f', modelfile])}"
+    )
+
+
+def run_to_peft(args: argparse.Namespace, folder: Path) -> str:
+    """Write the adapters of --hf-path for PEFT into `folder`; what came of it."""
+    from utils.model import peft_adapters
+
+    try:
+        with disk_errors_named(folder):
+            made = peft_adapters.write(Path(args.hf_path).expanduser(), folder, args.base or "")
+    except (ValueError, RuntimeError) as error:
+        raise RunError(f"{args.hf_path} cannot be converted: {one_line(error)}") from error
+    return (
+        f"{made}, as PEFT reads them; read back, they are the same\n"
+        "Load them with: PeftModel.from_pretrained(base, FOLDER), where base is that model in "
+        "Hugging Face's layout, not quantized by MLX (--base names another)"
+    )
+
+
 def explain(error: Exception, args: argparse.Namespace) -> UserError | RunError:
     if "trust_remote_code" in str(error):
         return UserError(
@@ -776,12 +1053,17 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 
 def convert_and_report(args: argparse.Namespace) -> None:
-    args.output_dir = args.output_dir.expanduser()
     check_arguments(args)
     runtime.preload_blas()
     # mlx-lm's progress goes where ours does: a pipe that nobody reads any more would end it.
-    with partial_folder(args.output_dir) as folder, contextlib.redirect_stdout(sys.stderr):
-        summary = run_conversion(args, folder)
+    with contextlib.redirect_stdout(sys.stderr):
+        if args.to == "gguf":
+            with partial_files(args.output_dir) as path:
+                summary = run_to_gguf(args, path)
+        else:
+            run = run_to_peft if args.to == "peft" else run_conversion
+            with partial_folder(args.output_dir) as folder:
+                summary = run(args, folder)
     say(f"{args.output_dir}: {summary}")
     if args.upload_repo:
         upload(args.output_dir, args.upload_repo)

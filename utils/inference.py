@@ -211,7 +211,8 @@ def base_of_adapters(folder: Path, name: str) -> str:
         UserError: it names none, or one that is not there.
     """
     settings_file = folder / "adapter_config.json"
-    base = read_object(settings_file).get("model")
+    settings = read_object(settings_file)
+    base = settings.get("model") or settings.get("base_model_name_or_path")  # PEFT's name for it
     if not isinstance(base, str) or not base:
         raise UserError(f"{settings_file} names no base: --model BASE --adapter {name}")
     if base.count("/") != 1 and not Path(base).expanduser().is_dir():

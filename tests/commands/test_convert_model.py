@@ -609,7 +609,7 @@ def test_sources_that_make_no_sense(source, packed, tmp_path):
         ((source, "--revision", "main"), "is for models on the hub"),
         ((source, "--eos-token", "<stop>"), "special tokens: <|endoftext|>, <|im_end|>"),
         ((bnb,), "is quantized by bitsandbytes, which mlx-lm does not read; it reads awq"),
-        ((adapters,), "mlx_lm.fuse --model BASE"),
+        ((adapters,), f"--hf-path MODEL --adapter-path {adapters}"),
         ((old,), "only pytorch_model.bin. Save it with"),
         ((empty,), "names no model_type"),
         ((tmp_path / "run",), f"it has no config.json, but {tmp_path}/run/final has one"),

@@ -20,7 +20,7 @@ ADAPTERS = {
     "a list": ("[]", "holds no JSON object"),
     "not adapters": ('{"fine_tune_type": "full"}', "fine_tune_type = 'full' is not lora or dora"),
     "another kind": ('{"fine_tune_type": "dora"}', "holds dora adapters, but train_type = lora"),
-    "incomplete": ('{"fine_tune_type": "lora"}', "no attribute 'num_layers'"),
+    "incomplete": ('{"fine_tune_type": "lora"}', "lacks num_layers: it describes neither"),
     "no weights": (
         '{"num_layers": 2, "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0}}',
         "adapters.safetensors",

@@ -71,7 +71,7 @@ def test_the_command_that_makes_mlx_model_is_one_that_convert_model_understands(
     assert command[:4] == ["uv", "run", "python", "utils/convert_model.py"]
     arguments = convert_model.build_parser().parse_args(command[4:])
     assert arguments.hf_path == "Qwen/Qwen2.5-1.5B-Instruct"
-    assert str(arguments.output_dir) == "utils/mlx_model"
+    assert str(convert_model.place_of(arguments)) == "utils/mlx_model"
 
 
 def test_the_commands_that_make_smollm2_are_those_of_its_preset_and_page():

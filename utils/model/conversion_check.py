@@ -154,10 +154,13 @@ def compare(before: Reading | None, after: Reading) -> str:
 
 
 def describe(folder: Path, after: Reading) -> str:
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """What a model folder or file is, in a line."""
+    files = [folder] if folder.is_file() else folder.rglob("*")
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    bits = 8 * size / after.parameters if folder.is_file() else after.bits_per_weight
     disk = f"{size / 1e9:,.2f} GB" if size > 1e9 else f"{size / 1e6:,.1f} MB"
     return (
         f"{after.parameters / 1e6:,.1f} M parameters, {disk} on disk, "
-        f"{after.bits_per_weight:.2f} bits per weight; it continues "
+        f"{bits:.2f} bits per weight; it continues "
         f"{PROMPT!r} with {after.continuation!r}"
     )

@@ -16,6 +16,7 @@ from .shape import JsonObject
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 ENDS_OF_TURNS = (  # llama.cpp stops at these too, whatever the metadata say
@@ -125,7 +126,7 @@ def tokens_of(file: GGUF) -> list[str]:
 
 
 def byte_level(file: GGUF, tokens: list[str]) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     how = splitting(file)
     pairs = [merge.split(" ", 1) for merge in file.texts("tokenizer.ggml.merges")]
@@ -134,11 +135,17 @@ def byte_level(file: GGUF, tokens: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=how.whole_words))
     if how.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in how.patterns]
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, bytes_only])
+    tokenizer.pre_tokenizer = pre_tokenizer(how)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def pre_tokenizer(how: Splitting) -> PreTokenizer:
+    from tokenizers import Regex, pre_tokenizers
+
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in how.patterns]
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*steps, bytes_only])
 
 
 def splitting(file: GGUF) -> Splitting:

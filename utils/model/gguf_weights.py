@@ -348,8 +348,11 @@ def llama3_divisors(scaling: JsonObject, config: ModelConfig) -> np.ndarray:
 
 def hf_names(file: GGUF) -> dict[str, str]:
     """Names in the file and in Hugging Face's layout, of every tensor that may occur."""
-    architecture = architecture_of(file)
     layers = layer_count(file, file.need("general.architecture", str))
+    return names_of(architecture_of(file), layers)
+
+
+def names_of(architecture: Architecture, layers: int) -> dict[str, str]:
     names = {f"{short}.weight": f"{long}.weight" for short, long in TOP_NAMES.items()}
     if architecture.model_type in ALWAYS_TIED:
         del names["output.weight"]

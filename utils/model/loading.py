@@ -55,8 +55,7 @@ def find_model(name: str, start: str = "") -> Path | None:
     """
     path = Path(start, os.path.expanduser(name))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model_name = {name!r} is a folder without config.json")
+        check_folder(name, path)
         return path
     if path.exists():
         refuse_file(name, path)
@@ -70,6 +69,22 @@ def find_model(name: str, start: str = "") -> Path | None:
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise UserError(f"model_name = {name!r} is neither a folder nor a hub name (owner/model)")
     return None
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Raises UserError for a folder that holds no model, or adapters beside it."""
+    adapters = (path / "adapter_config.json").is_file()
+    if not (path / "config.json").is_file():
+        hint = f"; it holds adapters: model_name = BASE, adapter_path = {name}"
+        raise UserError(
+            f"model_name = {name!r} is a folder without config.json{hint if adapters else ''}"
+        )
+    if adapters:
+        raise UserError(
+            f"model_name = {name!r} holds a model and adapters (config.json and "
+            "adapter_config.json): which are meant cannot be told. Move the adapters away, and "
+            "set adapter_path"
+        )
 
 
 def refuse_file(name: str, path: Path) -> None:
