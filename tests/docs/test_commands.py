@@ -1,0 +1,118 @@
+"""Every command that a document or a preset shows is one that can be typed."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from utils import convert_model, convert_nanochat, evaluate_model, inference, pretrain, report
+from utils.pretraining import tiny_math_model
+from utils.settings import reading
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("utils/**/*.md")]
+PAGES += [*ROOT.glob("models/*/README.md")]
+PRESETS = [*ROOT.glob("configs/**/*.toml")]
+COMMAND = re.compile(r"\buv run [^\n`;]*?(?=`|;|  #|\s*$)", re.MULTILINE)
+PARTS = {  # of commands, in a sentence about them
+    "uv run",
+    "uv run --no-group cpu --extra cuda",
+    "uv run --extra nanochat",
+    "uv run --with . python",
+}
+PARSERS = {
+    "utils/convert_model.py": convert_model.build_parser,
+    "utils/convert_nanochat.py": convert_nanochat.build_parser,
+    "utils/evaluate_model.py": evaluate_model.build_parser,
+    "utils/inference.py": inference.build_parser,
+    "utils/report.py": report.build_parser,
+}
+HOW_TO_MAKE = r"convert_model\.py|convert_nanochat\.py|utils/pretrain\.py|uv pip install"
+"""What the message about a model that is not there says to type."""
+
+
+def lines_of(path):
+    """Commands of the blocks, in the text and in the comments, with their continuations joined."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".toml":
+        text = re.sub(r"^# ?", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\\\n\s*", "", text)
+    # In the prose, a command may go on in the next line.
+    text = re.sub(r"`[^`\n]*\n[^`\n]*`", lambda found: found[0].replace("\n", " "), text)
+    found = [match[0].strip() for match in COMMAND.finditer(text)]
+    return [line for line in found if line not in PARTS and "..." not in line]
+
+
+def words_of(line):
+    words = shlex.split(line, comments=True)[2:]
+    while words and words[0].startswith("--"):  # uv's own options
+        words = words[2:]
+    return words
+
+
+EVERY = [(path, line) for path in [*PAGES, *PRESETS] for line in lines_of(path)]
+# Of the documents that describe the system; it says that the rate has no effect on adapters.
+TYPED = "uv run mlx-grpo.py --config configs/default.toml --set learning_rate=5e-7"
+EVERY.append((ROOT / "configs/default.toml", TYPED))
+
+
+def named(value):
+    return value if isinstance(value, str) else value.name
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the repository, as far as commands need it, with the files that pages speak of."""
+    folder = tmp_path_factory.mktemp("typed")
+    for name in ("configs", "docs", "utils", "models/tiny-math"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(ROOT / name)
+    row = '{"question": "What is 2 + 3?", "answer": "5"}\n'
+    (folder / "my_questions.jsonl").write_text(row * 4)
+    (folder / "models/mine").symlink_to(ROOT / "models/tiny-math")  # that a command has made
+    guide = (ROOT / "QUICK_START.md").read_text(encoding="utf-8")
+    rewards = re.search(r"```python\n(# rewards.py.*?)```", guide, re.DOTALL)[1]
+    (folder / "rewards.py").write_text(rewards)
+    (folder / "my.toml").write_text('model_name = "models/tiny-math"\n')
+    return folder
+
+
+def test_pages_and_presets_have_commands():
+    assert len(EVERY) > 80
+    assert {path.name for path, _ in EVERY} >= {path.name for path in PRESETS}
+
+
+def read_by_pretrain(given):
+    """Settings and files are looked at, and nothing is begun."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path, default=pretrain.DEFAULT_CONFIG)
+    path = early.parse_known_args(given)[0].config
+    if pretrain.is_recipe(path):
+        _, overrides = pretrain.parse(given, tiny_math_model.TinyMathConfig)
+        reading.resolve(tiny_math_model.TinyMathConfig, path, overrides)
+    else:
+        pretrain.resolve(path, pretrain.parse(given, pretrain.PretrainConfig)[1])
+
+
+@pytest.mark.parametrize(("path", "line"), EVERY, ids=named)
+def test_a_command_can_be_typed(grpo, place, monkeypatch, capsys, path, line):
+    words = words_of(line)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if words[0] == "python":
+        words = words[1:]
+    program, given = words[0], words[1:]
+    if program in PARSERS:
+        PARSERS[program]().parse_args(given)
+    elif program == "utils/pretrain.py":
+        read_by_pretrain(given)
+    elif program == "mlx-grpo.py":
+        code = grpo.main([*given, "--dry-run"])
+        out, err = capsys.readouterr()
+        missing = re.search(HOW_TO_MAKE, err) or "hub" in err
+        assert code == 0 or missing, err
+        assert code or "update" in out
+    else:
+        assert program in ("pytest", "hf") or (ROOT / program).is_file(), program
