@@ -35,7 +35,7 @@ def shown_in(columns, rows, monkeypatch, model_dir, data_dir, folder, **settings
         screens.append(file.lines())
 
     monkeypatch.setattr(screen.Block, "draw", watched)
-    run_training(model_dir, data_dir, folder, **{**RUN, **settings})
+    run_training(model_dir, data_dir, folder, **{**RUN, "report": False, **settings})
     return screens, file.lines()
 
 
