@@ -49,7 +49,10 @@ def test_only_a_panic_becomes_an_error():
 
 def test_bytes_for_a_person_and_the_nearest_folder(tmp_path):
     assert errors.readable(1_234_567_890) == "1.23 GB"
-    assert errors.readable(99_000_000) == "99.00 MB"
+    assert errors.readable(99_000_000) == "99.0 MB"
+    assert errors.readable(9_996_000) == "10.0 MB"
+    assert errors.readable(25_284_000_000) == "25.3 GB"
+    assert errors.readable(1_234_567_890_000) == "1,235 GB"
     assert errors.nearest_existing(tmp_path / "a" / "b") == tmp_path
     assert errors.nearest_existing(tmp_path) == tmp_path
 

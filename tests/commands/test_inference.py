@@ -498,7 +498,7 @@ BAD = [
     (["hi", "--grpo-prompt", "--set", "chat_template=no"], "neither a file nor plain"),
     (["hi", "--chat-template", "no"], "neither a file nor plain"),
     (["hi", "--stop", ""], "--stop '' is empty"),
-    (["hi", "--adapter", "."], "--adapter: adapter_config.json cannot be read"),
+    (["hi", "--adapter", "."], "adapter_config.json cannot be read"),
 ]
 
 

@@ -139,7 +139,8 @@ class Words:
 
 
 def store(folder, rows=4, **settings):
-    args = {"keep_completions": "all", "max_completions_gb": 0.0, "seed": 0, **settings}
+    args = {"keep_completions": "all", "max_completions_gb": 0.0, "seed": 0, "eval_metric": "em"}
+    args |= settings
     questions = [{"question": f"Question {n}?", "answer": str(n)} for n in range(rows)]
     return completions.Completions(
         SimpleNamespace(**args),
@@ -178,6 +179,18 @@ def test_rewards_without_a_value_and_wrong_and_right_answers(tmp_path):
     assert [one["parsed"] for one in found] == ["0.0", None, "7", None]
     assert [one["correct"] for one in found] == [True, False, False, False]
     assert [one["pieces"] for one in found][:2] == [[" w0", " w1"], [" w1", " w2"]]
+
+
+def test_right_is_what_the_evaluations_count(tmp_path):
+    """A reward above 0, where that is their metric; nobody knows where no reward has its name."""
+    texts = ["so it is 0.", "none", "it is 7", "<answer>1</answer>"]
+    for metric, right in ("first", [False, True, True, True]), ("last_number", [None] * 4):
+        folder = tmp_path / metric
+        folder.mkdir()
+        update(store(folder, eval_metric=metric), 1, texts)
+        found = [one for group in groups(folder) for one in group["completions"]]
+        assert [one["correct"] for one in found] == right
+    assert [one["parsed"] for one in found] == ["0", None, "7", "1"]
 
 
 def test_groups_that_dynamic_sampling_replaced_are_kept_as_not_trained(

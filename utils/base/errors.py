@@ -39,8 +39,10 @@ def reason(error: Exception) -> str:
 
 
 def readable(count: float) -> str:
-    """A number of bytes for a person."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+    """A number of bytes for a person, in three digits."""
+    amount, name = (count / 1e9, "GB") if count >= 1e8 else (count / 1e6, "MB")
+    decimals = 2 if amount < 9.995 else 1 if amount < 99.95 else 0
+    return f"{amount:,.{decimals}f} {name}"
 
 
 def roughly(count: float) -> str:

@@ -29,6 +29,7 @@ from ..data.files import Row
 from ..data.tokenizer import Tokenizer
 from ..gradient.micro_batch import MicroBatch
 from ..rewards.answers import extract_xml_answer, same_answer
+from ..rewards.builtin import last_number
 from ..settings.run_settings import Settings
 from . import spans
 from .state import State
@@ -366,7 +367,7 @@ class Completions:
                 **{"n": n, "update": update, "kind": group.kind, "split": group.split},
                 **{"prompt_index": group.row, "prompt": prompt, "question": question},
                 "answer": None if group.question.get("answer") is None else answer,
-                "completions": kept_of(group, spoken),
+                "completions": kept_of(group, spoken, self.args.eval_metric),
             }
             pairs = zip(group.completions, spoken, strict=True)
             shown = [c if c.text == text else None for c, text in pairs]  # or its ids would tell
@@ -410,13 +411,11 @@ def texts_of(group: Answered, prompt: str) -> list[str]:
     return [prompt, str(question["question"]), str(question.get("answer")), *spoken]
 
 
-def kept_of(group: Answered, spoken: Sequence[str]) -> list[Json]:
+def kept_of(group: Answered, spoken: Sequence[str], metric: str) -> list[Json]:
     """What a line of groups-N says of each completion, whose texts may be shown."""
-    expected = group.question.get("answer")
+    read = last_number if metric == "last_number" else extract_xml_answer
     found: list[Json] = []
     for i, (completion, text) in enumerate(zip(group.completions, spoken, strict=True)):
-        answer = extract_xml_answer(completion.text)
-        right = None if expected is None else bool(answer) and same_answer(answer, str(expected))
         found.append(
             {
                 "text": text,
@@ -425,13 +424,25 @@ def kept_of(group: Answered, spoken: Sequence[str]) -> list[Json]:
                 "advantage": number(group.advantages[i]),
                 "finish_reason": completion.finish_reason,
                 "length": completion.sampled,
-                "parsed": extract_xml_answer(text) or None,
-                "correct": right,
+                "parsed": read(text) or None,
+                "correct": is_right(group, i, metric),
                 "messages": None,
                 "images": [],
             }
         )
     return found
+
+
+def is_right(group: Answered, i: int, metric: str) -> bool | None:
+    """By the exact match or the reward that evaluations count; None if nobody said it."""
+    if metric != "em":
+        value = number(group.values[metric][i]) if metric in group.values else None
+        return None if value is None else value > 0
+    expected = group.question.get("answer")
+    if expected is None:
+        return None
+    answer = extract_xml_answer(group.completions[i].text)
+    return bool(answer) and same_answer(answer, str(expected))
 
 
 def number(value: float | None) -> float | None:
