@@ -96,8 +96,11 @@ def evaluated(folder, path):
 def test_a_client_gets_what_the_evaluator_counted(
     tmp_path, train_type, system, in_4_bits, monkeypatch, capsys
 ):
+    rate = "lora_learning_rate" if train_type == "lora" else "learning_rate"
+    settings = {name: value for name, value in SETTINGS.items() if name != "learning_rate"}
+    settings[rate] = SETTINGS["learning_rate"]
     code, _ = run_training(
-        TINY, TINY, tmp_path / "run", train_type=train_type, system_prompt=system, **SETTINGS
+        TINY, TINY, tmp_path / "run", train_type=train_type, system_prompt=system, **settings
     )
     assert code == 0
     folder = tmp_path / "run/final"
