@@ -24,7 +24,6 @@ if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0]
 
 from .base.errors import UserError
 from .base.intervals import percent
-from .base.intervals import wilson as wilson
 from .base.say import Parser, say
 from .base.script import load_script
 from .base.task_progress import Progress

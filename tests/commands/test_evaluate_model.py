@@ -18,8 +18,9 @@ from conftest import ROOT
 from helpers import make_trainer
 
 from utils import evaluate_model
+from utils.base.intervals import wilson
 from utils.data import order
-from utils.evaluate_model import Scores, comparison, pass_at_k, sign_test, wilson
+from utils.evaluate_model import Scores, comparison, pass_at_k, sign_test
 from utils.settings import checks
 
 TINY = ROOT / "models/tiny-math"

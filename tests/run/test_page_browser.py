@@ -11,7 +11,8 @@ import page_runs
 import pytest
 from test_page_server import served, soon  # noqa: F401 - a fixture
 
-from utils.evaluate_model import sign_test, wilson
+from utils.base.intervals import wilson
+from utils.evaluate_model import sign_test
 from utils.run import completions, page
 from utils.run.page_source import Source
 

@@ -121,14 +121,15 @@ class Sampler:
         before: list[Completion],
         so_far: Callable[[list[Completion]], None],
     ) -> None:
-        """While batches are sampled: a sign of life, and what is done of them."""
+        """While batches are sampled: a sign of life, and what is done of them, if that is more."""
         self.pulse("sampling")
+        known = sum(len(reader.done) for reader in readers)
         done = list(before)
         for reader in readers:
             done += reader.finished()
             if len(reader.done) < len(reader.rows):
                 break
-        if done:  # nothing would mean the start
+        if sum(len(reader.done) for reader in readers) > known:
             so_far(done)
 
     def batch(

@@ -63,12 +63,11 @@ def block_steps() -> int:
 
 @dataclass
 class _Row:
-    """A completion that is being sampled, up to `limit` tokens."""
+    """A completion that is being sampled, for so many steps that are `left`."""
 
-    limit: int
+    left: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    left: int = 0  # steps until the limit
     ended: bool = False
 
     @property
@@ -84,7 +83,8 @@ class Reader:
 
     def __init__(self, stop: StopRule, count: int, places: int, max_tokens: int) -> None:
         self.stop, self.places, self.block = stop, places, block_steps()
-        self.rows = [_Row(max_tokens, left=max_tokens) for _ in range(count)]
+        self.max_tokens = max_tokens
+        self.rows = [_Row(max_tokens) for _ in range(count)]
         self.begun = 0
         self.live: list[_Row] = []
         self.unread: tuple[list[_Row], mx.array, mx.array] | None = None
@@ -131,7 +131,7 @@ class Reader:
     def finished(self) -> list[Completion]:
         """The completions that are done, in order, up to the first that is not."""
         for row in self.rows[len(self.done) :]:
-            if not row.ended and len(row.ids) < row.limit:
+            if not row.ended and len(row.ids) < self.max_tokens:
                 break
             self.done.append(self._completion(row))
         return self.done
@@ -155,8 +155,8 @@ class Reader:
             if row.ended:
                 continue
             checked = len(row.ids)
-            row.ids += new[: row.limit - checked]
-            row.logprobs += new_values[: row.limit - checked]
+            row.ids += new[: self.max_tokens - checked]
+            row.logprobs += new_values[: self.max_tokens - checked]
             end = self.stop.length(row.ids, checked)
             if end is not None:
                 del row.ids[end:], row.logprobs[end:]

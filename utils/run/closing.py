@@ -62,11 +62,6 @@ def scores(log: RunLog) -> Iterator[str]:
     yield f"in brackets, 95 % intervals of {counted(ends[-1]['em_subset'], 'question')}"
 
 
-def places(folder: Path) -> Iterator[str]:
-    """What to look at in the run's folder, as the person wrote that."""
-    yield f"saved     {folder / 'final'}"
-
-
 def next_step(folder: Path) -> Iterator[str]:
     """What to type to ask the model that was trained."""
     yield "next      ask it:"

@@ -32,6 +32,7 @@ from ..rewards.answers import extract_xml_answer, same_answer
 from ..rewards.builtin import last_number
 from ..settings.run_settings import Settings
 from . import spans
+from .log import finite
 from .state import State
 from .token_lines import Pieces, TokenLine, token_line, tokens_of, trained_logprobs
 
@@ -419,9 +420,9 @@ def kept_of(group: Answered, spoken: Sequence[str], metric: str) -> list[Json]:
         found.append(
             {
                 "text": text,
-                "rewards": {name: number(values[i]) for name, values in group.values.items()},
-                "reward": number(group.rewards[i]),
-                "advantage": number(group.advantages[i]),
+                "rewards": {name: finite(values[i]) for name, values in group.values.items()},
+                "reward": finite(group.rewards[i]),
+                "advantage": finite(group.advantages[i]),
                 "finish_reason": completion.finish_reason,
                 "length": completion.sampled,
                 "parsed": read(text) or None,
@@ -436,18 +437,13 @@ def kept_of(group: Answered, spoken: Sequence[str], metric: str) -> list[Json]:
 def is_right(group: Answered, i: int, metric: str) -> bool | None:
     """By the exact match or the reward that evaluations count; None if nobody said it."""
     if metric != "em":
-        value = number(group.values[metric][i]) if metric in group.values else None
+        value = finite(group.values[metric][i]) if metric in group.values else None
         return None if value is None else value > 0
     expected = group.question.get("answer")
     if expected is None:
         return None
     answer = extract_xml_answer(group.completions[i].text)
     return bool(answer) and same_answer(answer, str(expected))
-
-
-def number(value: float | None) -> float | None:
-    """As JSON has it."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def redact_all(texts: Sequence[str]) -> list[str]:

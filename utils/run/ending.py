@@ -270,8 +270,7 @@ def say_the_end(run: Run, early: str, total: int, page: str) -> None:
         say(f"note      {run.args.closing_note}")
     if not run.args.quiet and (size := run.completions.size()):
         say(f"kept      {size} in {run.shown(run.folder / completions.FOLDER)}")
-    for line in closing.places(run.shown(run.folder)):
-        say(line)
+    say(f"saved     {run.shown(run.folder / 'final')}")
     if run.prompt and run.prompt.trouble:
         say(f"warning   mlx_lm does not ask final/ as in training: {run.prompt.trouble}")
     for line in closing.next_step(run.shown(run.folder)):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,8 @@ from ..data.files import Row
 from ..settings.run_settings import Settings
 from . import trackers, warnings_of_learning
 from .state import Record, State
+
+T = TypeVar("T")
 
 TABLE_ROWS = 64  # of the completions that trackers get
 
@@ -256,7 +258,8 @@ def figure(value: float | None, form: str) -> str:
     return format(value, form) if warnings_of_learning.is_known(value) else "none"
 
 
-def finite(value: object) -> object:
+def finite(value: T) -> T | None:
+    """As JSON has it, which knows no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

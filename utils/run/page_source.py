@@ -21,12 +21,11 @@ from ..base.text import Json, redacted
 from . import completions
 from .completions import Group, Kept
 from .ours import CONFIG, LOG, PROVENANCE
+from .trackers import Record, as_record
 
 CHUNK = 200_000  # characters of text in a chunk: what is decoded to show one group
 REMEMBERED = 300  # bytes of the log, by which it is known again
 SPREAD = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill the interval evenly
-
-Record = dict[str, Json]
 
 
 @dataclass
@@ -184,14 +183,6 @@ def evaluation(record: Record) -> Record:
         "em": number(record.get("em")) if isinstance(size, int) and size > 0 else None,
         "em_subset": size,
     }
-
-
-def as_record(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("update"), int) else None
 
 
 def numbers(record: Record, names: list[str]) -> list[float | None]:

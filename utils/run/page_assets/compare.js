@@ -158,14 +158,7 @@ function pairRow(i) {
     const read = (texts) => texts?.completions[0]?.parsed ?? "–";
     facts.append(make("b", { text: read(was) }), " → ", make("b", { text: read(is) }));
     if (is) facts.append(make("span", { class: "muted right", text: `expected ${is.answer}` }));
-    if (is || was)
-      showText(
-        text,
-        String((is ?? was).question)
-          .replace(/\s+/g, " ")
-          .slice(0, 160),
-      );
-    else text.append(make("i", { text: "text not in this page" }));
+    showSnippet(text, is || was ? (is ?? was).question : null);
   });
   return make("div", { class: "row" }, facts, text);
 }

@@ -107,21 +107,14 @@ function questionRow(i) {
   const { visits } = questions.shown[i];
   const text = make("span", { class: "snippet" });
   run.texts(visits.at(-1)).then((texts) => {
-    if (texts) showText(text, String(texts.question).replace(/\s+/g, " ").slice(0, 160));
-    else text.append(make("i", { text: "text not in this page" }));
+    showSnippet(text, texts ? texts.question : null);
   });
   const ends = [visits[0], visits.at(-1)].map((group) => outcome(run, group));
-  return make(
-    "div",
-    { class: "row" },
-    make(
-      "span",
-      { class: "facts" },
-      make("b", { text: ends.join(" → ") }),
-      make("span", { class: "muted right", text: counted(visits.length, "visit") }),
-    ),
-    text,
-  );
+  const facts = [
+    make("b", { text: ends.join(" → ") }),
+    make("span", { class: "muted right", text: counted(visits.length, "visit") }),
+  ];
+  return listRow(facts, text);
 }
 
 // In a few characters: right of judged, or the mean reward.

@@ -469,42 +469,29 @@ function completionRow(at) {
   const text = make("span", { class: "snippet" });
   run.texts(group).then((texts) => {
     const own = texts && texts.completions[i - run.first[group]];
-    if (!own) text.append(make("i", { text: "text not in this page" }));
-    else
-      showText(
-        text,
-        own.text
-          .replace(run.settings.reasoning_prefix || "", "")
-          .replace(/\s+/g, " ")
-          .slice(0, 160),
-      );
+    const prefix = run.settings.reasoning_prefix || "";
+    showSnippet(text, own ? own.text.replace(prefix, "") : null);
   });
-  return make(
-    "div",
-    { class: "row" },
-    make(
-      "span",
-      { class: "facts" },
-      make("b", { text: figure(numbers.reward[i]) }),
-      make("span", {
-        class: `judged ${name.split(" ")[0]}`,
-        title: name,
-        text: sign,
-        "aria-label": name,
-      }),
-      numbers.advantage[i] === null
-        ? null
-        : make("span", { class: "muted", text: `adv. ${signed(numbers.advantage[i])}` }),
-      make("span", { class: "muted", text: counted(numbers.length[i], "token") }),
-      run.finishes[numbers.finish[i]] === "length"
-        ? make("span", { class: "cut", text: "cut off" })
-        : null,
-      rollouts.update === null
-        ? make("span", { class: "muted right", text: `update ${run.groups.update[group]}` })
-        : null,
-    ),
-    text,
-  );
+  const facts = [
+    make("b", { text: figure(numbers.reward[i]) }),
+    make("span", {
+      class: `judged ${name.split(" ")[0]}`,
+      title: name,
+      text: sign,
+      "aria-label": name,
+    }),
+    numbers.advantage[i] === null
+      ? null
+      : make("span", { class: "muted", text: `adv. ${signed(numbers.advantage[i])}` }),
+    make("span", { class: "muted", text: counted(numbers.length[i], "token") }),
+    run.finishes[numbers.finish[i]] === "length"
+      ? make("span", { class: "cut", text: "cut off" })
+      : null,
+    rollouts.update === null
+      ? make("span", { class: "muted right", text: `update ${run.groups.update[group]}` })
+      : null,
+  ];
+  return listRow(facts, text);
 }
 
 function showChosen(completion, told = true) {

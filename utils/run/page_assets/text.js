@@ -52,6 +52,15 @@ function showText(parent, text) {
 const plain = (text) => String(text).replace(HIDDEN, escaped);
 
 // Append `text` cut at the edges of `ranges` ({from, to, class, tip}), which may overlap.
+// What a row of a list shows of a text; none where the page does not have it.
+function showSnippet(parent, words) {
+  if (words === null) parent.append(make("i", { text: "text not in this page" }));
+  else showText(parent, String(words).replace(/\s+/g, " ").slice(0, 160));
+}
+
+const listRow = (facts, text) =>
+  make("div", { class: "row" }, make("span", { class: "facts" }, ...facts), text);
+
 function showRanges(parent, text, ranges) {
   const edges = new Set([0, text.length]);
   for (const { from, to } of ranges) edges.add(from).add(to);
