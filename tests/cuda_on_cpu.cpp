@@ -73,6 +73,8 @@ static void kernel() {
               frequencies, keys_shape, queries_strides, new_keys_strides, new_values_strides] = arguments;
   const T *queries = queries_, *new_keys = new_keys_, *new_values = new_values_;
   const T *keys = keys_, *values = values_;
+  const T* product = queries;  // where the three are parts of one
+  const Strides product_strides = queries_strides;
 #include SOURCE
 }
 

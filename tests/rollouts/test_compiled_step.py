@@ -20,7 +20,7 @@ from conftest import make_model
 from helpers import mostly_long, random_prompts, sample
 
 from utils.device import patch, runtime
-from utils.device.cuda import attention
+from utils.device.cuda import attention, products, swiglu
 from utils.rollouts import caches, compiled_step, merged_layers
 
 KERNEL = attention.to_rows
@@ -58,6 +58,19 @@ def to_rows(queries, keys, values, cache, scale, rotation=None):
     )
 
 
+def to_rows_of_product(product, heads, cache, scale, rotation):
+    """The same for parts of a product."""
+    count, groups, size = len(product), cache.keys.shape[1], cache.keys.shape[3]
+    parts = mx.split(product, [heads * size, (heads + groups) * size], axis=-1)
+    queries, *new = (x.reshape(count, -1, 1, size) for x in parts)
+    return to_rows(queries, *new, cache, scale, rotation).reshape(count, -1)
+
+
+def swiglu_of_product(product):
+    gate, x = mx.split(product, 2, axis=-1)
+    return nn.silu(gate) * x
+
+
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Steps are compiled, on the CPU."""
@@ -65,6 +78,9 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(caches, "STEP", 7)  # room for so many tokens at a time
     monkeypatch.setattr(attention, "fits", lambda *_: True)
     monkeypatch.setattr(attention, "to_rows", to_rows)
+    monkeypatch.setattr(attention, "to_rows_of_product", to_rows_of_product)
+    monkeypatch.setattr(swiglu, "of_product", swiglu_of_product)
+    monkeypatch.setattr(products, "LARGEST", 0)
 
     # Until the test ends:
     monkeypatch.setattr(patch, "setattr", monkeypatch.setattr, raising=False)
@@ -160,7 +176,7 @@ def test_short_prompts_and_completions_take_compiled_steps(
     as_on_cuda(True)
     ours = sample(grpo, loaded, prompts, max_tokens=tokens)
     assert [c.ids for c in ours] == [c.ids for c in plain]
-    assert list(compiled_step._usable.values()) == [True] * (max(lengths) > 1)
+    assert list(compiled_step._usable.values()) == ["its own"] * (max(lengths) > 1)
 
 
 def test_a_model_that_needs_positions_as_numbers_is_not_compiled(
@@ -266,7 +282,7 @@ def test_each_size_of_a_model_is_compared_once(grpo, tmp_path, as_on_cuda):
         for _ in range(2):
             sample(grpo, loaded, random_prompts(9, 9))
         as_on_cuda(False)
-    assert list(compiled_step._usable.values()) == [True, True]
+    assert list(compiled_step._usable.values()) == ["its own", "its own"]
 
 
 @pytest.mark.parametrize("window", [3, 15, 16, 100])
@@ -288,7 +304,7 @@ def test_the_kernel_stores_what_later_steps_see(grpo, tmp_path, monkeypatch, cap
     prompts, stops = random_prompts(5, 23, 2, 40), tuple("taei01")
     with mx.stream(mx.gpu):
         completions = sample(grpo, loaded, prompts, stops=stops)
-    assert list(compiled_step._usable.values()) == [True]
+    assert list(compiled_step._usable.values()) == ["its own"]
     assert len({len(completion.ids) for completion in completions}) > 2
     for prompt, completion in zip(prompts, completions, strict=True):
         tokens = mx.array([prompt + completion.ids])
@@ -435,11 +451,15 @@ class Kernel:
     def __init__(self, folder):
         self.folder, self.libraries = folder, {}
 
-    def __call__(self, scale):
-        return partial(self.launch, scale)
+    def __call__(self, scale, given="parts"):
+        return partial(self.launch, scale, given)
 
-    def launch(self, scale, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
+    def launch(
+        self, scale, given, inputs, template, grid, threadgroup, output_shapes, output_dtypes
+    ):
         mx.eval(inputs)
+        names, where = attention.GIVEN[given]
+        inputs = [*inputs[:1] * (3 // len(names)), *inputs[1:]]  # of a product all three are parts
         out = mx.zeros(output_shapes[0], output_dtypes[0])
         mx.eval(out)
         arrays = [self.view(x) for x in (*inputs[:5], out, *inputs[5:])]
@@ -450,8 +470,10 @@ class Kernel:
             (ctypes.c_int64 * 4)(*(n // x.itemsize for n in x.strides))
             for x in (queries, new_keys, new_values)
         ]
-        given = (ctypes.c_void_p * 14)(*pointers, *map(ctypes.addressof, sizes))
-        self.library(scale, dict(template)).launch(given, grid[0], grid[1], threadgroup[0])
+        pointers = (ctypes.c_void_p * 14)(*pointers, *map(ctypes.addressof, sizes))
+        self.library(scale, where, dict(template)).launch(
+            pointers, grid[0], grid[1], threadgroup[0]
+        )
         return [out]
 
     @staticmethod
@@ -461,11 +483,11 @@ class Kernel:
         mx.eval(y)
         return np.array(y, copy=False)
 
-    def library(self, scale, template):
-        key = repr((scale, template))
+    def library(self, scale, where, template):
+        key = repr((scale, where, template))
         if key not in self.libraries:
             name = self.folder / str(len(self.libraries))
-            source = attention.SOURCE.replace("SCALE", f"{scale!r}f")
+            source = attention.SOURCE.replace("WHERE", where).replace("SCALE", f"{scale!r}f")
             name.with_suffix(".inc").write_text(source)
             kind = {mx.float32: "float", mx.bfloat16: "bfloat16"}[template.pop("T")]
             template["TRADITIONAL"] = int(template["TRADITIONAL"])
@@ -497,6 +519,7 @@ def test_attention_to_rows_is_mlxs_with_a_mask(
     """For queries that are a part of a larger array, as those of a joined product are."""
     if device == "CUDA" and not mx.cuda.is_available():
         pytest.skip("needs CUDA")
+    monkeypatch.setattr(attention, "MANY", 6)  # blocks: the larger batches get a warp each
     if device == "C++":
         if not HAS_CPP:
             pytest.skip("needs g++ on Linux")
@@ -517,9 +540,16 @@ def test_attention_to_rows_is_mlxs_with_a_mask(
     floats = [x.astype(mx.float32) for x in (queries, *new)]
     expected = to_rows(*floats, reference, size**-0.5, rotation)
     mx.eval(queries, new, expected, cache.keys, cache.values, reference.keys, reference.values)
+    of_product, whole = copy.copy(cache), attention.to_rows_of_product
+    of_product.keys, of_product.values = cache.keys + 0, cache.values + 0
+    mx.eval(of_product.keys, of_product.values)
     with mx.stream(mx.gpu if device == "CUDA" else mx.cpu):
         got = attention.to_rows(queries, *new, cache, size**-0.5, rotation)
-        mx.eval(got)
+        same = whole(product[:, 0], heads, of_product, size**-0.5, rotation)
+        mx.eval(got, same)
+    assert mx.array_equal(same.reshape(got.shape), got)
+    assert mx.array_equal(of_product.keys, cache.keys)
+    assert mx.array_equal(of_product.values, cache.values)
     for name in ("keys", "values"):
         apart = getattr(cache, name).astype(mx.float32) - getattr(reference, name)
         assert mx.abs(apart).max().item() <= (limit if rotary and name == "keys" else 0)
@@ -544,7 +574,7 @@ def test_what_is_stored_in_place_is_the_caches_own(
     monkeypatch.setattr(mx, "compile", lambda function: function)  # it calculates, not traces
     as_on_cuda(True)
     ours = sample(grpo, loaded, prompts, rows, stops=stops)
-    assert list(compiled_step._usable.values()) == [True]
+    assert list(compiled_step._usable.values()) == ["its own"]
     assert [c.ids for c in ours] == [c.ids for c in plain]
     for a, b in zip(ours, plain, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)

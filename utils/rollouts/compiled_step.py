@@ -16,10 +16,11 @@ import mlx.nn as nn
 
 from ..base.say import say
 from ..device import fast, runtime
+from . import lean_step
 from .caches import Cache, RolloutCache, keep_rows
 
 ALIKE = 0.1  # difference of the logits over their spread, both as norms: rounding gives 0.01
-_usable: dict[str, bool] = {}  # by model and its sizes
+_usable: dict[str, str] = {}  # the way to compile it, if there is one, by model and its sizes
 
 Step = Callable[[mx.array], mx.array]
 """The next (B, 1) tokens of a batch -> their (B, 1, V) logits."""
@@ -32,14 +33,31 @@ def forward(model: nn.Module, cache: Cache) -> Step:
     own = isinstance(cache[0], RolloutCache) and cache[0].keys.size > 0
     if not own or runtime.platform_name() != "cuda" or fast.part("cuda") is None:
         return partial(model, cache=cache)
-    kind = f"{type(model)} {getattr(model, 'args', '')}"
+    ways = {"lean": lean_step.of(model), "its own": partial(_own, model)}
+    kind = f"{type(model)} {getattr(model, 'args', '')} {ways['lean'] is None}"
     if kind not in _usable:
-        problem = _disagreement(model, cache)
-        if problem:
-            name = type(model).__module__.rpartition(".")[2]
-            say(f"rollouts  steps of {name} are not compiled, and slower for it: {problem}")
-        _usable[kind] = not problem
-    return CompiledStep(model, cache) if _usable[kind] else partial(model, cache=cache)
+        _usable[kind] = _way_that_agrees(ways, model, cache)
+    step = ways.get(_usable[kind])
+    return partial(model, cache=cache) if step is None else CompiledStep(step, cache)
+
+
+def _own(model: nn.Module, tokens: mx.array, cache: list[RolloutCache]) -> mx.array:
+    return cast(mx.array, model(tokens, cache=cache))
+
+
+def _way_that_agrees(
+    ways: dict[str, lean_step.Step | None], model: nn.Module, cache: list[RolloutCache]
+) -> str:
+    """The first way whose steps are those of the model, "" for none; what is left out is said."""
+    kind = type(model).__module__.rpartition(".")[2]
+    for name, step in ways.items():
+        problem = "" if step is None else _disagreement(step, model, cache)
+        if step is not None and not problem:
+            return name
+        if name == "lean" and problem:
+            say(f"rollouts  lean steps of {kind} left out, and slower for it: {problem}")
+    say(f"rollouts  steps of {kind} are not compiled, and slower for it: {problem}")
+    return ""
 
 
 def part_to_leave(forward: Step) -> float:
@@ -50,7 +68,7 @@ def part_to_leave(forward: Step) -> float:
     return 1 / 2 if isinstance(forward, CompiledStep) else 1 / 8
 
 
-def _disagreement(model: nn.Module, cache: list[RolloutCache]) -> str:
+def _disagreement(step: lean_step.Step, model: nn.Module, cache: list[RolloutCache]) -> str:
     """Why compiled steps are not the plain ones, for the shortest and the longest prompt, if so.
 
     They are not where a model needs the position as a number, or has an attention of its own.
@@ -64,7 +82,7 @@ def _disagreement(model: nn.Module, cache: list[RolloutCache]) -> str:
         layer.make_room(layer.keys, layer.values)
         layer.values[:, :, layer.end :] = 1000
     try:
-        difference = _two_steps(CompiledStep(model, cache), cache) - plain
+        difference = _two_steps(CompiledStep(step, cache), cache) - plain
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         return str(error) or repr(error)
     apart, spread = _norm(difference), _norm(plain - plain.mean())
@@ -95,11 +113,11 @@ class CompiledStep:
     must be made from the logits of the step before, or nothing would wait for it.
     """
 
-    def __init__(self, model: nn.Module, cache: list[RolloutCache]) -> None:
+    def __init__(self, step: lean_step.Step, cache: list[RolloutCache]) -> None:
         self.cache = cache
         # Of functions, not of methods: in a circle of references, the cache would stay in memory
         # until Python looks for circles.
-        self.traced = partial(_at_position, model, cache)
+        self.traced = partial(_at_position, step, cache)
         self.compiled, self.longest = mx.compile(self.traced), cache[0].rows.longest
         self.position = mx.zeros((0,), mx.int32)  # (B,) of the next tokens, alike
         self.stands_for = -1, 0  # the position in it, and B
@@ -127,7 +145,7 @@ class CompiledStep:
 
 
 def _at_position(
-    model: nn.Module,
+    step: lean_step.Step,
     cache: list[RolloutCache],
     tokens: mx.array,
     position: mx.array,
@@ -139,7 +157,7 @@ def _at_position(
     cuda = fast.part("cuda")
     assert cuda is not None, "`forward` would have taken plain steps"
     with cuda.noting_rotations(cache[0].rows):
-        logits = model(tokens, cache=cache)
+        logits = step(tokens, cache)
     return logits, position + 1, _stored(cache)
 
 

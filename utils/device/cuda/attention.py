@@ -32,7 +32,10 @@ from ..patch import Way, difference, replace
 TILE = 128  # mlx/backend/cuda: ScaledDotProductAttentionVJP
 # Of a block of `to_rows`: the best for this table among 2 to 16 warps, and 8 to 32 lanes. Positions
 # are loaded a turn ahead: 64 rows at 4,400 took 225 microseconds without, 132 with it.
-WORKERS, LANES, AT_ONCE = 16, 16, 4
+WORKERS, AT_ONCE = 16, 4
+# So many blocks of heads of 64 keep the GPU busy with a warp each, and joining the parts of more
+# takes longer than they save.
+MANY, FEW_WORKERS = 1024, 4
 NUMBERS = 56  # of queries that a lane holds in registers: 7 heads of 128
 
 Attention = Callable[..., mx.array]
@@ -136,7 +139,12 @@ def padded(x: mx.array, more: int) -> mx.array:
 def fits(*arrays: mx.array) -> bool:
     """Whether `to_rows` takes these: on a GPU, for heads of up to 256 in steps of 16."""
     alike, size = len({(x.dtype, x.shape[-1]) for x in arrays}) == 1, arrays[0].shape[-1]
-    return mx.default_device() == mx.gpu and alike and size <= 256 and size % LANES == 0
+    return mx.default_device() == mx.gpu and alike and size <= 256 and size % lanes_of(size) == 0
+
+
+def lanes_of(size: int) -> int:
+    """Threads for a head of so many numbers: of 64 each reads 16 bytes at once."""
+    return 8 if size == 64 else 16
 
 
 @contextmanager
@@ -178,7 +186,7 @@ def rotation_of(
     **_: object,
 ) -> Rotation | None:
     """As the kernel takes it; None where the lanes of a pair are no power of two apart."""
-    own, half = size // LANES, dims // 2
+    own, half = size // lanes_of(size), dims // 2
     if own == 0 or (own % 2 if traditional else half % own or (half // own) & (half // own - 1)):
         return None
     if base:
@@ -210,40 +218,89 @@ def to_rows(
     there, in place: MLX would copy all of them for each token while the GPU is not yet done with
     the one before. So nothing else may hold them. A `rotation` is applied to queries and keys.
     """
-    rows, heads, _, size = queries.shape
-    most = max(1, NUMBERS * LANES // size)
-    together = max(n for n in range(1, most + 1) if heads // keys.shape[1] % n == 0)
+    heads = queries.shape[1]
+    return _launched("parts", [queries, keys, values], heads, queries.shape, cache, scale, rotation)
+
+
+def to_rows_of_product(
+    product: mx.array, heads: int, cache: DecodeCache, scale: float, rotation: Rotation
+) -> mx.array:
+    """The same for a (B, (heads + 2 groups) D) product, whose columns are the queries, keys and
+    values one after the other: (B, heads D).
+
+    MLX would make six views of it, and a view costs the host about as much as a kernel.
+    """
+    shape = len(product), heads * cache.keys.shape[3]
+    return _launched("product", [product], heads, shape, cache, scale, rotation)
+
+
+def _launched(
+    given: str,
+    tokens: list[mx.array],
+    heads: int,
+    shape: tuple[int, ...],
+    cache: DecodeCache,
+    scale: float,
+    rotation: Rotation | None,
+) -> mx.array:
+    groups, size = cache.keys.shape[1], cache.keys.shape[3]
+    lanes, rows = lanes_of(size), len(tokens[0])
+    most = max(1, NUMBERS * lanes // size)
+    together = max(n for n in range(1, most + 1) if heads // groups % n == 0)
+    blocks = heads // together
+    workers = FEW_WORKERS if lanes == 8 and blocks * rows >= MANY else WORKERS
     dims, traditional, frequencies = rotation or Rotation(0, False, (0.0,))
-    sizes = {"D": size, "HEADS": together, "LANES": LANES, "WORKERS": WORKERS, "AT_ONCE": AT_ONCE}
+    sizes = {"D": size, "HEADS": together, "LANES": lanes, "WORKERS": workers, "AT_ONCE": AT_ONCE}
     sizes |= {"DIMS": dims, "TRADITIONAL": traditional}
     seen = cache.rows.padding, cache.rows.position
-    (out,) = kernel(scale)(
-        inputs=[queries, keys, values, cache.keys, cache.values, *seen, on_device(frequencies)],
-        template=[("T", queries.dtype), *sizes.items()],
-        grid=(heads // together * WORKERS * LANES, rows, 1),
-        threadgroup=(WORKERS * LANES, 1, 1),
-        output_shapes=[queries.shape],
-        output_dtypes=[queries.dtype],
+    (out,) = kernel(scale, given)(
+        inputs=[*tokens, cache.keys, cache.values, *seen, on_device(frequencies)],
+        template=[("T", tokens[0].dtype), *sizes.items()],
+        grid=(blocks * workers * lanes, rows, 1),
+        threadgroup=(workers * lanes, 1, 1),
+        output_shapes=[shape],
+        output_dtypes=[tokens[0].dtype],
     )
     return out
 
 
 @functools.cache
-def kernel(scale: float) -> Callable[..., list[mx.array]]:
+def kernel(scale: float, given: str = "parts") -> Callable[..., list[mx.array]]:
     """The kernel of `to_rows`; MLX compiles it for each type and size that it meets."""
+    names, where = GIVEN[given]
     made = mx.fast.cuda_kernel(
-        name="attention_to_rows",
-        input_names=[
-            *("queries", "new_keys", "new_values", "keys", "values"),
-            *("padding", "position", "frequencies"),
-        ],
+        name="attention_to_rows" if given == "parts" else "attention_to_rows_of_product",
+        input_names=[*names, "keys", "values", "padding", "position", "frequencies"],
         output_names=["out"],
-        source=SOURCE.replace("SCALE", f"{float(scale)!r}f"),
+        source=SOURCE.replace("WHERE", where).replace("SCALE", f"{float(scale)!r}f"),
         # The stored ones are, and the others are parts of what one product computes for all three.
         ensure_row_contiguous=False,
     )
     return cast(Callable[..., list[mx.array]], made)
 
+
+# How the tokens come, and where those of a block's row, group and first head are there.
+GIVEN = {
+    "parts": (
+        ("queries", "new_keys", "new_values"),
+        """
+const T* own_key = new_keys + row * new_keys_strides[0] + group * new_keys_strides[1];
+const T* own_value = new_values + row * new_values_strides[0] + group * new_values_strides[1];
+const T* own_query = queries + row * queries_strides[0] + head * queries_strides[1];
+const int64_t next_query = queries_strides[1];
+""",
+    ),
+    "product": (
+        ("product",),
+        """
+const T* own_query = product + row * product_strides[0];
+const T* own_key = own_query + (int64_t(gridDim.x) * HEADS + group) * D;
+const T* own_value = own_key + int64_t(groups) * D;
+own_query += head * D;
+const int64_t next_query = D;
+""",
+    ),
+}
 
 # A block computes HEADS query heads of one group of a row. A worker, LANES threads of a warp, takes
 # AT_ONCE positions at a time, and of each a lane has D / LANES numbers; so keys and values are read
@@ -281,11 +338,9 @@ auto rotate = [&](float (&x)[OWN]) {
   for (int i = 0; i < OWN; i++) x[i] = x[i] * cosine[i] + other[i] * sine[i];
 };
 
-const int64_t new_key_at = row * new_keys_strides[0] + group * new_keys_strides[1] + lane * OWN;
-const int64_t new_value_at =
-    row * new_values_strides[0] + group * new_values_strides[1] + lane * OWN;
-Part new_key = *reinterpret_cast<const Part*>(new_keys + new_key_at);
-const Part new_value = *reinterpret_cast<const Part*>(new_values + new_value_at);
+WHERE
+Part new_key = *reinterpret_cast<const Part*>(own_key + lane * OWN);
+const Part new_value = *reinterpret_cast<const Part*>(own_value + lane * OWN);
 if (DIMS) {
   float x[OWN];
   #pragma unroll
@@ -305,8 +360,7 @@ float q[HEADS][OWN], sum[HEADS][OWN], best[HEADS], total[HEADS];
 for (int h = 0; h < HEADS; h++) {
   best[h] = LOWEST;
   total[h] = 0;
-  const int64_t at = row * queries_strides[0] + (head + h) * queries_strides[1];
-  const Part part = *reinterpret_cast<const Part*>(queries + at + lane * OWN);
+  const Part part = *reinterpret_cast<const Part*>(own_query + h * next_query + lane * OWN);
   #pragma unroll
   for (int i = 0; i < OWN; i++) {
     q[h][i] = SCALE * 1.44269504f * static_cast<float>(part.x[i]);  // exponents of 2, not e
