@@ -9,7 +9,7 @@ from helpers import assert_names
 
 from utils.base.errors import UserError
 from utils.model import loading
-from utils.settings import checks, reading
+from utils.settings import idle, reading
 
 SETTINGS = [
     # out of range
@@ -171,11 +171,11 @@ def test_a_learning_rate_in_a_file_of_ones_own_needs_one_for_adapters(grpo, tmp_
         grpo.read_config(path, [])
     assert grpo.read_config(path, ["lora_learning_rate=1e-4"]).lora_learning_rate == 1e-4
     config = grpo.read_config(path, ["learning_rate=3e-6"])  # typed: the run goes on and says so
-    assert checks.idle_learning_rate(config, train_type) == IDLE
+    assert idle.learning_rate(config, train_type) == IDLE
     both = own_file(tmp_path, learning_rate=1e-5, lora_learning_rate=1e-4, train_type=train_type)
-    assert checks.idle_learning_rate(grpo.read_config(both, []), train_type) == ""
+    assert idle.learning_rate(grpo.read_config(both, []), train_type) == ""
     full = own_file(tmp_path, learning_rate=1e-5, train_type="full")
-    assert checks.idle_learning_rate(grpo.read_config(full, []), "full") == ""
+    assert idle.learning_rate(grpo.read_config(full, []), "full") == ""
 
 
 def test_a_quantized_model_stops_it_as_well(grpo, tmp_path):
@@ -190,11 +190,11 @@ def test_a_learning_rate_of_a_preset_says_nothing_and_a_typed_one_does(grpo, tmp
     config = grpo.read_config(str(shipped), [])
     assert "learning_rate" in config.inherited
     assert loading.resolve_train_type(config, quantized=True) == "lora"
-    assert checks.idle_learning_rate(config, "lora") == ""
+    assert idle.learning_rate(config, "lora") == ""
     typed = grpo.read_config(str(ROOT / "configs/default.toml"), ["learning_rate=5e-7"])
-    assert checks.idle_learning_rate(typed, "lora") == IDLE
+    assert idle.learning_rate(typed, "lora") == IDLE
     python = grpo.MLXGRPOConfig(learning_rate=5e-7, train_type="lora", lora_learning_rate=5e-5)
-    assert checks.idle_learning_rate(python, "lora").endswith("lora_learning_rate = 5e-5 counts")
+    assert idle.learning_rate(python, "lora").endswith("lora_learning_rate = 5e-5 counts")
     copied = tmp_path / "prod.toml"
     copied.write_text(shipped.read_text())  # one's own now
     with pytest.raises(UserError, match="learning_rate = 1e-6 has no effect"):

@@ -4,7 +4,7 @@ mlx-lm's own is 27: views of what a product has made, of heads, of transposed we
 MLX's host a third of a launch, and a product several launches, for cuBLAS is asked anew each time;
 a small model's step is bound by just that. So here products are of matrices, two dimensions each,
 with weights that are transposed beforehand; two kernels read the parts of a product where they are;
-and small products are kernels of our own, with the norm before them and the sum after (device/cuda).
+and small products are kernels of our own, with the norm before and the sum after (device/cuda).
 One H200, SmolLM2-135M in bfloat16, 128 rows: 1.6 times the tokens/s (`benchmarks/ragged.py`).
 """
 

@@ -7,11 +7,12 @@ import math
 from ..base.say import say
 from ..base.text import counted
 from ..data import files as datafiles
+from ..device import runtime
 from ..memory import this_machine
 from ..model import loading
 from ..rewards import by_name
 from ..rewards.importing import Rewards
-from ..settings import checks, reading
+from ..settings import idle, reading
 from ..settings.run_settings import Settings
 
 
@@ -28,8 +29,8 @@ def of(config: Settings, builtin: Rewards, given: argparse.Namespace) -> int:
         f"train_type resolves to {train_type}. An upper bound: prompts count as "
         f"max_prompt_length = {config.max_prompt_length} tokens."
     )
-    if idle := checks.idle_learning_rate(config, train_type):
-        say(idle)
+    for line in idle.lines(config, train_type, runtime.platform_name()):
+        say(line)
     say(plan.table())
     say(planned_updates(config))
     say_settings(config, given.all)

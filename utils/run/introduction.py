@@ -13,7 +13,7 @@ from ..model import vision
 from ..model.loading import beyond_context
 from ..rewards import answer_forms
 from ..rollouts.merged_layers import cost_of_quantizing
-from ..settings import checks
+from ..settings import idle
 from .run import Trainer
 
 
@@ -21,7 +21,7 @@ def introduce(trainer: Trainer, blas: str | None) -> None:
     """Say what is about to happen; `blas` is what `runtime.preload_blas` returned."""
     if trainer.args.quiet:
         return
-    for topic in (model, speed, context, data, answers, sampling, quantizing, plan):
+    for topic in (model, idle_settings, speed, context, data, answers, sampling, quantizing, plan):
         for line in topic(trainer, blas):
             say(line)
 
@@ -33,11 +33,15 @@ def model(trainer: Trainer, _: str | None) -> Iterator[str]:
     yield f"model     {a.model_name}: {kind}, {count:,} parameters train, on {device}"
     if vision.has_vision(trainer.loaded.config):
         yield f"          {vision.WHAT_TRAINS}"
-    if kind != "full":
-        idle = checks.idle_learning_rate(a, kind)
-        yield f"          {idle or f'learning rate {a.lora_learning_rate:g} (lora_learning_rate)'}"
+    if kind != "full" and not idle.learning_rate(a, kind):
+        yield f"          learning rate {a.lora_learning_rate:g} (lora_learning_rate)"
     if kind != "full" and a.train_type == "auto" and not a.adapter_path:
         yield "          the model is quantized, so adapters are trained on it (train_type = lora)"
+
+
+def idle_settings(trainer: Trainer, _: str | None) -> Iterator[str]:
+    for line in idle.lines(trainer.args, trainer.loaded.train_type, runtime.platform_name()):
+        yield f"settings  {line}"
 
 
 def speed(_: Trainer, blas: str | None) -> Iterator[str]:

@@ -108,7 +108,8 @@ class RunLog:
             say(f"          {few}")
         if record["split"] == "test":
             self.state.history.append(record)
-        if cut > 0.05 and not self.warned_of_cut:
+        own = self.args.from_preset and "eval_max_new_tokens" in self.args.inherited
+        if cut > 0.05 and not (self.warned_of_cut or own):  # a preset of ours knows what it cuts
             self.warned_of_cut = True
             say(
                 f"          {cut:.0%} of the answers hit eval_max_new_tokens = "

@@ -469,14 +469,6 @@ def dead_without_adapters(c: Settings) -> Complaints:
     )
 
 
-def idle_learning_rate(c: Settings, train_type: str) -> str:
-    """A line for who typed a learning_rate while adapters train; empty for others."""
-    if train_type == "full" or "learning_rate" not in c.explicit - c.inherited:
-        return ""
-    rate = short(c.lora_learning_rate)
-    return f"learning_rate has no effect on adapters; lora_learning_rate = {rate} counts"
-
-
 def short(rate: float) -> str:
     """2e-5, as people write it."""
     return f"{rate:g}".replace("e-0", "e-")

@@ -1,9 +1,9 @@
 """Products of a few hundred rows with a matrix, and what comes before and after them.
 
-MLX asks cuBLAS anew for every product, which takes its host several times as long as the launch of a
-kernel. A decode step of a small model is 121 products and more host than GPU. The kernel here takes
-RMSNorm before the product, and SwiGLU or the sum with the residual stream after it, into the same
-launch. For larger products cuBLAS is faster, see `fits`.
+MLX asks cuBLAS anew for every product, which takes its host several times as long as the launch of
+a kernel. A decode step of a small model is 121 products and more host than GPU. The kernel here
+takes RMSNorm before the product, and SwiGLU or the sum with the residual stream after it, into the
+same launch. For larger products cuBLAS is faster, see `fits`.
 """
 
 import functools
