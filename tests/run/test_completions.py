@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from helpers import completion, read_log, run_training, stop_after, stop_in_evaluation
 
 from utils.rewards.answers import extract_xml_answer
-from utils.run import completions
+from utils.run import background, completions
 from utils.run.state import State
 from utils.run.token_lines import trained_logprobs
 
@@ -169,6 +170,7 @@ def update(kept, number, texts=None, prompts=(0, 1), group=2, **given):
     )
     made = {"rollouts": [rollout], "advantages": rewards - 1, "batches": [], **given}
     kept.training(made["rollouts"], made["advantages"], made["batches"], number)
+    kept.settle()
     return rollout
 
 
@@ -320,6 +322,59 @@ def test_a_running_run_can_be_read(tmp_path):
     for path in newest:  # as a writer at work leaves them
         path.write_bytes(path.read_bytes()[:-5])
     assert [g["update"] for g in groups(tmp_path)] == [1, 1, 2, 2]
+
+
+def failing(monkeypatch, update):
+    """The lines of an update can't be made."""
+    lines = completions.Completions.lines
+
+    def fails(store, first, number, *rest):
+        if number == update:
+            raise ZeroDivisionError("of the store")
+        return lines(store, first, number, *rest)
+
+    def begin_and_wait(beside, work, begin=background.Background.begin):
+        begin(beside, work)
+        beside.wait()
+
+    monkeypatch.setattr(completions.Completions, "lines", fails)
+    monkeypatch.setattr(background.Background, "begin", begin_and_wait)
+
+
+def test_an_error_of_the_writer_ends_the_run_at_the_next_update(typed, monkeypatch):
+    failing(monkeypatch, update=1)
+    few = {"eval_samples": 0, "eval_subset_size": 0}
+    code, out, err, changed = typed(**RUN | few)
+    assert code == 1
+    assert "unexpected ZeroDivisionError: of the store" in err
+    assert "stopped   after update 1, saved in" in out
+    assert "out/traceback.txt" in {str(name) for name in changed}
+
+
+def test_an_error_of_the_writer_is_told_where_there_is_no_next_update(typed, monkeypatch):
+    failing(monkeypatch, update=2)
+    few = {"eval_samples": 0, "eval_subset_size": 0, "max_updates": 2}
+    code, out, err, changed = typed(**RUN | few)
+    assert code == 1
+    assert "unexpected ZeroDivisionError: of the store" in err
+    assert "out/final/model.safetensors" in {str(name) for name in changed}, "what was learnt"
+
+
+def test_ctrl_c_and_checkpoints_wait_for_what_is_being_written(
+    model_dir, data_dir, tmp_path, monkeypatch
+):
+    add = completions.Completions.add
+
+    def slow(store, *rest):
+        time.sleep(0.3)
+        add(store, *rest)
+
+    monkeypatch.setattr(completions.Completions, "add", slow)
+    few = RUN | {"eval_samples": 0, "eval_subset_size": 0, "save_steps": 1}
+    code, trainer = run_training(model_dir, data_dir, tmp_path / "o", stop_after(2), **few)
+    assert code == 130
+    assert max(group["update"] for group in groups(tmp_path / "o")) == 2
+    assert trainer.run.between.groups_kept == len(groups(tmp_path / "o"))
 
 
 def test_a_disk_that_fills_up_ends_no_run_and_spoils_nothing(tmp_path, capsys):

@@ -7,6 +7,8 @@
 A line of groups-N is a prompt with its completions; the line of tokens-N with the same `n` has what
 was sampled, token by token. A file holds a span of updates, from the group N on, and can be read
 while it is written. When the store is full, the oldest tokens-N go first.
+
+A run goes on while its completions are made into lines, packed and written: see background.py.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
-from ..base.errors import readable
+from ..base.errors import readable, reason
 from ..base.say import complain, say
 from ..base.text import Json, counted, json_line, redact
 from ..data.completion import Completion
@@ -32,6 +34,7 @@ from ..rewards.answers import extract_xml_answer, same_answer
 from ..rewards.builtin import last_number
 from ..settings.run_settings import Settings
 from . import spans
+from .background import Background
 from .log import finite
 from .state import State
 from .token_lines import Pieces, TokenLine, token_line, tokens_of, trained_logprobs
@@ -188,7 +191,17 @@ class Store(Protocol):
         """Of the evaluation after an update, with the scores by the name of their metric."""
 
     def files(self) -> list[Path]:
-        """Which this process has written to: a checkpoint counts on them."""
+        """Which this process has written to, once nothing is being written: a checkpoint counts on
+        them."""
+
+    def check(self) -> None:
+        """Raise what has gone wrong meanwhile."""
+
+    def settle(self) -> None:
+        """Wait until all is written. Raises what went wrong meanwhile."""
+
+    def close(self) -> None:
+        """At the end of a run, whatever ended it: all is written, or why it is not is said."""
 
     def size(self) -> str:
         """What was kept, for the end of a run; empty where there is nothing to say."""
@@ -205,6 +218,15 @@ class NoStore:
 
     def files(self) -> list[Path]:
         return []
+
+    def check(self) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def size(self) -> str:
         return ""
@@ -255,7 +277,9 @@ class Completions:
         self.sizes = {p: p.stat().st_size for p in span_files(self.folder)}
         self.span: list[Path] = []  # the files of tokens and groups that are being written
         self.said: set[str] = set()
+        self.to_say: list[str] = []  # by the training thread
         self.kept = self.written = 0  # completions and bytes, by this process
+        self.writer = Background("completions")  # what is above is its own while it is at work
 
     def training(
         self,
@@ -321,17 +345,27 @@ class Completions:
         self.write(update, groups[: int(most)])
 
     def write(self, update: int, groups: Sequence[Answered]) -> None:
-        """Add groups. A disk that refuses ends no run: what is missing is said.
-
-        Tokens come first, so that a group that can be read has its own.
-        """
+        """Add groups, while the run goes on. Raises what went wrong with those before them."""
+        self.settle()
         first = self.state.groups_kept
         self.state.groups_kept += len(groups)
         if not groups:
             return
+        # Tokenizers are for one thread at a time.
+        prompts = self.prompt_texts([group.question for group in groups])
+        self.pieces.learn(completion.ids for group in groups for completion in group.completions)
+        self.writer.begin(lambda: self.add(first, update, groups, prompts))
+
+    def add(
+        self, first: int, update: int, groups: Sequence[Answered], prompts: Sequence[str]
+    ) -> None:
+        """A disk that refuses ends no run: what is missing is said.
+
+        Tokens come first, so that a group that can be read has its own.
+        """
         try:
             self.begin_span(first)
-            lines = [*self.lines(first, update, groups)]
+            lines = [*self.lines(first, update, groups, prompts)]
             for path, texts in zip(self.span, zip(*lines, strict=True), strict=True):
                 added = spans.append(path, texts)
                 self.sizes[path] = self.sizes.get(path, 0) + added
@@ -356,10 +390,9 @@ class Completions:
         self.pieces.begin_file()
 
     def lines(
-        self, first: int, update: int, groups: Sequence[Answered]
+        self, first: int, update: int, groups: Sequence[Answered], prompts: Sequence[str]
     ) -> Iterator[tuple[str, str]]:
         """The lines of tokens-N and groups-N of each group."""
-        prompts = self.prompt_texts([group.question for group in groups])
         every = [texts_of(*pair) for pair in zip(groups, prompts, strict=True)]
         hidden = iter(redact_all([text for texts in every for text in texts]))
         for n, (group, texts) in enumerate(zip(groups, every, strict=True), start=first):
@@ -393,13 +426,34 @@ class Completions:
     def say_once(self, about: str, text: str) -> None:
         if about not in self.said:
             self.said.add(about)
+            self.to_say.append(text)
+
+    def check(self) -> None:
+        self.writer.check()
+
+    def settle(self) -> None:
+        self.wait()
+        self.writer.settle()
+
+    def wait(self) -> None:
+        self.writer.wait()
+        for text in self.to_say:
             say(f"warning   {text}")
-            self.state.notes.append(text)
+        self.state.notes += self.to_say
+        self.to_say = []
+
+    def close(self) -> None:
+        try:
+            self.settle()
+        except Exception as error:  # noqa: BLE001 - the run ends already, and says of what
+            say(f"warning   the last completions were not kept: {reason(error)}")
 
     def files(self) -> list[Path]:
+        self.wait()
         return [path for path in self.span if path.exists()]
 
     def size(self) -> str:
+        self.wait()
         if not self.kept:
             return ""
         each = self.written / self.kept * 1000

@@ -257,6 +257,7 @@ def finish(trainer: Trainer, early: str) -> None:
         model_card.write(folder, run.shown(run.folder / "final"), trainer, prompt, early)
         ours.sign(folder)
     folders.drop_replaced(run.folder)
+    run.completions.settle()  # the page shows them
     say_the_end(run, early, trainer.total_updates, page_at_end.last_words(run))
 
 

@@ -94,3 +94,4 @@ def opened(trainer: Trainer, place: Place, blas: str | None) -> Iterator[None]:
         yield
     finally:
         run.log.tracker.close()
+        run.completions.close()

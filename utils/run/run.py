@@ -61,10 +61,12 @@ class Run:
         self.prompt: ServedPrompt | None = None  # what folders of models say of it
 
     def pulse(self, phase: str) -> None:
-        """Between blocks of work: show that it goes on, and stop if a signal asked for it."""
+        """Between blocks of work: show that it goes on, and stop if a signal asked for it, or what
+        is done beside it has failed."""
         self.progress.stage(self.activity or phase)
         if self.interrupted:
             raise Interrupted
+        self.completions.check()
 
     @contextmanager
     def doing(self, activity: str) -> Iterator[None]:

@@ -20,6 +20,7 @@ from ..gradient.micro_batch import MicroBatch
 UNIT = 1000  # parts of a log-probability that are told apart
 LEAST = -30.0  # the smallest log-probability that is looked up
 UNCLEAR = "\ufffd"  # what half a character is decoded to
+MOST_KNOWN = 10_000  # tokens that make characters together
 
 
 class TokenLine(TypedDict):
@@ -39,16 +40,27 @@ class TokenLine(TypedDict):
 
 
 class Pieces:
-    """The text of tokens; each is asked for once."""
+    """The text of tokens; each is asked for once. After `learn` nothing more is asked about these
+    lists of tokens, so that another thread may use what is known: tokenizers are for one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.texts: dict[int, str] = {}
         self.unclear: set[int] = set()
+        self.of_several: dict[tuple[int, ...], str] = {}
         self.written: set[int] = set()  # to the present file
 
     def begin_file(self) -> None:
         self.written = set()
+
+    def learn(self, lists: Iterable[Sequence[int]]) -> None:
+        if len(self.of_several) > MOST_KNOWN:
+            self.of_several.clear()
+        lists = [*lists]
+        for token in set[int]().union(*lists).difference(self.texts):
+            self.text(token)
+        for ids in lists:
+            self.joined(ids)
 
     def new(self, lists: Iterable[Sequence[int]]) -> dict[str, str]:
         """Text by id of those that are not in the file yet."""
@@ -86,9 +98,10 @@ class Pieces:
             found[-1] = found[-1][0], self.together(tuple(begun))
         return found
 
-    @functools.lru_cache(maxsize=10_000)  # noqa: B019 - there is one for each run
     def together(self, ids: tuple[int, ...]) -> str:
-        return self.tokenizer.decode([*ids])
+        if ids not in self.of_several:
+            self.of_several[ids] = self.tokenizer.decode([*ids])
+        return self.of_several[ids]
 
 
 def trained_logprobs(batches: Sequence[MicroBatch]) -> dict[int, np.ndarray]:
