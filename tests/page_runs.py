@@ -1,5 +1,6 @@
 """Folders of runs for the tests of the page: logs and completions of any number, made up."""
 
+import itertools
 import json
 import math
 import random
@@ -149,6 +150,7 @@ def make_run(folder, updates=20, seed=0, settings=None, log=True, final=True):
         "eval_metric": "em",
         "learning_rate": 1e-5,
         "seed": seed,
+        "num_generations": 8,
     }
     (folder / "config.resolved.json").write_text(json.dumps(config | (settings or {})))
     resumed = [{"from": "checkpoint-8", "update": min(8, updates), "changed": {}}]
@@ -167,20 +169,25 @@ TOKENS = ("ids", "pieces", "sampled_logprobs", "trained_logprobs", "mask")
 
 
 def keep(folder, made, span=200, first=0):
-    """Write groups as utils/run/completions.py does: a file for every `span` of them."""
+    """Write groups as utils/run/completions.py does: a file for every `span` of them, in which an
+    update or an evaluation is a piece."""
     place = folder / completions.FOLDER
     place.mkdir(exist_ok=True)
     made = [*made]
     for start in range(0, len(made), span):
-        lines = {completions.GROUPS: [], completions.TOKENS: []}
-        for n, group in enumerate(made[start : start + span], first + start):
-            plain = [{k: v for k, v in c.items() if k not in TOKENS} for c in group["completions"]]
-            line = json.dumps({"n": n, **group, "completions": plain})
-            lines[completions.GROUPS].append(line)
-            lines[completions.TOKENS].append(json.dumps(token_line(n, group["completions"])))
-        for kind, texts in lines.items():
-            spans.append(place / f"{kind}{first + start:09}.jsonl.gz", texts)
+        numbered = [*enumerate(made[start : start + span], first + start)]
+        for _, piece in itertools.groupby(numbered, lambda own: (own[1]["update"], own[1]["kind"])):
+            lines = [*zip(*(lines_of(n, group) for n, group in piece), strict=True)]
+            for kind, texts in zip((completions.TOKENS, completions.GROUPS), lines, strict=True):
+                spans.append(place / f"{kind}{first + start:09}.jsonl.gz", texts)
     return len(made)
+
+
+def lines_of(n, group):
+    """In the file of tokens, and in that of groups."""
+    plain = [{k: v for k, v in c.items() if k not in TOKENS} for c in group["completions"]]
+    line = json.dumps({"n": n, **group, "completions": plain})
+    return json.dumps(token_line(n, group["completions"])), line
 
 
 def token_line(n, kept):

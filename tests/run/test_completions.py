@@ -354,7 +354,7 @@ def test_an_error_of_the_writer_ends_the_run_at_the_next_update(typed, monkeypat
 def test_an_error_of_the_writer_is_told_where_there_is_no_next_update(typed, monkeypatch):
     failing(monkeypatch, update=2)
     few = {"eval_samples": 0, "eval_subset_size": 0, "max_updates": 2}
-    code, out, err, changed = typed(**RUN | few)
+    code, _, err, changed = typed(**RUN | few)
     assert code == 1
     assert "unexpected ZeroDivisionError: of the store" in err
     assert "out/final/model.safetensors" in {str(name) for name in changed}, "what was learnt"

@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import html
+import itertools
 import json
 import re
 
@@ -61,22 +62,48 @@ def test_what_does_not_fit_is_sampled(run, part):
         assert len(updates) > 15, "all over the run"
 
 
-def test_where_time_is_short_files_from_all_over_the_run_are_read(run):
+def over_after(groups):
+    """Time for so many groups."""
     asked = []
 
     def is_over(share):
         asked.append(share)
-        return asked.count(page.FOR_READING) > 100
+        return share == page.FOR_READING and asked.count(share) > groups
 
-    (kept,) = page.write(
-        run / "report.html", [Source.at(run)], page.Room(limited=True, is_over=is_over)
-    )
-    assert not kept.whole
-    updates = kept.shelf.groups["update"]
+    return page.Room(limited=True, is_over=is_over)
+
+
+@pytest.mark.parametrize("span", [60, 1000])
+def test_where_time_is_short_updates_from_all_over_the_run_are_read(tmp_path, span):
+    run = page_runs.make_run(tmp_path / "run", updates=30)
+    page_runs.keep(run, page_runs.groups(30), span=span)
+    (kept,) = page.write(run / "report.html", [Source.at(run)], over_after(180))
+    assert not kept.sample.whole
+    groups = kept.shelf.groups
+    updates = groups["update"]
     assert updates == sorted(updates)
-    assert {0, 30} <= {*updates}
+    evaluated = [u for u, own in zip(updates, groups["set"], strict=True) if own == 0]
+    assert {0, 30} <= {*evaluated}, "the first and the last evaluation"
+    assert (evaluated.count(0), evaluated.count(30)) == (20, 20), "all of them"
+    trained = sorted({*updates} - {0})
+    assert {1, 30} <= {*trained}
+    assert max(b - a for a, b in itertools.pairwise(trained)) <= 6, "spread over the run"
     (told,) = data_of((run / "report.html").read_text())["runs"]
     assert told["kept"]["whole"] is False
+    assert told["kept"]["completions"] == 30 * 64 + 4 * 20
+    assert told["kept"]["updates"][1] == 30
+    assert told["kept"]["evaluations"][1] == 4
+    assert told["kept"]["tokens"] == 1.0
+    assert all(groups["tokens"])
+
+
+def test_a_page_for_which_there_is_time_is_the_same_as_one_without_a_limit(run):
+    told, kinds = [], ("text-0-0", "tokens-0-0", "text-0-3", "tokens-0-3")
+    for room in (page.Room(), page.Room(limited=True)):
+        page.write(run / "report.html", [Source.at(run)], room)
+        text = (run / "report.html").read_text()
+        told.append([data_of(text), *(data_of(text, kind) for kind in kinds)])
+    assert told[0] == told[1]
 
 
 def test_where_there_is_hardly_time_a_part_of_the_newest_is_there(run):
@@ -89,8 +116,9 @@ def test_where_there_is_hardly_time_a_part_of_the_newest_is_there(run):
     (kept,) = page.write(
         run / "report.html", [Source.at(run)], page.Room(limited=True, is_over=is_over)
     )
-    assert (kept.whole, kept.tokens, len(kept.shelf)) == (False, 0, 10)
-    assert kept.shelf.groups["update"][0] > 20
+    assert (kept.sample.whole, kept.tokens) == (False, 0)
+    assert 0 < len(kept.shelf) < 10
+    assert {*kept.shelf.groups["update"]} == {30}
 
 
 def test_the_policy_allows_the_scripts_of_the_page_and_nothing_else(run):

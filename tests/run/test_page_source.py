@@ -187,7 +187,7 @@ def test_damaged_settings_and_spans_are_said_once(tmp_path):
     path.write_bytes(data)
     source = Source.at(folder)
     for _ in range(2):
-        assert not [*source.read(path, tokens=False)]
+        assert len([*source.read(path, tokens=False)]) == 16, "the piece with the first evaluation"
     assert source.facts()["damaged"][0] == "config.resolved.json cannot be read"
     assert len(source.facts()["damaged"]) == 2
 

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict
@@ -43,6 +43,7 @@ FOLDER = "completions"
 GROUPS, TOKENS = "groups-", "tokens-"
 SPANS = 60  # pairs of files, if all are full
 LARGEST_SPAN = 8e6  # bytes
+PIECES = '"pieces":'
 BETWEEN = "\n\0\n"  # texts that are redacted together
 
 
@@ -105,13 +106,20 @@ def read_span(path: Path, tokens: bool, damaged: spans.Damaged) -> Iterator[Grou
     """The groups of one of the files with groups; `damaged` is told of what can't be read."""
     # Before the tokens, which are written first.
     groups = [*lines_of(path, Group.__required_keys__, damaged)]
-    found: Iterator[Json] = iter(())
-    if tokens:
-        found = lines_of(beside(path), TokenLine.__required_keys__, damaged)
+    numbered = [(group.pop("n"), group) for group in groups]
+    yield from with_tokens(beside(path) if tokens else None, numbered, damaged)
+
+
+def with_tokens(
+    path: Path | None, numbered: Sequence[tuple[int, Group]], damaged: spans.Damaged
+) -> Iterator[Group]:
+    """Groups, in the order of their numbers, with what the file of tokens knows of them."""
+    found: Iterator[TokenLine] = iter(())
+    if path is not None:
+        found = lines_of(path, TokenLine.__required_keys__, damaged, {n for n, _ in numbered})
     line: TokenLine | None = next(found, None)
     pieces: dict[str, str] = {}
-    for group in groups:
-        n = group.pop("n")
+    for n, group in numbered:
         while line is not None and line["n"] <= n:
             pieces |= line["pieces"]
             if line["n"] == n:
@@ -119,7 +127,7 @@ def read_span(path: Path, tokens: bool, damaged: spans.Damaged) -> Iterator[Grou
             line = next(found, None)
         own = line if line is not None and line["n"] == n else None
         for i, kept in enumerate(group["completions"]):
-            kept |= tokens_of(own, i, pieces)
+            kept |= tokens_of(own, i, pieces)  # type: ignore[typeddict-item]
         yield group
 
 
@@ -137,13 +145,29 @@ def warn(path: Path, how: str) -> None:
     complain(f"warning: {path} is damaged: {how}; the rest of it is read")
 
 
-def lines_of(path: Path, needed: frozenset[str], damaged: spans.Damaged) -> Iterator[Json]:
+def lines_of(
+    path: Path,
+    needed: frozenset[str],
+    damaged: spans.Damaged,
+    wanted: Container[int] | None = None,
+) -> Iterator[Json]:
+    """What the lines of a file say; of groups that are not `wanted` only what others go by."""
     for piece in spans.pieces(path, damaged):
         for line in piece.lines:
-            if (found := as_line(line, needed)) is None:
+            if wanted is not None and (n := number_of(line)) >= 0 and n not in wanted:
+                yield {"n": n, "pieces": pieces_of(line)}
+            elif (found := as_line(line, needed)) is None:
                 damaged(path, f"a line of the piece at byte {piece.start:,} is none of a store")
             else:
                 yield found
+
+
+def pieces_of(line: str) -> dict[str, str]:
+    """The texts of tokens that a line brings, without the rest of it."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.JSONDecoder().raw_decode(line, line.rindex(PIECES) + len(PIECES))[0]
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def as_line(line: str, needed: frozenset[str]) -> Json:

@@ -18,7 +18,8 @@ from ..base.errors import UserError, disk_errors_named
 from ..base.text import Json, visible
 from . import ours
 from .completions import Group
-from .page_source import SPREAD, Record, Shelf, Source, packed
+from .page_sample import Numbered, Sample, spread, taken
+from .page_source import Record, Shelf, Source, packed
 
 ASSETS = Path(__file__).resolve().parent / "page_assets"
 STYLES = ("uPlot.min.css", "page.css")
@@ -31,9 +32,9 @@ FOR_TEXT = 0.7  # of the room at most: the rest is for tokens
 CAUTION = 0.95  # chunks are not all of one size, and stand in elements
 BASE64 = 4 / 3
 QUICK, THOROUGH = 2, 6  # levels of compression
-# Parts of a limited time after which reading and adding tokens end. Sorting and packing what was
-# read take about twice as long as reading it.
-FOR_READING, FOR_TOKENS = 0.2, 0.65
+# Parts of a limited time after which looking into files, reading and adding tokens end. Sorting and
+# packing what was read take about as long as reading it.
+FOR_LOOKING, FOR_READING, FOR_TOKENS = 0.1, 0.35, 0.9
 
 
 @dataclass
@@ -51,13 +52,18 @@ class Kept:
     """Of a run's completions, what a page holds."""
 
     shelf: Shelf
-    whole: bool
-    """All were read."""
+    sample: Sample
+    """What there was time to read; `whole`: all."""
     tokens: float
     """Of the groups with a text, the share of which each token is known, where it was kept."""
 
-    def shares(self) -> Record:
-        return {"text": self.shelf.share, "tokens": self.tokens, "whole": self.whole}
+    def told(self) -> Record:
+        sample = self.sample
+        told: Record = {"text": self.shelf.share, "tokens": self.tokens, "whole": sample.whole}
+        if not sample.whole:
+            told |= {"completions": sample.completions, "updates": sample.updates}
+            told |= {"evaluations": sample.evaluations}
+        return told
 
 
 def asset(name: str) -> str:
@@ -122,7 +128,7 @@ def write(path: Path, sources: Sequence[Source], room: Room | None = None) -> li
     each = replace(room, size=(room.size - size_without(sources)) // len(sources))
     kept = [within(source, each) for source in sources]
     told = [
-        {**source.facts(), "completions": own.shelf.facts(), "kept": own.shares()}
+        {**source.facts(), "completions": own.shelf.facts(), "kept": own.told()}
         for source, own in zip(sources, kept, strict=True)
     ]
     start, end = document(title_of(sources), {"runs": told})
@@ -174,10 +180,11 @@ def refuse_to_replace(path: Path) -> None:
 def within(source: Source, room: Room) -> Kept:
     """A run's completions, in as much room as there is: where they are too many, texts and tokens
     of a share of the groups, evenly over the run. The numbers of all stay."""
-    left, whole = room.size / BASE64, True
+    left, sample = room.size / BASE64, Sample()
     spans: Iterable[tuple[Path, Iterable[Group]]] = streamed(source)
     if room.limited:
-        spans, whole = in_time(source, room)
+        sample = taken(source, room.is_over, FOR_LOOKING, FOR_READING)
+        spans = [(path, [group for _, group in own]) for path, own in sample.groups.items()]
     level = QUICK if room.limited else THOROUGH
     shelf = shelved(spans, Shelf(most=left, level=level))
     left -= len(packed(shelf.facts()))
@@ -185,7 +192,8 @@ def within(source: Source, room: Room) -> Kept:
         share = max(FOR_TEXT * left / shelf.text_size, 0) * CAUTION
         again = spans if room.limited else streamed(source)
         shelf = shelved(again, Shelf(share, most=left, level=level))
-    return Kept(shelf, whole, with_tokens(source, shelf, CAUTION * left - shelf.text_size, room))
+    most = CAUTION * left - shelf.text_size
+    return Kept(shelf, sample, with_tokens(Tokens(source, shelf, room, sample.groups), most))
 
 
 def shelved(spans: Iterable[tuple[Path, Iterable[Group]]], shelf: Shelf) -> Shelf:
@@ -199,52 +207,43 @@ def streamed(source: Source) -> Iterator[tuple[Path, Iterator[Group]]]:
     return ((path, source.read(path, tokens=False)) for path in source.spans())
 
 
-def in_time(source: Source, room: Room) -> tuple[list[tuple[Path, list[Group]]], bool]:
-    """Files, as many as there is time to read, and whether these are all: the newest (or a part of
-    it), the oldest, and between."""
-    read: dict[Path, list[Group]] = {}
-    spans = source.spans()
-    for path in dict.fromkeys([*spans[-1:], *spans[:1], *spread(spans)]):
-        groups: list[Group] = []
-        for group in source.read(path, tokens=False):
-            if room.is_over(FOR_READING):
-                read = read or {path: groups}
-                return sorted(read.items()), False
-            groups.append(group)
-        read[path] = groups
-    return sorted(read.items()), True
+@dataclass
+class Tokens:
+    """What is known of the tokens of a run's completions, chunk by chunk as its texts are."""
+
+    source: Source
+    shelf: Shelf
+    room: Room
+    read: dict[Path, Numbered]
+    """Groups of which nothing else need be read."""
+
+    def chunks(self, path: Path, share: float) -> Iterator[tuple[int, bytes]]:
+        """Of a file, as long as there is time."""
+        if path in self.read:
+            groups = self.source.with_tokens(path, self.read[path])
+        else:
+            groups = self.source.read(path, tokens=True)
+        for chunk in self.shelf.chunks[path]:
+            if self.room.is_over(FOR_TOKENS):
+                return
+            yield chunk, self.shelf.token_chunk(chunk, groups, self.source.prefix, share)
 
 
-def spread(paths: Sequence[Path]) -> list[Path]:
-    """In an order in which the first ones are from all over the run, however many they are."""
-    return [paths[i] for i in sorted(range(len(paths)), key=lambda i: i * SPREAD % 1)]
-
-
-def with_tokens(source: Source, shelf: Shelf, most: float, room: Room) -> float:
+def with_tokens(tokens: Tokens, most: float) -> float:
     """Add what is known of the tokens, of as many groups as there is room for; their share."""
+    shelf = tokens.shelf
     share, size, order = 1.0, 0, spread([*shelf.spans])
     for path in order:
-        made = dict(token_chunks(source, shelf, path, share, room))
+        made = dict(tokens.chunks(path, share))
         if path == order[0] and (fits := most / estimated(shelf, made)) < 1:
             share = max(fits, 0) * CAUTION
-            made = dict(token_chunks(source, shelf, path, share, room))
+            made = dict(tokens.chunks(path, share))
         size += sum(map(len, made.values()))
         if size > most:
             shelf.forget_tokens(made)
             break
         shelf.tokens |= made
     return share * len(shelf.tokens) / max(len(shelf.texts), 1)
-
-
-def token_chunks(
-    source: Source, shelf: Shelf, path: Path, share: float, room: Room
-) -> Iterator[tuple[int, bytes]]:
-    """Of a file, chunk by chunk as long as there is time."""
-    groups = source.read(path, tokens=True)
-    for chunk in shelf.chunks[path]:
-        if room.is_over(FOR_TOKENS):
-            return
-        yield chunk, shelf.token_chunk(chunk, groups, source.prefix, share)
 
 
 def estimated(shelf: Shelf, made: dict[int, bytes]) -> float:

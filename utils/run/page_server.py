@@ -106,8 +106,8 @@ class Shown:
             return self.shelf.texts[number]
         if number not in self.shelf.tokens:
             path = next(p for p, numbers in self.shelf.chunks.items() if number in numbers)
-            made = page.token_chunks(self.source, self.shelf, path, 1.0, page.Room())
-            self.shelf.tokens = dict(made)  # of one file at a time
+            tokens = page.Tokens(self.source, self.shelf, page.Room(), {})
+            self.shelf.tokens = dict(tokens.chunks(path, 1.0))  # of one file at a time
         return self.shelf.tokens[number]
 
 

@@ -3,10 +3,12 @@
 Numbers go into columns, texts into compressed chunks that a page decodes when it shows them.
 """
 
+import contextlib
+import functools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import chain
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ..base.errors import UserError
 from ..base.text import Json, redacted
@@ -25,6 +26,9 @@ from .trackers import Record, as_record
 
 CHUNK = 200_000  # characters of text in a chunk: what is decoded to show one group
 REMEMBERED = 300  # bytes of the log, by which it is known again
+OF_TOKENS = {"ids", "pieces", "sampled_logprobs", "trained_logprobs", "mask"}
+OF_GROUP = frozenset(Group.__annotations__)
+OF_KEPT = frozenset(Kept.__annotations__) - OF_TOKENS
 SPREAD = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill the interval evenly
 
 
@@ -111,6 +115,13 @@ class Source:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             self.note_damage(path, f"it is not as this version writes it ({error!r})")
 
+    def with_tokens(self, path: Path, groups: Sequence[tuple[int, Group]]) -> Iterator[Group]:
+        """Numbered groups of one of these files, with what is known of their tokens."""
+        try:
+            yield from completions.with_tokens(completions.beside(path), groups, self.note_damage)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            self.note_damage(path, f"its tokens are not as this version writes them ({error!r})")
+
     def note_damage(self, path: Path, how: str) -> None:
         """Once, however often the file is read."""
         text = f"{path.parent.name}/{path.name} is damaged: {how}"
@@ -165,9 +176,11 @@ class Source:
 
 def check(group: Group) -> None:
     """Raises KeyError where a group lacks something."""
-    for part, kind in ((group, Group), *((own, Kept) for own in group["completions"])):
-        for name in kind.__annotations__.keys() - part.keys():
-            raise KeyError(name)
+    missing = OF_GROUP.difference(group)
+    for own in group["completions"]:
+        missing |= OF_KEPT.difference(own)
+    for name in missing:
+        raise KeyError(name)
 
 
 def listed(value: Json) -> list[Json]:
@@ -191,9 +204,16 @@ def numbers(record: Record, names: list[str]) -> list[float | None]:
 
 def number(value: Json) -> float | None:
     """A finite number with the digits that a curve shows."""
+    if type(value) is float:
+        return shortened(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+    return value if isinstance(value, int) else shortened(float(value))
+
+
+@functools.lru_cache(maxsize=10_000)  # rewards are few numbers, again and again
+def shortened(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def chosen(number: int, share: float) -> bool:
@@ -257,7 +277,7 @@ class Shelf:
 
     def add(self, group: Group) -> None:
         kept, has_text = group["completions"], chosen(len(self), self.share)
-        kind = group["kind"] if group["split"] is None else f"{group['kind']} {group['split']}"
+        kind = set_of(group["kind"], group["split"])
         values = {
             "update": group["update"],
             "set": position(self.sets, kind),
@@ -269,29 +289,27 @@ class Shelf:
         }
         for name, value in values.items():
             self.groups[name].append(value)
-        for completion in kept:
-            self.count(completion)
+        self.count(kept)
         if has_text:
             self.waiting.append(texts_of(group))
             self.waiting_size += len(group["prompt"]) + sum(len(c["text"]) for c in kept) + 100
         if self.waiting_size > CHUNK:
             self.pack()
 
-    def count(self, completion: Kept) -> None:
-        right, before = completion["correct"], len(self.numbers["reward"])
-        values = {
-            "reward": number(completion["reward"]),
-            "advantage": number(completion["advantage"]),
-            "length": completion["length"],
-            "finish": position(self.finishes, completion["finish_reason"]),
-            "correct": 2 if right is None else int(right),
-        }
-        for name, value in values.items():
-            self.numbers[name].append(value)
-        for name in completion["rewards"]:
-            self.rewards.setdefault(name, [None] * before)
+    def count(self, kept: Sequence[Kept]) -> None:
+        """The numbers of a group."""
+        columns, before = self.numbers, len(self.numbers["reward"])
+        columns["reward"] += [number(c["reward"]) for c in kept]
+        columns["advantage"] += [number(c["advantage"]) for c in kept]
+        columns["length"] += [c["length"] for c in kept]
+        columns["finish"] += [position(self.finishes, c["finish_reason"]) for c in kept]
+        columns["correct"] += [2 if c["correct"] is None else int(c["correct"]) for c in kept]
+        for c in kept:
+            for name in c["rewards"]:
+                if name not in self.rewards:
+                    self.rewards[name] = [None] * before
         for name, column in self.rewards.items():
-            column.append(number(completion["rewards"].get(name)))
+            column += [number(c["rewards"].get(name)) for c in kept]
 
     def pack(self) -> None:
         """Close the chunk that is being filled."""
@@ -332,6 +350,11 @@ class Shelf:
             "sets": self.sets,
             "finishes": self.finishes,
         }
+
+
+def set_of(kind: str, split: str | None) -> str:
+    """What a group belongs to: train, or the evaluations on a split."""
+    return kind if split is None else f"{kind} {split}"
 
 
 def position(names: list[str], name: str) -> int:
@@ -394,11 +417,12 @@ def tokens_of(completion: Kept, prefix: str) -> Record | None:
     if start is None:  # a character that is spread over several tokens, a cut that is not the end
         record["pieces"] = pieces
     else:
-        record |= {"start": units(text[:start]), "sizes": [units(piece) for piece in pieces]}
+        size = len if joined.isascii() else units
+        record |= {"start": units(text[:start]), "sizes": [*map(size, pieces)]}
         record["rest"] = joined[len(text) - start :]
     if (trained := completion["trained_logprobs"]) is not None:
-        with np.errstate(invalid="ignore"):  # both may be infinite
-            record["d"] = parts(np.subtract(trained, sampled), 1000, 30_000, unknown=0)
+        differences = [a - b for a, b in zip(trained, sampled, strict=True)]
+        record["d"] = parts(differences, 1000, 30_000, unknown=0)
     if not all(completion["mask"]):
         record["mask"] = completion["mask"]
     return record
@@ -418,8 +442,12 @@ def units(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
-def parts(values: ArrayLike, each: int, most: int, unknown: int | None = None) -> list[int]:
+def parts(values: Sequence[float], each: int, most: int, unknown: int | None = None) -> list[int]:
     """Numbers as whole parts of one, `most` at most; `unknown` (most) for what is no number."""
+    with contextlib.suppress(ValueError, OverflowError):  # of what is no number, or infinite
+        scaled = [round(value * each) for value in values]
+        if not scaled or -most <= min(scaled) <= max(scaled) <= most:
+            return scaled
     nan = most if unknown is None else unknown
     scaled = np.nan_to_num(np.asarray(values, float) * each, nan=nan)
     return np.rint(scaled.clip(-most, most)).astype(int).tolist()

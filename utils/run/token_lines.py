@@ -210,4 +210,6 @@ def tokens_of(line: TokenLine | None, i: int, pieces: Mapping[str, str]) -> dict
 
 
 def numbers(values: list[float | None] | None) -> list[float]:
-    return [math.nan if value is None else value for value in values or []]
+    if values is None or None not in values:
+        return values or []  # type: ignore[return-value]
+    return [math.nan if value is None else value for value in values]
