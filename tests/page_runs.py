@@ -8,6 +8,7 @@ import random
 from utils.run import completions, spans
 
 REWARDS = ("correctness", "xmlcount", "soft_format", "int")
+SAID = {"correctness": "2.0 for the right answer.", "xmlcount": "0.25 for each pair of tags."}
 WORDS = ("so", "we", "have", "and", "add", "it", "gives")
 HOSTILE = (
     "</script><script>document.title='taken'</script><!-- <img src=x "
@@ -151,11 +152,13 @@ def make_run(folder, updates=20, seed=0, settings=None, log=True, final=True):
         "learning_rate": 1e-5,
         "seed": seed,
         "num_generations": 8,
+        "max_new_tokens": 32,
+        "eval_max_new_tokens": 48,
     }
     (folder / "config.resolved.json").write_text(json.dumps(config | (settings or {})))
     resumed = [{"from": "checkpoint-8", "update": min(8, updates), "changed": {}}]
     (folder / "provenance.json").write_text(
-        json.dumps({"mlx": "0.32", "seed": seed, "resumed": resumed})
+        json.dumps({"mlx": "0.32", "seed": seed, "resumed": resumed, "rewards": SAID})
     )
     if log:
         lines = "".join(json.dumps(record) + "\n" for record in records(updates, seed))

@@ -184,14 +184,21 @@ def shown_completions(shown):
 
 def test_the_slider_chooses_an_update(one, groups, opened):
     shown = opened(one, "rollouts")
-    assert text_of(shown, ".slider output") == "update 30"
+    number = shown.get_by_label("Number of the update")
+    assert (number.input_value(), text_of(shown, ".slider output")) == ("30", "of 30")
     assert text_of(shown, "#count") == "64 of 64 completions, 8 groups"
     slide(shown, "#update", "4")
-    assert text_of(shown, ".slider output") == "update 5"
+    assert number.input_value() == "5"
+    assert shown.locator("#update").get_attribute("aria-valuetext") == "update 5"
     wanted = [g for g in groups if g["kind"] == "train" and g["update"] == 5]
     shown.wait_for_selector(f"text={wanted[0]['question']}")
     shown.get_by_label("Next update").click()
-    assert text_of(shown, ".slider output") == "update 6"
+    assert number.input_value() == "6"
+    for typed, nearest in (("17", "17"), ("99", "30"), ("", "30")):
+        number.fill(typed)
+        number.press("Enter")
+        assert number.input_value() == nearest
+        assert shown.evaluate("rollouts.update") == int(nearest)
     shown.get_by_label("All updates").check()
     assert text_of(shown, "#count") == "1,920 of 1,920 completions, 240 groups"
     shown.get_by_label("Of", exact=True).select_option("eval test")
@@ -204,11 +211,24 @@ def test_filters(one, groups, opened):
     kept = [c for g in groups if g["kind"] == "train" for c in g["completions"]]
     shown.get_by_label("Answer").select_option("0")
     assert shown_completions(shown) == sum(not c["correct"] for c in kept)
-    shown.get_by_label("Ended by").select_option("length")
+    assert shown.get_by_label("Ending").locator("option").all_inner_texts() == [
+        "any",
+        "by itself",
+        "cut off at 32 tokens",
+    ]
+    assert text_of(shown, "#rollouts .note") == "The limit is max_new_tokens = 32"
+    shown.get_by_label("Ending").select_option("length")
     assert shown_completions(shown) == sum(c["finish_reason"] == "length" for c in kept)
-    for chip in ("wrong", "ended by length (cut off)"):
+    for chip in ("wrong", "cut off at 32 tokens"):
         shown.get_by_label(f"Remove filter {chip}").click()
     assert shown_completions(shown) == len(kept)
+    assert not shown.get_by_text("Clear all filters").count()
+    shown.get_by_label("Answer").select_option("1")
+    shown.locator("[data-histogram=length] .bar").first.click()
+    assert shown_completions(shown) < len(kept)
+    shown.get_by_text("Clear all filters").click()
+    assert shown_completions(shown) == len(kept)
+    assert shown.get_by_label("Answer").input_value() == ""
     shown.get_by_label("Search text").fill("QUESTION 17:")
     until(shown, "rollouts.looked === 1")
     expected = [g for g in groups if g["question"].startswith("Question 17:")]
@@ -264,6 +284,186 @@ def test_the_group_of_a_prompt_says_why_each_earned_what_it_did(one, groups, ope
     assert by_advantage[0]["text"] in cards.first.locator("pre").text_content()
 
 
+def test_rewards_are_explained(one, groups, opened):
+    shown = opened(one, "rollouts")
+    shown.locator("#group details.about summary").click()
+    terms = shown.locator("#group details.about dt").all_inner_texts()
+    assert terms == [*page_runs.REWARDS]
+    told = shown.locator("#group details.about dd").all_inner_texts()
+    assert told[0] == "2.0 for the right answer. · at most 2 in this run"
+    assert told[2] == "at most 0.5 in this run", "it says nothing of itself"
+    first = shown.locator("#group .card >> nth=0 >> .rewards")
+    assert re.search(r"correctness\s+[02] of 2\s", first.inner_text())
+    first.locator("th").first.hover()
+    assert text_of(shown, "#tip") == f"correctness: {told[0]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("It is 42.", "no answer: the text has no <answer> … </answer>"),
+        ("<answer></answer>", "no answer: nothing stands between <answer> and </answer>"),
+        ("42 <answer>", "no answer: <answer> is not followed by </answer>"),
+    ],
+)
+def test_what_was_looked_for_is_said_where_no_answer_is_read(one, opened, text, said):
+    shown = opened(one)
+    told = json.dumps(text)
+    assert shown.evaluate(f"nothingRead(page.runs[0], {told})") == said
+    assert shown.evaluate(f"nothingRead({{metric: 'last_number'}}, {told})") == (
+        "no answer: there is no number in the text"
+    )
+
+
+def in_view(shown, selector):
+    """Whether the beginning of it is."""
+    box = shown.locator(selector).bounding_box()
+    return -1 <= box["y"] <= shown.viewport_size["height"] - 100
+
+
+def test_what_is_chosen_comes_into_view(one, opened):
+    shown = opened(one, "rollouts", height=600)
+    for n in (7, 3, 0):
+        shown.locator("#rollouts .row").nth(n).click()
+        until(shown, f"document.querySelector('.card.chosen') && rollouts.list.active === {n}")
+        until(shown, "rollouts.list.element === document.activeElement")
+        shown.wait_for_timeout(100)
+        assert in_view(shown, "#group .card.chosen")
+        assert in_view(shown, "#rollouts .list"), "and the list stays"
+    for _ in range(6):
+        shown.keyboard.press("ArrowDown")
+        shown.wait_for_timeout(100)
+        assert in_view(shown, "#group .card.chosen")
+    assert shown.evaluate("rollouts.list.active") == 6
+    shown.keyboard.press("Enter")
+    until(shown, "document.activeElement.matches('.card.chosen')")
+    shown.keyboard.press("Escape")
+    assert shown.evaluate("document.activeElement === rollouts.list.element")
+
+
+LISTS = {
+    "rollouts": ("#group", ".card.chosen"),
+    "questions": ("#question", "h2"),
+    "evaluations": ("#pair", ".question"),
+}
+
+
+@pytest.mark.parametrize("tab", LISTS)
+def test_on_a_narrow_screen_a_click_jumps_to_the_detail_and_back(one, opened, tab):
+    shown = opened(one, tab, width=360, height=740)
+    box, what = LISTS[tab]
+    shown.wait_for_selector(f"{box} {what}")
+    shown.locator(f"#{tab} .row").nth(2).click()
+    until(shown, f"document.activeElement.closest('{box}') && window.scrollY > 200")
+    assert in_view(shown, f"{box} {what} >> nth=0")
+    shown.get_by_text("Back to the list").click()
+    assert in_view(shown, f"#{tab} .list")
+    assert shown.evaluate("document.activeElement.className") == "list"
+    shown.keyboard.press("ArrowDown")
+    until(shown, "window.scrollY > 200")
+    shown.wait_for_timeout(100)
+    assert in_view(shown, f"{box} {what} >> nth=0")
+    assert shown.evaluate("document.activeElement.className") == "list", "the next arrow goes on"
+
+
+def test_a_narrow_header_is_small_and_lists_do_not_trap_the_wheel(one, opened):
+    shown = opened(one, "rollouts", width=360, height=740)
+    assert shown.locator("body > header").bounding_box()["height"] < 130
+    tops = {round(tab.bounding_box()["y"]) for tab in shown.locator("nav button").all()}
+    assert len(tops) == 1, "tabs are in one line"
+    assert not shown.get_by_text("Completions", exact=True).is_visible()
+    shown.get_by_text("more", exact=True).click()
+    assert shown.get_by_text("Completions", exact=True).is_visible()
+    assert not shown.locator("#search").is_visible(), "filters are folded"
+    shown.get_by_text("Search, filters, order").click()
+    assert shown.locator("#search").is_visible()
+    box = shown.locator("#rollouts .list")
+    assert box.bounding_box()["height"] <= 0.5 * 740
+    box.scroll_into_view_if_needed()
+    shown.evaluate("rollouts.list.element.scrollTop = 1e6")
+    before = shown.evaluate("scrollY")
+    where = box.bounding_box()
+    shown.mouse.move(where["x"] + 100, where["y"] + 50)
+    shown.wait_for_timeout(200)
+    shown.mouse.wheel(0, 300)
+    until(shown, f"scrollY > {before}")
+    assert shown.evaluate("getComputedStyle(document.querySelector('.card pre')).maxHeight") == (
+        "none"
+    )
+
+
+def test_no_word_is_clipped(one, opened):
+    shown = opened(one, "rollouts", width=1280)
+    shown.get_by_label("All updates").check()
+    shown.get_by_label("Ending").select_option("length")
+    shown.wait_for_selector("#rollouts .row .cut")
+    clipped = """(selector) => [...document.querySelectorAll(selector)]
+        .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent)"""
+    assert shown.evaluate(clipped, "#rollouts .row .facts, #rollouts .chip, nav button") == []
+    assert (
+        shown.evaluate(
+            """() => [...document.querySelectorAll("#rollouts select")].filter((list) => {
+            const measure = document.createElement("canvas").getContext("2d");
+            measure.font = getComputedStyle(list).font;
+            const widths = [...list.options].map((o) => measure.measureText(o.text).width);
+            return Math.max(...widths) > list.clientWidth - 25;
+        }).map((list) => list.getAttribute("aria-label"))"""
+        )
+        == []
+    )
+
+
+def test_exact_match_is_read_in_per_cent_with_its_interval(one, opened):
+    shown = opened(one)
+    until(shown, "curves.plots[1].plot")
+    shown.locator(".plot").nth(1).focus()
+    shown.keyboard.press("ArrowRight")
+    low, high = wilson(0.2, 20)
+    expected = f"em 20.0% [{100 * low:.1f}%, {100 * high:.1f}%]"
+    assert text_of(shown, "#said") == f"update 0: {expected}"
+    legend = text_of(shown, "figure >> nth=1 >> .u-legend")
+    assert expected.removeprefix("em ") in legend
+
+
+@pytest.fixture(scope="module")
+def cut(runs, tmp_path_factory):
+    """A page for which there was little time."""
+    asked = itertools.count()
+    room = page.Room(
+        limited=True, is_over=lambda share: share == page.FOR_READING and next(asked) > 120
+    )
+    path = tmp_path_factory.mktemp("cut") / "report.html"
+    (kept,) = page.write(path, [Source.at(runs[0])], room)
+    assert not kept.sample.whole
+    return path.as_uri(), kept, runs[0]
+
+
+def test_a_page_that_lacks_something_says_what_and_how_to_get_it(cut, opened):
+    address, kept, folder = cut
+    shown = opened(address, "rollouts")
+    held = f"{len(kept.shelf.numbers['reward'])} of 2,000"
+    updates = f"{kept.sample.updates[0]} of 30 updates"
+    evaluations = f"{kept.sample.evaluations[0]} of 4 evaluations"
+    command = f"uv run python utils/report.py {folder}"
+    assert f"Completions {held}" in text_of(shown, "#runs").replace("\n", " ")
+    assert text_of(shown, "#told summary") == f"This page holds {held} completions"
+    shown.locator("#told summary").click()
+    told = text_of(shown, "#told").replace("\n", " ")
+    assert f"of {updates} and {evaluations}, spread over the run" in told
+    assert text_of(shown, "#told code") == command
+    assert text_of(shown, ".slider .part") == f"{updates} are in this page. All of them: {command}"
+    assert shown.get_by_label("Number of the update").input_value() == "30"
+    if kept.sample.evaluations[0] < 4:
+        for tab in ("questions", "evaluations"):
+            show_tab(shown, tab)
+            said = text_of(shown, f"#{tab} .part")
+            assert said == f"{evaluations} are in this page. All of them: {command}"
+        assert shown.get_by_label("After").input_value() == "0:30"
+        assert shown.get_by_label("Before").input_value() == "0:0"
+    show_tab(shown, "compare")
+    assert f"{held} in this page" in text_of(shown, "table.compared")
+
+
 def test_tokens_are_coloured(one, groups, opened):
     shown = opened(one, "rollouts")
     last = next(g for g in groups if g["kind"] == "train" and g["update"] == 30)
@@ -298,9 +498,15 @@ def test_one_question_over_time(one, groups, opened):
     until(shown, f"byId('visit').textContent.includes({told})")
     shown.get_by_label("Of", exact=True).select_option("training questions")
     assert text_of(shown, "#question-count") == "240 questions"
-    shown.get_by_label("Search questions").fill("question 17:")
-    shown.keyboard.press("Enter")
-    until(shown, "document.querySelector('#question-count').textContent[0] === '1'")
+    field = shown.get_by_label("Search questions")
+    field.press_sequentially("question 17:")
+    until(shown, "byId('question-count').textContent === '1 question'")
+    field.fill("nothing of this kind")
+    until(shown, "byId('question-count').textContent === '0 questions'")
+    assert text_of(shown, "#question") == "No question has this text."
+    field.fill("")
+    until(shown, "byId('question-count').textContent === '240 questions'")
+    assert "asked once" in text_of(shown, "#visits h2")
 
 
 def outcomes(before, after):
@@ -364,7 +570,7 @@ def test_two_runs(two, groups, opened):
     assert f"better on {better}, worse on {worse} of 20" in table
     show_tab(shown, "rollouts")
     shown.get_by_label("Run", exact=True).select_option("1")
-    assert text_of(shown, ".slider output") == "update 20"
+    assert shown.get_by_label("Number of the update").input_value() == "20"
 
 
 HOSTILE = page_runs.HOSTILE

@@ -278,6 +278,7 @@ def open_run(
     stays = resume_from is not None and in_folder(resume_from, folder)
     take_over(run, made_of, lock, resume_from if stays else None)
     provenance = {**runtime.provenance(repo), "seed": config.seed, **made_of}
+    provenance["rewards"] = run.rewards_say
     if resume_from is not None:
         provenance["resumed"] = resumptions(run, resume_from)
         bring_log(resume_from.parent / LOG, log)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..base.say import say
 from ..base.script import ROOT
 from ..device import runtime
+from ..rewards.about import about
 from ..settings import reading
 from ..settings.run_settings import Settings
 from . import checkpoints, completions, consent, folders, introduction, trackers
@@ -70,6 +71,7 @@ def opened(trainer: Trainer, place: Place, blas: str | None) -> Iterator[None]:
     if resume_from:
         checkpoints.load(resume_from, trainer)
     made_of = checkpoints.sources(trainer)
+    run.rewards_say = about(trainer.reward_funcs)
     records = checkpoints.open_run(run, made_of, place.lock, resume_from, ROOT)
     if config.keep_completions != "none":
         run.completions = completions.Completions(

@@ -25,6 +25,7 @@ from .ours import CONFIG, LOG, PROVENANCE
 from .trackers import Record, as_record
 
 CHUNK = 200_000  # characters of text in a chunk: what is decoded to show one group
+OWN_PLACE = ("resumed", "rewards")  # of what provenance.json says
 REMEMBERED = 300  # bytes of the log, by which it is known again
 OF_TOKENS = {"ids", "pieces", "sampled_logprobs", "trained_logprobs", "mask"}
 OF_GROUP = frozenset(Group.__annotations__)
@@ -152,7 +153,8 @@ class Source:
             "name": self.name,
             "folder": str(self.folder),
             "settings": self.settings,
-            "versions": {k: v for k, v in self.provenance.items() if k != "resumed"},
+            "versions": {k: v for k, v in self.provenance.items() if k not in OWN_PLACE},
+            "rewards_say": self.rewards_say(),
             "finished": (self.folder / "final").is_dir(),
             "evaluations": [evaluation(r) for r in self.log if "split" in r],
             "marks": [*self.marks(records)],
@@ -160,6 +162,11 @@ class Source:
         }
         rows = [numbers(record, names) for record in records[since:]]
         return {**redacted(facts), "figures": names, "since": since, "records": rows}
+
+    def rewards_say(self) -> dict[str, str]:
+        """What reward functions say of themselves; runs of earlier versions did not note it."""
+        said = self.provenance.get("rewards")
+        return said if isinstance(said, dict) else {}
 
     def marks(self, records: list[Record]) -> Iterator[Record]:
         """Notes of the log (warnings of learning, memory that ran out) and resumptions."""

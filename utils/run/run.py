@@ -59,6 +59,7 @@ class Run:
         self.without_reward = 0  # updates in a row in which no reward function applied
         self.moved = False  # weights have changed since `between`
         self.prompt: ServedPrompt | None = None  # what folders of models say of it
+        self.rewards_say: dict[str, str] = {}  # what reward functions say of themselves, by name
 
     def pulse(self, phase: str) -> None:
         """Between blocks of work: show that it goes on, and stop if a signal asked for it, or what

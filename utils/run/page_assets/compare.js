@@ -48,8 +48,10 @@ function drawEvaluations() {
   const [before, after] = [known(evaluations.before)[2], known(evaluations.after)[2]];
   const found = paired(before, after);
   evaluations.found = { before, after, ...found };
-  evaluations.list = new VirtualList("Questions", 58, pairRow, (i) =>
-    showPair(found[evaluations.outcome][i]),
+  evaluations.list = new VirtualList("Questions", 58, pairRow, (i, how) =>
+    showPair(found[evaluations.outcome][i]).then(() =>
+      reveal(evaluations.list, byId("pair"), how),
+    ),
   );
   if (!found[evaluations.outcome].length)
     evaluations.outcome = OUTCOMES.find(([name]) => found[name].length)?.[0] ?? "fixed";
@@ -68,6 +70,7 @@ function drawEvaluations() {
       select("Before", options, evaluations.before, changed("before")),
       select("After", options, evaluations.after, changed("after")),
     ),
+    ...page.runs.map((run) => partNote(run, "evaluations")).filter(Boolean),
     pairSummary(before, after, found),
     make(
       "div",
@@ -139,7 +142,7 @@ function pairSummary(before, after, found) {
     differentData(before.run, after.run)
       ? make("p", {
           class: "warning",
-          text: "These runs had different data: questions are paired by their row.",
+          text: "These runs had different data: questions are paired by their place in it.",
         })
       : null,
   );
@@ -306,9 +309,10 @@ const updatesText = (run) =>
 
 function keptText(run) {
   const { text, tokens } = run.kept;
-  const parts = [run.count.toLocaleString("en")];
-  if (run.count && text < 1) parts.push(`texts of ${percent(text, 0)} in this page`);
-  if (run.count && tokens < 1) parts.push(`tokens of ${percent(tokens, 0)}`);
+  const parts = [run.all > run.count ? `${run.countText} in this page` : run.countText];
+  if (run.count && text < 1) parts.push(`texts of ${percent(text, 0)} of the groups in this page`);
+  if (run.count && tokens < 1)
+    parts.push(`probabilities of tokens of ${percent(tokens, 0)} of the groups`);
   return parts.join(", ");
 }
 

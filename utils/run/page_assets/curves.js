@@ -192,7 +192,10 @@ function drawing(figures) {
         dash: page.runs.length > 1 ? DASHES[n % DASHES.length] : [],
         spanGaps: true,
         points: { show: y.length < 40, size: 5 },
-        value: (_, value) => figure(value, 4),
+        value: (plot, value, own, i) => {
+          if (!low || value === null) return figure(value, 4);
+          return `${percent(value)} [${percent(plot.data[own + 2][i])}, ${percent(plot.data[own + 1][i])}]`;
+        },
       };
       const averaged = curves.smoothing > 0 && name !== "em";
       if (averaged) {
@@ -209,7 +212,13 @@ function drawing(figures) {
       series.push(line);
       tables.push([at, positive(averaged ? smoothed(y) : y)]);
       if (low) {
-        const hidden = { ...line, stroke: "transparent", points: { show: false }, raw: true };
+        const hidden = {
+          label: line.label,
+          stroke: "transparent",
+          points: { show: false },
+          value: () => "",
+          raw: true,
+        };
         series.push({ ...hidden, label: "high" }, { ...hidden, label: "low" });
         tables.push([at, positive(high)], [at, positive(low)]);
         bands.push({ series: [series.length - 2, series.length - 1], fill: faded(colour, 0.14) });
@@ -276,6 +285,8 @@ function plotOptions(figures, width, { series, bands }) {
     values.map((v) =>
       v === null ? "" : v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential() : compact.format(v),
     );
+  const shares = figures[0] === "em" && page.runs.every((run) => run.metric === "em");
+  const parts = (_, values) => values.map((v) => (v === null ? "" : `${figure(100 * v)}%`));
   return {
     width,
     height: Math.round(Math.min(320, Math.max(190, width * 0.46))),
@@ -284,7 +295,7 @@ function plotOptions(figures, width, { series, bands }) {
     scales: { x: { time: false }, y: curves.log ? { distr: 3 } : { range: upright } },
     axes: [
       { ...line, values: short },
-      { ...line, values: short, size: widthOf },
+      { ...line, values: shares ? parts : short, size: widthOf },
     ],
     cursor: {
       sync: { key: "curves", setSeries: false },
@@ -365,7 +376,9 @@ function readByKey(event, item) {
   plot.setCursor({ left: plot.valToPos(x[at], "x"), top: 10 });
   const values = plot.series
     .map((own, i) =>
-      i && !own.raw && plot.data[i][at] != null ? `${own.label} ${figure(plot.data[i][at])}` : "",
+      i && !own.raw && plot.data[i][at] != null
+        ? `${own.label} ${own.value(plot, plot.data[i][at], i, at)}`
+        : "",
     )
     .filter(Boolean);
   announce(`${plot.series[0].label} ${figure(x[at])}: ${values.join(", ")}`);

@@ -169,6 +169,45 @@ class Run {
     return known ? { right, known } : null;
   }
 
+  // What a share of the run that was read when the page was written holds: "52 of 150 updates are in
+  // this page"; nothing where that is all.
+  missing(what) {
+    const [held, all] = this.kept[what] ?? [];
+    return this.kept.whole || held === all ? "" : `${held.toLocaleString("en")} of ${counted(all, what.slice(0, -1))}`;
+  }
+
+  // The command that writes a page with all.
+  get command() {
+    const path = /^[\w./@%+:,-]+$/.test(this.folder) ? this.folder : `'${this.folder.replaceAll("'", "'\\''")}'`;
+    return `uv run python utils/report.py ${path}`;
+  }
+
+  get all() {
+    return this.kept.whole ? this.count : Math.max(this.kept.completions, this.count);
+  }
+
+  get countText() {
+    const count = this.count.toLocaleString("en");
+    return this.all > this.count ? `${count} of ${this.all.toLocaleString("en")}` : count;
+  }
+
+  // [setting, tokens] at which completions of a set are cut off.
+  limit(set) {
+    const name = set === "train" ? "max_new_tokens" : "eval_max_new_tokens";
+    return [name, this.settings[name]];
+  }
+
+  // The highest value that a reward function gave, without its weight.
+  highest(name) {
+    this.highestOf ??= {};
+    if (this.highestOf[name]?.count !== this.count) {
+      let most = -Infinity;
+      for (const value of this.rewards[name] ?? []) if (value !== null && value > most) most = value;
+      this.highestOf[name] = { count: this.count, most };
+    }
+    return this.highestOf[name].most;
+  }
+
   // Of a reward function in the total; the log names them in the order of the settings.
   weight(name) {
     const names = this.figures
@@ -188,6 +227,19 @@ class Run {
     this.mostOf = this.count;
     return this.most;
   }
+}
+
+// What a view says above its lists where a page does not hold all.
+function partNote(run, what) {
+  const text = run.missing(what);
+  return text
+    ? make(
+        "p",
+        { class: "part warning" },
+        `${text} are in this page. All of them: `,
+        make("code", { text: run.command }),
+      )
+    : null;
 }
 
 const SET_NAMES = {

@@ -31,20 +31,19 @@ function drawQuestions() {
   if (!data.includes(questions.data))
     questions.data = data.includes("test questions") ? "test questions" : data[0];
   questions.list = questionList(run);
-  questions.view = new VirtualList("Questions", 58, questionRow, (i) =>
-    showQuestion(questions.shown[i]),
+  questions.view = new VirtualList("Questions", 58, questionRow, (i, how) =>
+    showQuestion(questions.shown[i]).then(() => reveal(questions.view, byId("question"), how)),
   );
   const again = () => {
     questions.chosen = null;
     drawQuestions();
   };
-  const search = make("input", {
-    type: "search",
-    "aria-label": "Search questions",
-    placeholder: "in questions",
-  });
-  search.value = questions.text;
-  search.addEventListener("change", () => searchQuestions(search.value));
+  const search = searchField(
+    { "aria-label": "Search questions", placeholder: "in questions" },
+    questions.text,
+    searchQuestions,
+  );
+  const part = questions.data === "test questions" ? "evaluations" : "updates";
   section.replaceChildren(
     make(
       "div",
@@ -70,9 +69,15 @@ function drawQuestions() {
           : null,
         make("label", { class: "field wide" }, make("span", { text: "Search" }), search),
         make("div", { id: "question-count", role: "status", class: "muted" }),
+        partNote(run, part),
         questions.view.element,
       ),
-      make("div", { class: "group" }, make("div", { id: "visits" }), make("div", { id: "visit" })),
+      make(
+        "div",
+        { id: "question", class: "group" },
+        make("div", { id: "visits" }),
+        make("div", { id: "visit" }),
+      ),
     ),
   );
   searchQuestions(questions.text);
@@ -96,10 +101,13 @@ async function searchQuestions(text) {
   const at = found.findIndex((own) => own.prompt === questions.chosen);
   questions.view.reset(found.length, Math.max(at, 0));
   if (found.length) showQuestion(found[Math.max(at, 0)]);
-  else
+  else {
     byId("visits").replaceChildren(
       make("p", { class: "empty", text: "No question has this text." }),
     );
+    byId("visit").replaceChildren();
+    questions.chosen = null;
+  }
 }
 
 function questionRow(i) {
@@ -112,10 +120,13 @@ function questionRow(i) {
   const ends = [visits[0], visits.at(-1)].map((group) => outcome(run, group));
   const facts = [
     make("b", { text: ends.join(" → ") }),
-    make("span", { class: "muted right", text: counted(visits.length, "visit") }),
+    make("span", { class: "muted right", text: asked(visits.length) }),
   ];
   return listRow(facts, text);
 }
+
+const asked = (times) =>
+  times < 3 ? ["", "asked once", "asked twice"][times] : `asked ${times.toLocaleString("en")} times`;
 
 // In a few characters: right of judged, or the mean reward.
 function outcome(run, group) {
@@ -147,7 +158,7 @@ function showQuestion(question) {
           type: "button",
           class: "link",
           text: String(groups.update[group]),
-          "aria-label": `Visit ${n + 1}, at update ${groups.update[group]}`,
+          "aria-label": `Time ${n + 1}, at update ${groups.update[group]}`,
           onclick: show,
         }),
       ),
@@ -167,13 +178,15 @@ function showQuestion(question) {
     ),
   );
   byId("visits").replaceChildren(
-    make("h2", { text: `Row ${question.prompt}, ${counted(rows.length, "visit")}` }),
+    make("h2", {
+      text: `Question ${question.prompt} of the ${questions.data}, ${asked(rows.length)}`,
+    }),
     make(
       "div",
-      { class: "scroll visits", tabindex: "0", role: "region", "aria-label": "Visits" },
+      { class: "scroll visits", tabindex: "0", role: "region", "aria-label": "Each time it was asked" },
       make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)),
     ),
   );
   rows.at(-1).classList.add("chosen");
-  showGroup(byId("visit"), run, question.visits.at(-1));
+  return showGroup(byId("visit"), run, question.visits.at(-1));
 }

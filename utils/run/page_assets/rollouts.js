@@ -160,8 +160,8 @@ function drawRollouts() {
   const updates = updatesOf(run);
   if (rollouts.update !== null && !updates.includes(rollouts.update))
     rollouts.update = updates.at(-1) ?? null;
-  rollouts.list = new VirtualList("Completions", 58, completionRow, (i) =>
-    showChosen(rollouts.shown[i]),
+  rollouts.list = new VirtualList("Completions", 58, completionRow, (i, how) =>
+    showChosen(rollouts.shown[i]).then(() => reveal(rollouts.list, byId("group"), how)),
   );
   section.replaceChildren(
     make(
@@ -172,8 +172,7 @@ function drawRollouts() {
         { class: "filters" },
         ...sourceChoice(run),
         updateSlider(run, updates),
-        ...filterFields(run),
-        make("div", { id: "histograms" }),
+        filterFold(run),
       ),
       make(
         "div",
@@ -243,17 +242,28 @@ function updateSlider(run, updates) {
     step: "1",
     "aria-label": "Update",
   });
+  const number = make("input", {
+    type: "number",
+    id: "update-number",
+    min: String(updates[0] ?? 0),
+    max: String(updates.at(-1) ?? 0),
+    "aria-label": "Number of the update",
+  });
   const text = make("output", {});
   const all = make("input", { type: "checkbox", id: "all-updates" });
   const show = () => {
     const at = rollouts.update === null ? updates.length - 1 : updates.indexOf(rollouts.update);
     input.value = String(at);
     all.checked = rollouts.update === null;
+    number.value = rollouts.update === null ? "" : String(rollouts.update);
     text.textContent =
       rollouts.update === null
         ? `all ${counted(updates.length, "update")}`
-        : `update ${rollouts.update}`;
-    input.setAttribute("aria-valuetext", text.textContent);
+        : `of ${(run.kept.whole ? (updates.at(-1) ?? 0) : Math.max(run.last, updates.at(-1) ?? 0)).toLocaleString("en")}`;
+    input.setAttribute(
+      "aria-valuetext",
+      rollouts.update === null ? text.textContent : `update ${rollouts.update}`,
+    );
   };
   const go = (update) => {
     rollouts.update = update;
@@ -266,12 +276,20 @@ function updateSlider(run, updates) {
     go(updates[Math.min(Math.max(at, 0), updates.length - 1)] ?? null);
   };
   input.addEventListener("input", () => go(updates[Number(input.value)] ?? null));
+  // The nearest one that is here.
+  number.addEventListener("change", () => {
+    const wanted = Number(number.value);
+    const apart = (update) => Math.abs(update - wanted);
+    if (number.value !== "" && updates.length)
+      go(updates.reduce((best, update) => (apart(update) < apart(best) ? update : best)));
+    else show();
+  });
   all.addEventListener("change", () => go(all.checked ? null : updates.at(-1)));
   show();
   return make(
     "div",
     { class: "slider" },
-    make("div", { class: "line" }, make("b", { text: "Update" }), text),
+    make("div", { class: "line" }, make("b", { text: "Update" }), number, text),
     make(
       "div",
       { class: "line" },
@@ -290,22 +308,30 @@ function updateSlider(run, updates) {
       }),
     ),
     make("label", { class: "field" }, all, make("span", { text: "All updates" })),
+    partNote(run, rollouts.set === "train" ? "updates" : "evaluations"),
   );
 }
 
+// On a narrow screen the filters are folded, so that the list is seen.
+function filterFold(run) {
+  rollouts.unfolded ??= matchMedia("(min-width: 42rem)").matches;
+  const fold = make(
+    "details",
+    { class: "fold", open: rollouts.unfolded },
+    make("summary", { text: "Search, filters, order" }),
+    ...filterFields(run).filter(Boolean),
+    make("div", { id: "histograms" }),
+  );
+  fold.addEventListener("toggle", () => (rollouts.unfolded = fold.open));
+  return fold;
+}
+
 function filterFields(run) {
-  const search = make("input", {
-    type: "search",
-    id: "search",
-    placeholder: "in questions and completions",
-    "aria-label": "Search text",
-  });
-  search.value = rollouts.filters.text ?? "";
-  let timer = 0;
-  search.addEventListener("input", () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => searchText(search.value), 250);
-  });
+  const search = searchField(
+    { id: "search", placeholder: "in all texts", "aria-label": "Search text" },
+    rollouts.filters.text ?? "",
+    searchText,
+  );
   const filter = (name, value) => {
     if (value === "") delete rollouts.filters[name];
     else rollouts.filters[name] = name === "right" ? Number(value) : value;
@@ -313,7 +339,7 @@ function filterFields(run) {
   };
   const judged = run.numbers.correct.some((value) => value !== 2);
   const orders = [
-    ["sampled", "order of sampling"],
+    ["sampled", "as sampled"],
     ["reward", "reward, highest first"],
     ["worst", "reward, lowest first"],
     ["advantage", "advantage, highest first"],
@@ -335,11 +361,12 @@ function filterFields(run) {
         )
       : null,
     select(
-      "Ended by",
-      [["", "any"], ...run.finishes.map((name) => [name, finishName(name)])],
+      "Ending",
+      [["", "any"], ...run.finishes.map((name) => [name, finishName(run, name)])],
       rollouts.filters.finish ?? "",
       (value) => filter("finish", value),
     ),
+    limitNote(run),
     select("Sorted by", orders, rollouts.order, (value) => {
       rollouts.order = value;
       drawFound();
@@ -347,7 +374,18 @@ function filterFields(run) {
   ];
 }
 
-const finishName = (name) => ({ stop: "stop", length: "length (cut off)" })[name] ?? name;
+function finishName(run, name, set = rollouts.set) {
+  const [, limit] = run.limit(set);
+  if (name === "length") return limit ? `cut off at ${counted(limit, "token")}` : "cut off";
+  return name === "stop" ? "by itself" : name;
+}
+
+function limitNote(run) {
+  const [name, limit] = run.limit(rollouts.set);
+  return limit && run.finishes.includes("length")
+    ? make("p", { class: "muted note" }, "The limit is ", make("code", { text: `${name} = ${limit}` }))
+    : null;
+}
 
 // Look through the texts of the run, chunk by chunk, and show what is found meanwhile.
 async function searchText(text) {
@@ -432,7 +470,10 @@ function countLine(run, all) {
         : `reward ${figure(filters.reward[0])} to ${figure(filters.reward[1])}`,
     length: () => `length ${figure(filters.length[0])} to ${figure(filters.length[1])}`,
     right: () => RIGHT[filters.right][1],
-    finish: () => `ended by ${finishName(filters.finish)}`,
+    finish: () =>
+      filters.finish === "length"
+        ? finishName(run, filters.finish)
+        : `ended ${finishName(run, filters.finish)}`,
     text: () =>
       `“${filters.text}”${rollouts.looked < 1 ? ` (${percent(rollouts.looked, 0)} searched)` : ""}`,
   };
@@ -456,6 +497,20 @@ function countLine(run, all) {
       ),
     );
   }
+  if (parts.length > 1)
+    parts.push(
+      make("button", {
+        type: "button",
+        class: "link",
+        text: "Clear all filters",
+        onclick: () => {
+          rollouts.filters = {};
+          searchText("");
+          drawRollouts();
+          rollouts.list.element.focus({ preventScroll: true });
+        },
+      }),
+    );
   return parts;
 }
 
@@ -470,6 +525,7 @@ function completionRow(at) {
   run.texts(group).then((texts) => {
     const own = texts && texts.completions[i - run.first[group]];
     const prefix = run.settings.reasoning_prefix || "";
+    if (rollouts.update === null) text.append(`update ${run.groups.update[group]}: `);
     showSnippet(text, own ? own.text.replace(prefix, "") : null);
   });
   const facts = [
@@ -482,27 +538,26 @@ function completionRow(at) {
     }),
     numbers.advantage[i] === null
       ? null
-      : make("span", { class: "muted", text: `adv. ${signed(numbers.advantage[i])}` }),
+      : make("span", { class: "muted", text: `adv. ${signed(hundredths(numbers.advantage[i]))}` }),
     make("span", { class: "muted", text: counted(numbers.length[i], "token") }),
     run.finishes[numbers.finish[i]] === "length"
       ? make("span", { class: "cut", text: "cut off" })
-      : null,
-    rollouts.update === null
-      ? make("span", { class: "muted right", text: `update ${run.groups.update[group]}` })
       : null,
   ];
   return listRow(facts, text);
 }
 
+const hundredths = (value) => Math.round(100 * value) / 100;
+
 function showChosen(completion, told = true) {
   const run = theRun();
   rollouts.completion = completion;
   rollouts.group = run.groupOf[completion];
-  showGroup(byId("group"), run, rollouts.group, completion);
   if (told)
     announce(
       `reward ${figure(run.numbers.reward[completion])}, ${RIGHT[run.numbers.correct[completion]][1]}`,
     );
+  return showGroup(byId("group"), run, rollouts.group, completion);
 }
 
 // The group of one prompt, side by side, sorted by advantage; `chosen` is marked.
@@ -523,16 +578,18 @@ async function showGroup(box, run, group, chosen = -1) {
     rewards.length > 1
       ? Math.sqrt(rewards.reduce((sum, r) => sum + (r - mean) ** 2, 0) / (rewards.length - 1))
       : null;
-  const place = `${setName(run.sets[groups.set[group]])}, update ${groups.update[group]}, row ${groups.prompt[group]}`;
+  const place = `${setName(run.sets[groups.set[group]])}, update ${groups.update[group]}, question ${groups.prompt[group]}`;
   const about = [place, counted(members.length, "completion")];
   if (members.length > 1)
     about.push(`reward ${figure(mean)} on average, standard deviation ${figure(spread)}`);
   const cards = members.map((i) =>
     completionCard(run, group, i, { texts, tokens, chosen, mean, many: members.length > 1 }),
   );
+  const legend = rewardLegend(run, group);
   box.replaceChildren(
     make("p", { class: "muted", text: about.join(" · ") }),
     ...questionHead(texts),
+    ...(legend ? [legend] : []),
     colourChoice(run, group, () => showGroup(box, run, group, chosen)),
     make("div", { class: "cards" }, ...cards),
   );
@@ -627,7 +684,7 @@ function completionCard(run, group, i, { texts, tokens, chosen, mean, many }) {
     make("span", { class: `judged ${judged.split(" ")[0]}`, text: `${sign} ${judged}` }),
     make("span", {
       class: "muted",
-      text: `${counted(numbers.length[i], "token")}, ${finishName(run.finishes[numbers.finish[i]])}`,
+      text: `${counted(numbers.length[i], "token")}, ${endText(run, run.finishes[numbers.finish[i]])}`,
     }),
   );
   const body = make("pre", { dir: "auto", tabindex: "0", "aria-label": "Completion" });
@@ -652,7 +709,7 @@ function completionCard(run, group, i, { texts, tokens, chosen, mean, many }) {
         "p",
         { class: "why" },
         ...(own.parsed === null
-          ? ["no answer was found in the text"]
+          ? [nothingRead(run, own.text)]
           : [
               "answer read: ",
               make("code", { class: "answer", text: own.parsed }),
@@ -664,6 +721,49 @@ function completionCard(run, group, i, { texts, tokens, chosen, mean, many }) {
   for (const image of own?.images ?? [])
     card.append(make("p", { class: "muted" }, "picture: ", make("code", { text: image })));
   return card;
+}
+
+const endText = (run, name) =>
+  ({ stop: "ended by itself", length: "cut off at the limit" })[name] ?? name;
+
+// What was looked for in a text that gives no answer.
+function nothingRead(run, text) {
+  if (run.metric === "last_number") return "no answer: there is no number in the text";
+  if (!text.includes("<answer>")) return "no answer: the text has no <answer> … </answer>";
+  return text.lastIndexOf("</answer>") > text.lastIndexOf("<answer>")
+    ? "no answer: nothing stands between <answer> and </answer>"
+    : "no answer: <answer> is not followed by </answer>";
+}
+
+// What a reward function is, and what it can give.
+function rewardAbout(run, name) {
+  const most = run.highest(name);
+  const weight = run.weight(name);
+  return [
+    (run.rewards_say ?? {})[name],
+    most > -Infinity ? `at most ${figure(most)} in this run` : "",
+    weight === 1 ? "" : `counts ${figure(weight)} times`,
+  ].filter(Boolean);
+}
+
+function rewardLegend(run, group) {
+  const names = Object.keys(run.rewards).filter(
+    (name) => run.mean(run.rewards[name], group) !== null,
+  );
+  if (!names.length) return null;
+  return make(
+    "details",
+    { class: "about" },
+    make("summary", { text: "What the rewards are" }),
+    make(
+      "dl",
+      {},
+      ...names.flatMap((name) => [
+        make("dt", { text: name }),
+        make("dd", { text: rewardAbout(run, name).join(" · ") }),
+      ]),
+    ),
+  );
 }
 
 function expectedNote(answer) {
@@ -691,6 +791,7 @@ function rewardTable(run, i) {
     const weight = run.weight(name);
     const value = run.rewards[name][i];
     sum += weight * value;
+    const most = run.highest(name);
     const size = Math.abs(weight * value) / run.mostEarned();
     const shown =
       value === null
@@ -701,8 +802,13 @@ function rewardTable(run, i) {
     return make(
       "tr",
       {},
-      make("th", { scope: "row", text: name }),
-      make("td", { text: shown }),
+      make("th", { scope: "row", text: name, "data-tip": `${name}: ${rewardAbout(run, name).join(" · ")}` }),
+      make(
+        "td",
+        {},
+        make("span", { text: shown }),
+        most > 0 ? make("span", { class: "muted", text: ` of ${figure(most)}` }) : null,
+      ),
       make(
         "td",
         { class: "earned", "aria-hidden": "true" },

@@ -18,6 +18,7 @@ function show(tab) {
     button.tabIndex = own ? 0 : -1;
   }
   for (const name of Object.keys(DRAW)) byId(name).hidden = name !== page.tab;
+  window.scrollTo(0, 0);
   if (page.drawn.has(page.tab)) return;
   page.drawn.add(page.tab);
   DRAW[page.tab]();
@@ -40,27 +41,52 @@ function drawHeader() {
     ...page.runs.map((run) => (page.runs.length > 1 ? runSwitch(run) : facts(run))),
   );
   byId("runs").children[focus]?.focus();
-  const told = page.runs.flatMap((run) => [
-    ...(page.reading ? [`${run.label}: reading, ${counted(run.count, "completion")} so far`] : []),
-    ...(run.count && !run.kept.whole
-      ? [
-          `${run.label}: this page was written in a hurry, at the end of the run, and holds ${counted(run.count, "completion")}; utils/report.py ${run.folder} writes one with all.`,
-        ]
-      : []),
-    ...run.damaged.map((text) => `${run.label}: ${text}; the rest is shown.`),
-    ...(run.count && run.kept.whole && run.kept.text === 1 && run.kept.tokens < 1
-      ? [
-          `${run.label}: this page knows the tokens of ${percent(run.kept.tokens, 0)} of the groups; utils/report.py ${run.folder} may fit more, --serve shows all.`,
-        ]
-      : []),
-    ...(run.count && run.kept.text < 1
-      ? [
-          `${run.label}: this page holds the texts of ${percent(run.kept.text, 0)} of the groups, and all numbers; utils/report.py ${run.folder} --serve shows every text.`,
-        ]
-      : []),
-  ]);
+  const told = page.runs.flatMap(notices);
   byId("told").hidden = !told.length;
-  byId("told").replaceChildren(...told.map((text) => make("span", { text })));
+  byId("told").replaceChildren(
+    ...told.map(([text, rest, command]) =>
+      rest
+        ? make(
+            "details",
+            {},
+            make("summary", { text }),
+            make("span", { text: rest }),
+            command ? make("code", { text: command }) : null,
+          )
+        : make("span", { text }),
+    ),
+  );
+}
+
+// [what is said, and in full, and what to type] of a run that is not all here.
+function notices(run) {
+  const found = [];
+  const name = page.runs.length > 1 ? `${run.label}: ` : "";
+  if (page.reading) found.push([`${name}reading, ${counted(run.count, "completion")} so far`]);
+  const { kept } = run;
+  if (run.count && !kept.whole) {
+    const parts = [run.missing("updates"), run.missing("evaluations")].filter(Boolean);
+    found.push([
+      `${name}This page holds ${run.countText} completions`,
+      `${parts.length ? `of ${parts.join(" and ")}, spread over the run, the first and the last among them. ` : ""}The page that a run writes when it ends is made in two seconds. Curves are complete. This writes a page with everything:`,
+      run.command,
+    ]);
+  }
+  for (const text of run.damaged) found.push([`${name}${text}; the rest is shown.`]);
+  if (run.count && kept.text < 1) {
+    found.push([
+      `${name}This page holds the texts of ${percent(kept.text, 0)} of the groups`,
+      "spread over the run, and the numbers of all: more texts do not fit into 30 MB. This shows every text:",
+      `${run.command} --serve`,
+    ]);
+  } else if (run.count && kept.tokens < 1) {
+    found.push([
+      `${name}The probability of each token is here for ${percent(kept.tokens, 0)} of the groups`,
+      "Texts and rewards are here for all. There was no time or no room for more. This shows all:",
+      `${run.command} --serve`,
+    ]);
+  }
+  return found;
 }
 
 function facts(run) {
@@ -77,15 +103,28 @@ function facts(run) {
       : null,
     ["Updates", updatesText(run)],
     ["Time", duration(run.records.at(-1)?.seconds)],
-    ["Completions", run.count.toLocaleString("en")],
+    ["Completions", run.countText],
   ].filter(Boolean);
-  return make(
+  const list = make(
     "dl",
     { class: "facts" },
     ...values.map(([name, text]) =>
       make("div", {}, make("dt", { text: name }), make("dd", { text })),
     ),
   );
+  const more = make("button", {
+    type: "button",
+    class: "link more",
+    text: "more",
+    "aria-expanded": "false",
+    onclick: () => {
+      const open = list.classList.toggle("open");
+      more.setAttribute("aria-expanded", open);
+      more.textContent = open ? "less" : "more";
+    },
+  });
+  list.append(more);
+  return list;
 }
 
 const score = (run, record) => (run.metric === "em" ? percent(record.em) : figure(record.em));

@@ -118,8 +118,8 @@ function announce(text) {
   byId("said").textContent = plain(text);
 }
 
-// A list of any length, of which only the rows in view exist. `row(i)` makes one; `chosen(i)` is
-// told of a choice, by mouse or keyboard.
+// A list of any length, of which only the rows in view exist. `row(i)` makes one; `chosen(i, how)` is
+// told of a choice: by "click", by "arrow", or by "enter", which asks for what was chosen already.
 class VirtualList {
   constructor(label, height, row, chosen) {
     Object.assign(this, { height, row, chosen, count: 0, active: -1, rows: new Map() });
@@ -164,13 +164,13 @@ class VirtualList {
       element.id = `row-${(VirtualList.made = (VirtualList.made || 0) + 1)}`;
       element.style.transform = `translateY(${i * this.height}px)`;
       element.style.height = `${this.height}px`;
-      element.addEventListener("click", () => this.choose(i));
+      element.addEventListener("click", () => this.choose(i, "click"));
       this.rows.set(i, element);
       this.space.append(element);
     }
   }
 
-  choose(i) {
+  choose(i, how = "") {
     if (i < 0 || i >= this.count) return;
     this.active = i;
     const box = this.element;
@@ -182,7 +182,7 @@ class VirtualList {
     for (const [n, element] of this.rows) element.setAttribute("aria-selected", n === i);
     const row = this.rows.get(i);
     if (row) box.setAttribute("aria-activedescendant", row.id);
-    this.chosen(i);
+    this.chosen(i, how);
   }
 
   key(event) {
@@ -192,10 +192,51 @@ class VirtualList {
     if (event.key in steps) target = this.active + steps[event.key];
     else if (event.key === "Home") target = 0;
     else if (event.key === "End") target = this.count - 1;
+    else if (event.key === "Enter" && this.active >= 0) this.chosen(this.active, "enter");
     if (target === null || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
-    this.choose(Math.min(Math.max(target, 0), this.count - 1));
+    this.choose(Math.min(Math.max(target, 0), this.count - 1), "arrow");
   }
+}
+
+// Bring what was chosen in a list into view. Where there is room beside the list, it keeps the
+// keyboard; where the detail is below it, a click goes there, and Escape or a button back. Enter goes
+// there on every screen.
+function reveal(list, box, how) {
+  if (!how) return;
+  const card = box.querySelector(".card.chosen") ?? box;
+  const below = box.getBoundingClientRect().top >= list.element.getBoundingClientRect().bottom - 1;
+  const back = () => {
+    list.element.scrollIntoView({ block: "center" });
+    list.element.focus({ preventScroll: true });
+  };
+  box.onkeydown = (event) => {
+    if (event.key === "Escape") back();
+  };
+  box.querySelector(".back")?.remove();
+  if (below) {
+    box.prepend(
+      make("button", { type: "button", class: "back", text: "‹ Back to the list", onclick: back }),
+    );
+  }
+  const { top } = box.getBoundingClientRect();
+  if (below || top < 0) card.scrollIntoView({ block: "start" });
+  else if (card !== box) card.scrollIntoView({ block: "nearest" });
+  if (how === "arrow" || (how === "click" && !below)) return;
+  card.tabIndex = -1;
+  card.focus({ preventScroll: true });
+}
+
+// A field that filters what is below it while a person types, and when it is cleared.
+function searchField(properties, value, changed) {
+  const field = make("input", { type: "search", ...properties });
+  field.value = value;
+  let timer = 0;
+  field.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => changed(field.value), field.value ? 200 : 0);
+  });
+  return field;
 }
 
 // A labelled drop-down list; `options` are [value, text].
