@@ -115,7 +115,8 @@ def test_every_view_is_drawn(one, opened):
     shown = opened(one)
     assert shown.title() == "MLX-GRPO: first"
     facts = text_of(shown, "#runs").replace("\n", " ")
-    assert "Exact match 20.0% → 95.0%" in facts
+    low, high = wilson(0.95, 20)
+    assert f"Exact match 20.0% → 95.0% [{100 * low:.1f}%, {100 * high:.1f}%]" in facts
     assert "Completions 2,000" in facts
     for tab in TABS:
         show_tab(shown, tab)
@@ -419,10 +420,10 @@ def test_exact_match_is_read_in_per_cent_with_its_interval(one, opened):
     shown.locator(".plot").nth(1).focus()
     shown.keyboard.press("ArrowRight")
     low, high = wilson(0.2, 20)
-    expected = f"em 20.0% [{100 * low:.1f}%, {100 * high:.1f}%]"
+    expected = f"exact match 20.0% [{100 * low:.1f}%, {100 * high:.1f}%]"
     assert text_of(shown, "#said") == f"update 0: {expected}"
     legend = text_of(shown, "figure >> nth=1 >> .u-legend")
-    assert expected.removeprefix("em ") in legend
+    assert expected.removeprefix("exact match ") in legend
 
 
 @pytest.fixture(scope="module")
@@ -493,6 +494,8 @@ def test_one_question_over_time(one, groups, opened):
     assert [f"{int(g['completions'][0]['correct'])} of 1" for g in asked] == [
         row.split("\t")[2] for row in rows.all_inner_texts()
     ]
+    first = next(g["update"] for g in asked if g["completions"][0]["correct"])
+    assert text_of(shown, "#visits p") == f"first right at update {first}"
     rows.first.locator("button").click()
     told = json.dumps(asked[0]["completions"][0]["text"])
     until(shown, f"byId('visit').textContent.includes({told})")

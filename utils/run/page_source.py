@@ -26,6 +26,7 @@ from .trackers import Record, as_record
 
 CHUNK = 200_000  # characters of text in a chunk: what is decoded to show one group
 OWN_PLACE = ("resumed", "rewards")  # of what provenance.json says
+RIGHT = {False: 0, True: 1, None: 2}
 REMEMBERED = 300  # bytes of the log, by which it is known again
 OF_TOKENS = {"ids", "pieces", "sampled_logprobs", "trained_logprobs", "mask"}
 OF_GROUP = frozenset(Group.__annotations__)
@@ -310,11 +311,9 @@ class Shelf:
         columns["advantage"] += [number(c["advantage"]) for c in kept]
         columns["length"] += [c["length"] for c in kept]
         columns["finish"] += [position(self.finishes, c["finish_reason"]) for c in kept]
-        columns["correct"] += [2 if c["correct"] is None else int(c["correct"]) for c in kept]
-        for c in kept:
-            for name in c["rewards"]:
-                if name not in self.rewards:
-                    self.rewards[name] = [None] * before
+        columns["correct"] += [RIGHT[c["correct"]] for c in kept]
+        for name in dict.fromkeys(chain.from_iterable(c["rewards"] for c in kept)):
+            self.rewards.setdefault(name, [None] * before)
         for name, column in self.rewards.items():
             column += [number(c["rewards"].get(name)) for c in kept]
 

@@ -270,8 +270,7 @@ function scoreText(run, record) {
   if (!record || record.em === null) return "–";
   const at = ` at update ${record.update}`;
   if (run.metric !== "em") return `${figure(record.em)} (${run.metric})${at}`;
-  const [low, high] = wilson(record.em, record.em_subset);
-  return `${percent(record.em)} [${percent(low)}, ${percent(high)}]${at}`;
+  return `${withInterval(run, record)}${at}`;
 }
 
 // The paired test of the last evaluations of a run and the first one.

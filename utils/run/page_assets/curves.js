@@ -53,7 +53,7 @@ function panels() {
   const others = rest.filter((name) => !taken.has(name) && !/^reward\/|^seconds_/.test(name));
   const all = [
     PANELS[0],
-    PANELS[1],
+    scorePanel(),
     ...own,
     ...PANELS.slice(2),
     ["Seconds by stage", stages, "of an update"],
@@ -66,6 +66,13 @@ function panels() {
       about,
     ])
     .filter(([, figures]) => figures.length);
+}
+
+// What evaluations count, by its own name where it is not exact match.
+function scorePanel() {
+  const metrics = new Set(page.runs.map((run) => run.metric));
+  if (metrics.has("em")) return PANELS[1];
+  return [`Evaluation: ${[...metrics].join(", ")}`, ["em"], "mean of greedy answers to the same questions"];
 }
 
 const has = (run, figure) => points(run, figure).y.some((value) => value !== null);
@@ -159,6 +166,9 @@ const positive = (values) =>
   curves.log ? values.map((v) => (v !== null && v > 0 ? v : null)) : values;
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+// Of a figure as a person knows it.
+const nameOf = (run, name) => (name === "em" ? (run.metric === "em" ? "exact match" : run.metric) : name);
+
 function faded(colour, part) {
   const number = Number.parseInt(colour.slice(1), 16);
   return `rgba(${number >> 16}, ${(number >> 8) & 255}, ${number & 255}, ${part})`;
@@ -183,7 +193,7 @@ function drawing(figures) {
       const colour = page.runs.length > 1 ? run.colour : COLOURS[n % COLOURS.length];
       const label = [
         page.runs.length > 1 ? run.label : "",
-        figures.length > 1 || page.runs.length < 2 ? name : "",
+        figures.length > 1 || page.runs.length < 2 ? nameOf(run, name) : "",
       ];
       const line = {
         label: plain(label.filter(Boolean).join(": ")),

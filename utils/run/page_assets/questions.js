@@ -125,6 +125,13 @@ function questionRow(i) {
   return listRow(facts, text);
 }
 
+function firstRight(run, visits) {
+  const first = visits.find((group) => run.right(group)?.right);
+  if (first === undefined)
+    return visits.some((group) => run.right(group)) ? "never right" : "not judged";
+  return `first right at update ${run.groups.update[first]}`;
+}
+
 const asked = (times) =>
   times < 3 ? ["", "asked once", "asked twice"][times] : `asked ${times.toLocaleString("en")} times`;
 
@@ -181,6 +188,7 @@ function showQuestion(question) {
     make("h2", {
       text: `Question ${question.prompt} of the ${questions.data}, ${asked(rows.length)}`,
     }),
+    make("p", { class: "muted", text: firstRight(run, question.visits) }),
     make(
       "div",
       { class: "scroll visits", tabindex: "0", role: "region", "aria-label": "Each time it was asked" },

@@ -591,7 +591,7 @@ async function showGroup(box, run, group, chosen = -1) {
     ...questionHead(texts),
     ...(legend ? [legend] : []),
     colourChoice(run, group, () => showGroup(box, run, group, chosen)),
-    make("div", { class: "cards" }, ...cards),
+    make("div", { class: members.length > 24 ? "cards many" : "cards" }, ...cards),
   );
 }
 

@@ -97,8 +97,8 @@ function facts(run) {
       ? [
           run.metric === "em" ? "Exact match" : run.metric,
           scores.length > 1
-            ? `${score(run, scores[0])} → ${score(run, scores.at(-1))}`
-            : score(run, scores[0]),
+            ? `${score(run, scores[0])} → ${withInterval(run, scores.at(-1))}`
+            : withInterval(run, scores[0]),
         ]
       : null,
     ["Updates", updatesText(run)],
@@ -125,6 +125,12 @@ function facts(run) {
   });
   list.append(more);
   return list;
+}
+
+function withInterval(run, record) {
+  if (run.metric !== "em" || record.em === null) return score(run, record);
+  const [low, high] = wilson(record.em, record.em_subset);
+  return `${percent(record.em)} [${percent(low)}, ${percent(high)}]`;
 }
 
 const score = (run, record) => (run.metric === "em" ? percent(record.em) : figure(record.em));

@@ -220,8 +220,12 @@ function reveal(list, box, how) {
     );
   }
   const { top } = box.getBoundingClientRect();
-  if (below || top < 0) card.scrollIntoView({ block: "start" });
-  else if (card !== box) card.scrollIntoView({ block: "nearest" });
+  const scroll = () => {
+    if (below || (top < 0 && card === box)) card.scrollIntoView({ block: "start" });
+    else if (card !== box) card.scrollIntoView({ block: "nearest" });
+  };
+  scroll();
+  requestAnimationFrame(scroll); // what is drawn only now may have moved it
   if (how === "arrow" || (how === "click" && !below)) return;
   card.tabIndex = -1;
   card.focus({ preventScroll: true });
