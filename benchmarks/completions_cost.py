@@ -5,9 +5,9 @@
     uv run python benchmarks/completions_cost.py --tokenizer HuggingFaceTB/SmolLM2-135M --formats
 
 With a tokenizer: an update of 8 x 64 completions of 200 tokens each, which are cut out of this
-repository's own text, with random log-probs. What is counted then are processor seconds, of which a
-machine that does other work besides takes no more: those of the training thread, which waits as
-long, and all, most of which are spent in a thread that packs and writes while the run goes on.
+repository's own text, with random log-probs. What is counted are processor seconds, of which a
+machine that does other work besides takes no more: those of the training thread, for which the run
+waits, and all, most of which are spent in a thread that packs and writes while the run goes on.
 `--formats` writes their tokens in other ways.
 Each call appends JSON records to benchmarks/records/completions_cost.jsonl, and rewrites the tables
 in benchmarks/RESULTS.md.
@@ -51,20 +51,22 @@ def of_tiny_math(updates: int) -> dict[str, Any]:
     spent: dict[str, list[float]] = {}
     write, lines = Completions.training, []
 
-    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(
+        name: str, call: Callable[..., Any], clock: Callable[[], float] = time.thread_time
+    ) -> Callable[..., Any]:
         def and_time(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
+            start = clock()
             try:
                 return call(*arguments, **options)
             finally:
-                spent.setdefault(name, []).append(time.perf_counter() - start)
+                spent.setdefault(name, []).append(clock() - start)
 
         return and_time
 
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"output_dir={folder}", f"max_updates={updates}", "eval_samples=0"]
         config = grpo.read_config(str(ROOT / "configs/tiny_math.toml"), [*settings, "plot_every=0"])
-        train_step = timed("update", grpo.MLXGRPOTrainer.train_step)
+        train_step = timed("update", grpo.MLXGRPOTrainer.train_step, time.perf_counter)
         with (
             mock.patch.object(Completions, "training", timed("keep", write)),
             mock.patch.object(Completions, "add", timed("beside", Completions.add)),

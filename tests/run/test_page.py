@@ -97,6 +97,33 @@ def test_where_time_is_short_updates_from_all_over_the_run_are_read(tmp_path, sp
     assert all(groups["tokens"])
 
 
+def test_where_time_is_short_for_tokens_those_of_the_whole_run_are_there(run):
+    asked = itertools.count()
+
+    def is_over(share):
+        return share > page.FOR_PACKING and next(asked) % 3 > 0 and share < page.FOR_TOKENS
+
+    room = page.Room(limited=True, is_over=is_over)
+    (kept,) = page.write(run / "report.html", [Source.at(run)], room)
+    groups = kept.shelf.groups
+    known = [u for u, has in zip(groups["update"], groups["tokens"], strict=True) if has]
+    assert {1, 30} <= {*known}
+    assert max(b - a for a, b in itertools.pairwise(sorted({*known}))) < 16
+    assert 0.3 < kept.tokens < 0.8
+    chunks = {
+        chunk
+        for chunk, has in zip(groups["chunk"], groups["tokens"], strict=True)
+        if has and chunk >= 0
+    }
+    text = (run / "report.html").read_text()
+    for chunk in chunks:
+        for own, texts in zip(
+            data_of(text, f"tokens-0-{chunk}"), data_of(text, f"text-0-{chunk}"), strict=True
+        ):
+            assert len(own) == len(texts["completions"])
+            assert sum(own[0]["sizes"]) + own[0]["start"] == len(texts["completions"][0]["text"])
+
+
 def test_a_page_for_which_there_is_time_is_the_same_as_one_without_a_limit(run):
     told, kinds = [], ("text-0-0", "tokens-0-0", "text-0-3", "tokens-0-3")
     for room in (page.Room(), page.Room(limited=True)):

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict
@@ -107,25 +107,49 @@ def read_span(path: Path, tokens: bool, damaged: spans.Damaged) -> Iterator[Grou
     # Before the tokens, which are written first.
     groups = [*lines_of(path, Group.__required_keys__, damaged)]
     numbered = [(group.pop("n"), group) for group in groups]
-    yield from with_tokens(beside(path) if tokens else None, numbered, damaged)
+    lines = TokenLines(beside(path), damaged) if tokens else None
+    yield from with_tokens(lines, numbered)
 
 
-def with_tokens(
-    path: Path | None, numbered: Sequence[tuple[int, Group]], damaged: spans.Damaged
-) -> Iterator[Group]:
-    """Groups, in the order of their numbers, with what the file of tokens knows of them."""
-    found: Iterator[TokenLine] = iter(())
-    if path is not None:
-        found = lines_of(path, TokenLine.__required_keys__, damaged, {n for n, _ in numbered})
-    line: TokenLine | None = next(found, None)
-    pieces: dict[str, str] = {}
+class TokenLines:
+    """A file of tokens, read on as its groups are asked for, in the order of their numbers."""
+
+    def __init__(self, path: Path, damaged: spans.Damaged) -> None:
+        self.path, self.damaged = path, damaged
+        self.pieces: dict[str, str] = {}  # texts of tokens by id, of all lines so far
+        self.found = ((p.start, line) for p in spans.pieces(path, damaged) for line in p.lines)
+        self.number, self.line, self.start = -1, "", 0
+
+    def of(self, n: int) -> TokenLine | None:
+        """The line of a group. Of those before it that were not asked for, no more is read than
+        the texts of tokens that later ones need."""
+        while self.number < n:
+            self.start, self.line = next(self.found, (0, ""))
+            if not self.line:
+                return None
+            self.number = number_of(self.line)
+            if self.number < 0:
+                self.complain()
+            elif self.number < n:
+                self.pieces |= pieces_of(self.line)
+        if self.number > n:
+            return None
+        line: TokenLine | None = as_line(self.line, TokenLine.__required_keys__)
+        if line is None:
+            self.complain()
+            return None
+        self.pieces |= line["pieces"]
+        return line
+
+    def complain(self) -> None:
+        self.damaged(self.path, none_of_a_store(self.start))
+
+
+def with_tokens(lines: TokenLines | None, numbered: Iterable[tuple[int, Group]]) -> Iterator[Group]:
+    """Groups with what is known of their tokens."""
     for n, group in numbered:
-        while line is not None and line["n"] <= n:
-            pieces |= line["pieces"]
-            if line["n"] == n:
-                break
-            line = next(found, None)
-        own = line if line is not None and line["n"] == n else None
+        own = lines.of(n) if lines else None
+        pieces = lines.pieces if lines else {}
         for i, kept in enumerate(group["completions"]):
             kept |= tokens_of(own, i, pieces)  # type: ignore[typeddict-item]
         yield group
@@ -145,21 +169,17 @@ def warn(path: Path, how: str) -> None:
     complain(f"warning: {path} is damaged: {how}; the rest of it is read")
 
 
-def lines_of(
-    path: Path,
-    needed: frozenset[str],
-    damaged: spans.Damaged,
-    wanted: Container[int] | None = None,
-) -> Iterator[Json]:
-    """What the lines of a file say; of groups that are not `wanted` only what others go by."""
+def lines_of(path: Path, needed: frozenset[str], damaged: spans.Damaged) -> Iterator[Json]:
     for piece in spans.pieces(path, damaged):
         for line in piece.lines:
-            if wanted is not None and (n := number_of(line)) >= 0 and n not in wanted:
-                yield {"n": n, "pieces": pieces_of(line)}
-            elif (found := as_line(line, needed)) is None:
-                damaged(path, f"a line of the piece at byte {piece.start:,} is none of a store")
+            if (found := as_line(line, needed)) is None:
+                damaged(path, none_of_a_store(piece.start))
             else:
                 yield found
+
+
+def none_of_a_store(start: int) -> str:
+    return f"a line of the piece at byte {start:,} is none of a store"
 
 
 def pieces_of(line: str) -> dict[str, str]:

@@ -32,9 +32,9 @@ FOR_TEXT = 0.7  # of the room at most: the rest is for tokens
 CAUTION = 0.95  # chunks are not all of one size, and stand in elements
 BASE64 = 4 / 3
 QUICK, THOROUGH = 2, 6  # levels of compression
-# Parts of a limited time after which looking into files, reading and adding tokens end. Sorting and
-# packing what was read take about as long as reading it.
-FOR_LOOKING, FOR_READING, FOR_TOKENS = 0.1, 0.35, 0.9
+# Parts of a limited time after which looking into files, reading, packing what was read (which takes
+# about as long) and adding tokens should be over.
+FOR_LOOKING, FOR_READING, FOR_PACKING, FOR_TOKENS = 0.1, 0.35, 0.6, 0.9
 
 
 @dataclass
@@ -216,17 +216,25 @@ class Tokens:
     room: Room
     read: dict[Path, Numbered]
     """Groups of which nothing else need be read."""
+    seen: int = 0
 
     def chunks(self, path: Path, share: float) -> Iterator[tuple[int, bytes]]:
-        """Of a file, as long as there is time."""
-        if path in self.read:
-            groups = self.source.with_tokens(path, self.read[path])
-        else:
-            groups = self.source.read(path, tokens=True)
+        """Of a file. Where time is short some are left out, here and there, so that those that are
+        left are from the whole run."""
+        lines, prefix = self.source.token_lines(path), self.source.prefix
+        groups = None if path in self.read else self.source.read(path, tokens=True)
         for chunk in self.shelf.chunks[path]:
-            if self.room.is_over(FOR_TOKENS):
-                return
-            yield chunk, self.shelf.token_chunk(chunk, groups, self.source.prefix, share)
+            self.seen += 1
+            part = min(self.seen / max(len(self.shelf.texts), 1), 1.0)
+            if self.room.is_over(FOR_PACKING + (FOR_TOKENS - FOR_PACKING) * part):
+                continue
+            own = groups or self.source.with_tokens(path, lines, self.numbered(path, chunk))
+            yield chunk, self.shelf.token_chunk(chunk, own, prefix, share)
+
+    def numbered(self, path: Path, chunk: int) -> Numbered:
+        """The groups among which those of a chunk are."""
+        members, first = self.shelf.members[chunk], self.shelf.spans[path]
+        return self.read[path][members.start - first : members.stop - first]
 
 
 def with_tokens(tokens: Tokens, most: float) -> float:

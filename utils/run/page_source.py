@@ -117,10 +117,16 @@ class Source:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             self.note_damage(path, f"it is not as this version writes it ({error!r})")
 
-    def with_tokens(self, path: Path, groups: Sequence[tuple[int, Group]]) -> Iterator[Group]:
-        """Numbered groups of one of these files, with what is known of their tokens."""
+    def token_lines(self, path: Path) -> completions.TokenLines:
+        """What is known of the tokens of the groups of one of these files."""
+        return completions.TokenLines(completions.beside(path), self.note_damage)
+
+    def with_tokens(
+        self, path: Path, lines: completions.TokenLines, groups: Sequence[tuple[int, Group]]
+    ) -> Iterator[Group]:
+        """Numbered groups, with what the lines know of their tokens."""
         try:
-            yield from completions.with_tokens(completions.beside(path), groups, self.note_damage)
+            yield from completions.with_tokens(lines, groups)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             self.note_damage(path, f"its tokens are not as this version writes them ({error!r})")
 
