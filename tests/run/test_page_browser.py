@@ -369,7 +369,7 @@ def test_on_a_narrow_screen_a_click_jumps_to_the_detail_and_back(one, opened, ta
 
 def test_a_narrow_header_is_small_and_lists_do_not_trap_the_wheel(one, opened):
     shown = opened(one, "rollouts", width=360, height=740)
-    assert shown.locator("body > header").bounding_box()["height"] < 130
+    assert shown.locator("body > header").bounding_box()["height"] < 140
     tops = {round(tab.bounding_box()["y"]) for tab in shown.locator("nav button").all()}
     assert len(tops) == 1, "tabs are in one line"
     assert not shown.get_by_text("Completions", exact=True).is_visible()

@@ -32,7 +32,7 @@ FOR_TEXT = 0.7  # of the room at most: the rest is for tokens
 CAUTION = 0.95  # chunks are not all of one size, and stand in elements
 BASE64 = 4 / 3
 QUICK, THOROUGH = 2, 6  # levels of compression
-# Parts of a limited time after which looking into files, reading, packing what was read (which takes
+# Parts of a limited time after which looking into files, reading, packing what was read (it takes
 # about as long) and adding tokens should be over.
 FOR_LOOKING, FOR_READING, FOR_PACKING, FOR_TOKENS = 0.1, 0.35, 0.6, 0.9
 

@@ -82,8 +82,8 @@ function notices(run) {
   } else if (run.count && kept.tokens < 1) {
     found.push([
       `${name}The probability of each token is here for ${percent(kept.tokens, 0)} of the groups`,
-      "Texts and rewards are here for all. There was no time or no room for more. This shows all:",
-      `${run.command} --serve`,
+      "spread over the run; texts and rewards are here for all. There was no time or no room for more. This writes a page with as much as fits, and with --serve shows all:",
+      run.command,
     ]);
   }
   return found;
