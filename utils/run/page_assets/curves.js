@@ -72,7 +72,8 @@ function panels() {
 function scorePanel() {
   const metrics = new Set(page.runs.map((run) => run.metric));
   if (metrics.has("em")) return PANELS[1];
-  return [`Evaluation: ${[...metrics].join(", ")}`, ["em"], "mean of greedy answers to the same questions"];
+  const about = "mean of greedy answers to the same questions";
+  return [`Evaluation: ${[...metrics].join(", ")}`, ["em"], about];
 }
 
 const has = (run, figure) => points(run, figure).y.some((value) => value !== null);
@@ -167,7 +168,10 @@ const positive = (values) =>
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // Of a figure as a person knows it.
-const nameOf = (run, name) => (name === "em" ? (run.metric === "em" ? "exact match" : run.metric) : name);
+function nameOf(run, name) {
+  if (name !== "em") return name;
+  return run.metric === "em" ? "exact match" : run.metric;
+}
 
 function faded(colour, part) {
   const number = Number.parseInt(colour.slice(1), 16);

@@ -173,12 +173,14 @@ class Run {
   // this page"; nothing where that is all.
   missing(what) {
     const [held, all] = this.kept[what] ?? [];
-    return this.kept.whole || held === all ? "" : `${held.toLocaleString("en")} of ${counted(all, what.slice(0, -1))}`;
+    if (this.kept.whole || held === all) return "";
+    return `${held.toLocaleString("en")} of ${counted(all, what.slice(0, -1))}`;
   }
 
   // The command that writes a page with all.
   get command() {
-    const path = /^[\w./@%+:,-]+$/.test(this.folder) ? this.folder : `'${this.folder.replaceAll("'", "'\\''")}'`;
+    const plainPath = /^[\w./@%+:,-]+$/.test(this.folder);
+    const path = plainPath ? this.folder : `'${this.folder.replaceAll("'", "'\\''")}'`;
     return `uv run python utils/report.py ${path}`;
   }
 

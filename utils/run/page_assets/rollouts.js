@@ -250,6 +250,7 @@ function updateSlider(run, updates) {
     "aria-label": "Number of the update",
   });
   const text = make("output", {});
+  const last = Math.max(updates.at(-1) ?? 0, run.kept.whole ? 0 : run.last);
   const all = make("input", { type: "checkbox", id: "all-updates" });
   const show = () => {
     const at = rollouts.update === null ? updates.length - 1 : updates.indexOf(rollouts.update);
@@ -259,7 +260,7 @@ function updateSlider(run, updates) {
     text.textContent =
       rollouts.update === null
         ? `all ${counted(updates.length, "update")}`
-        : `of ${(run.kept.whole ? (updates.at(-1) ?? 0) : Math.max(run.last, updates.at(-1) ?? 0)).toLocaleString("en")}`;
+        : `of ${last.toLocaleString("en")}`;
     input.setAttribute(
       "aria-valuetext",
       rollouts.update === null ? text.textContent : `update ${rollouts.update}`,
@@ -802,7 +803,11 @@ function rewardTable(run, i) {
     return make(
       "tr",
       {},
-      make("th", { scope: "row", text: name, "data-tip": `${name}: ${rewardAbout(run, name).join(" · ")}` }),
+      make("th", {
+        scope: "row",
+        text: name,
+        "data-tip": `${name}: ${rewardAbout(run, name).join(" · ")}`,
+      }),
       make(
         "td",
         {},

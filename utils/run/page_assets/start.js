@@ -66,9 +66,11 @@ function notices(run) {
   const { kept } = run;
   if (run.count && !kept.whole) {
     const parts = [run.missing("updates"), run.missing("evaluations")].filter(Boolean);
+    const which = "spread over the run, the first and the last among them.";
     found.push([
       `${name}This page holds ${run.countText} completions`,
-      `${parts.length ? `of ${parts.join(" and ")}, spread over the run, the first and the last among them. ` : ""}The page that a run writes when it ends is made in two seconds. Curves are complete. This writes a page with everything:`,
+      `${parts.length ? `of ${parts.join(" and ")}, ${which} ` : ""}The page that a run writes when ` +
+        "it ends is made in two seconds. Curves are complete. This writes a page with everything:",
       run.command,
     ]);
   }
@@ -76,13 +78,15 @@ function notices(run) {
   if (run.count && kept.text < 1) {
     found.push([
       `${name}This page holds the texts of ${percent(kept.text, 0)} of the groups`,
-      "spread over the run, and the numbers of all: more texts do not fit into 30 MB. This shows every text:",
+      "spread over the run, and the numbers of all: more texts do not fit into 30 MB. This shows " +
+        "every text:",
       `${run.command} --serve`,
     ]);
   } else if (run.count && kept.tokens < 1) {
     found.push([
       `${name}The probability of each token is here for ${percent(kept.tokens, 0)} of the groups`,
-      "spread over the run; texts and rewards are here for all. There was no time or no room for more. This writes a page with as much as fits, and with --serve shows all:",
+      "spread over the run; texts and rewards are here for all. There was no time or no room for " +
+        "more. This writes a page with as much as fits, and with --serve shows all:",
       run.command,
     ]);
   }
