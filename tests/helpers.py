@@ -6,13 +6,15 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
 # isort: off
-from conftest import load_script  # first: it loads a BLAS before MLX is imported
+from conftest import ROOT, load_script  # first: it loads a BLAS before MLX is imported
 
 # isort: on
 import mlx.core as mx
@@ -21,6 +23,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen2
 
+from utils import pretrain
 from utils.data.completion import Completion
 from utils.device import cores, fast
 from utils.gradient.micro_batch import MicroBatch
@@ -202,6 +205,30 @@ def typed_in_a_shell(line, folder, **environment):
     return subprocess.run(
         line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
+
+
+def stop_pretraining(patch, step):
+    """Ctrl-C in utils/pretrain.py after so many updates."""
+    train_step = pretrain.Trainer.train_step
+
+    def stops(trainer):
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        return train_step(trainer)
+
+    patch.setattr(pretrain.Trainer, "train_step", stops)
+
+
+def kill_pretraining(arguments, once_there_is):
+    """A run of utils/pretrain.py in a process that is killed when a file or folder has come."""
+    words = [sys.executable, str(ROOT / "utils/pretrain.py"), *arguments]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ}
+    with subprocess.Popen(words, **quiet) as process:
+        deadline = time.monotonic() + 60
+        while not once_there_is.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
 
 
 SLOW = {

@@ -20,8 +20,12 @@ NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 SECONDS = 10.0  # for one prompt, which takes a template milliseconds
 
 
-def chat_ids(tokenizer: Tokenizer, config: Settings, messages: Messages) -> list[int]:
+def chat_ids(
+    tokenizer: Tokenizer, config: Settings, messages: Messages, *, opening: bool = True
+) -> list[int]:
     """Token ids of the messages with the opening of the answer, without the reasoning prefix.
+
+    opening: false for a conversation that ends in an answer.
 
     Raises:
         UserError: the tokenizer has no chat template, or its template refuses the messages.
@@ -33,7 +37,7 @@ def chat_ids(tokenizer: Tokenizer, config: Settings, messages: Messages) -> list
     which = f"chat template ({config.chat_template or config.model_name})"
     try:
         with time_limit(SECONDS, which), panics_as_errors():
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=opening, **options)
     except UserError:
         raise
     except Exception as error:  # a template is code, although in a sandbox: it can raise anything

@@ -285,7 +285,7 @@ _TABLE = {
 }
 
 
-def _adapter_parameters(shape: ModelShape, demand: Demand) -> int:
+def adapter_parameters(shape: ModelShape, demand: Demand) -> int:
     matrices = projections(vars(shape))
     block = demand.lora_rank * sum(inputs + outputs for inputs, outputs in matrices)
     if demand.train_type == "dora":
@@ -313,7 +313,7 @@ def _constant_parts(shape: ModelShape, demand: Demand) -> Plan:
     full = demand.train_type == "full"
     trainable = demand.trainable_parameters
     if trainable is None:
-        trainable = shape.parameters if full else _adapter_parameters(shape, demand)
+        trainable = shape.parameters if full else adapter_parameters(shape, demand)
     adapters = 0 if full else 4 * trainable
     master = demand.master_bytes * trainable if full and width < 4 else 0
     moments = round(demand.moment_bytes * trainable)

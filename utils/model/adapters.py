@@ -11,14 +11,20 @@ from ..base.errors import UserError, reason
 from ..base.json_files import read_object
 from ..base.say import complain
 from ..settings.run_settings import Settings
-from . import peft_adapters
+from . import fingerprints, peft_adapters
 from .mending import adaptable
 from .peft_adapters import Adapters
 from .shape import JsonObject
 
+BASE = "base_sha256"  # in adapter_config.json: the fingerprint of the model they were trained on
 
-def add_adapters(config: Settings, model: nn.Module, train_type: str) -> tuple[JsonObject, str]:
+
+def add_adapters(
+    config: Settings, model: nn.Module, train_type: str, fingerprint: str
+) -> tuple[JsonObject, str]:
     """Freeze the base and put LoRA or DoRA layers on it, new ones or those of `adapter_path`.
+
+    fingerprint: of the base's files, which its adapters record.
 
     Returns their adapter_config.json, and which of both they are.
     """
@@ -29,7 +35,9 @@ def add_adapters(config: Settings, model: nn.Module, train_type: str) -> tuple[J
     if config.adapter_path:
         folder = config.located(config.adapter_path)
         check_kind(config, folder)
-        return put_on(model, folder, config.adapter_path, config.model_name)
+        check_base(folder, config.adapter_path, config.model_name, fingerprint)
+        adapter_config, kind = put_on(model, folder, config.adapter_path, config.model_name)
+        return adapter_config | {BASE: fingerprint}, kind
     parameters: JsonObject = {
         "rank": config.lora_rank,
         "scale": config.lora_scale,
@@ -45,8 +53,35 @@ def add_adapters(config: Settings, model: nn.Module, train_type: str) -> tuple[J
         "num_layers": config.lora_layers,
         "lora_parameters": parameters,
         "model": config.model_name,
+        BASE: fingerprint,
     }
     return adapter_config, train_type
+
+
+def check_folder(config: Settings, base: Path) -> None:
+    """Of `adapter_path`, without reading weights.
+
+    Raises:
+        UserError: no adapters are there, or those of another kind or base.
+    """
+    folder = config.located(config.adapter_path)
+    if not peft_adapters.is_peft(folder):
+        read_adapter_config(folder)
+    check_kind(config, folder)
+    check_base(folder, config.adapter_path, config.model_name, fingerprints.of_model(base))
+
+
+def check_base(folder: Path, said: str, base: str, fingerprint: str) -> None:
+    """Raises UserError for adapters that say that they were trained on other weights."""
+    found = read_object(folder / peft_adapters.CONFIG)
+    before = found.get(BASE, fingerprint)
+    if before != fingerprint:
+        raise UserError(
+            f"adapter_path {said} was trained on another base: on {found.get('model')} with "
+            f"{BASE} = {str(before)[:12]}..., and {base} has {fingerprint[:12]}...: set model_name "
+            f"to that base, or delete {BASE} from {folder / peft_adapters.CONFIG} if the adapters "
+            "are meant for this one"
+        )
 
 
 def check_kind(config: Settings, folder: Path) -> None:

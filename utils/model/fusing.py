@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from . import hf_config, ollama, served_prompt
-from .adapters import put_on
+from . import fingerprints, hf_config, ollama, served_prompt
+from .adapters import check_base, put_on
 from .loading import LoadedModel
 from .writing import write_fused
 
@@ -26,6 +26,7 @@ def fuse(base: Path, adapters: Path, out: Path, said: tuple[str, str], trust: bo
         return_config=True,
         trust_remote_code=trust,
     )
+    check_base(adapters, said[1], said[0], fingerprints.of_model(base))
     adapter_config, kind = put_on(model, adapters, said[1], said[0])
     model.eval()
     loaded = LoadedModel(model, tokenizer, config, base, kind, adapter_config=adapter_config)

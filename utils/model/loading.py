@@ -151,6 +151,27 @@ def read_model(
     return *mlx_lm.load(str(folder), model_config=added, **options), folder
 
 
+def read_tokenizer(config: Settings, folder: Path) -> Tokenizer:
+    """That of a local model as `load_model` gives it, without reading the weights.
+
+    Raises:
+        UserError: there is none, or a damaged one.
+    """
+    import mlx_lm
+
+    try:
+        with panics_as_errors():
+            if (folder / "tokenizer.tiktoken").is_file():
+                return TiktokenTokenizerWrapper.from_pretrained(folder)
+            ends = mlx_lm.utils.load_config(folder).get("eos_token_id")
+            options = {"trust_remote_code": config.trust_remote_code}
+            tokenizer = mlx_lm.utils.load_tokenizer(folder, options, eos_token_ids=ends)
+            served_prompt.ask_plainly(tokenizer, folder)
+            return tokenizer
+    except Exception as error:  # other libraries on untrusted files: they raise anything
+        raise UserError(unreadable(folder, reason(error))) from error
+
+
 def is_quantized(model: nn.Module) -> bool:
     return any(hasattr(module, "bits") for _, module in model.named_modules())
 
@@ -158,11 +179,6 @@ def is_quantized(model: nn.Module) -> bool:
 def choose_train_type(config: Settings, model: nn.Module) -> str:
     """Resolve train_type "auto", and refuse what MLX would silently not train."""
     quantized = is_quantized(model)
-    if quantized and config.train_type == "full":
-        raise UserError(
-            f"{config.model_name} is quantized: packed weights have no gradient, only norms and "
-            "biases would train. Use train_type = lora, or a model that is not quantized"
-        )
     bits = {module.bits for _, module in model.named_modules() if hasattr(module, "bits")}
     if config.train_type == "dora" and bits - {2, 4, 8}:
         raise UserError(f"train_type = dora does not work on {max(bits)}-bit weights; lora does")
@@ -171,11 +187,23 @@ def choose_train_type(config: Settings, model: nn.Module) -> str:
 
 def resolve_train_type(config: Settings, quantized: bool) -> str:
     """What "auto" means for this model; settings that it leaves without effect are refused."""
+    if quantized and config.train_type == "full":
+        raise UserError(
+            f"{config.model_name} is quantized: packed weights have no gradient, only norms and "
+            "biases would train. Use train_type = lora, or a model that is not quantized"
+        )
     if config.train_type != "auto":
         return config.train_type
     train_type = "lora" if quantized or config.adapter_path else "full"
     checks.refuse_dead_settings(config, train_type)
     return train_type
+
+
+def context_of(config: ModelConfig) -> int:
+    """How many tokens config.json says that the model was made for."""
+    places = config, config.get("text_config") or {}
+    found = [x.get(key) for x in places for key in ("max_position_embeddings", "n_positions")]
+    return next((n for n in found if type(n) is int and n > 0), 2**31)
 
 
 @dataclass
@@ -199,9 +227,7 @@ class LoadedModel:
     @property
     def context(self) -> int:
         """As many tokens as the model was made for, if its config says so."""
-        places = self.config, self.config.get("text_config") or {}
-        found = [x.get(key) for x in places for key in ("max_position_embeddings", "n_positions")]
-        return next((n for n in found if type(n) is int and n > 0), 2**31)
+        return context_of(self.config)
 
 
 def cast(model: nn.Module, dtype: str) -> None:
@@ -311,7 +337,8 @@ def load_model(config: Settings) -> LoadedModel:
     fingerprint = fingerprints.of_model(folder)
     loaded = LoadedModel(model, tokenizer, model_config, folder, train_type, fingerprint)
     if train_type != "full":
-        loaded.adapter_config, loaded.train_type = add_adapters(config, model, train_type)
+        adapters = add_adapters(config, model, train_type, fingerprint)
+        loaded.adapter_config, loaded.train_type = adapters
         narrow_adapters(model)
     else:
         sum_in_float32(model)
