@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 if __name__ == "__main__" and not __package__:  # typed as a script: sys.path[0] is utils/ itself
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -45,7 +45,7 @@ from .inference import (
 from .rewards.answers import extract_xml_answer, same_answer
 
 if TYPE_CHECKING:  # `--help` answers without them
-    from .data.tokenizer import Tokenizer
+    from .data.tokenizer import Messages, Tokenizer
     from .rewards.calls import Reward
     from .settings.reading import Value
     from .settings.run_settings import Settings
@@ -143,10 +143,14 @@ class Record(TypedDict):
     finish_reason: str
     tokens: int
     rewards: dict[str, float | None]
+    prompt: NotRequired[Messages]
+    """Where the question came with other messages."""
 
 
 class SavedRecord(Record):
     model: str
+    split: str
+    """Of the data: what was asked of a test split must not be trained on."""
 
 
 @dataclass
@@ -244,7 +248,7 @@ class Asker:
         for i, (row, completion) in enumerate(zip(repeated, completions, strict=True)):
             extracted = extract_xml_answer(completion.text)
             earned = {name: float(column[i]) for name, column in values.items()}
-            yield {
+            record: Record = {
                 "index": numbers[i // n],
                 "sample": i % n,
                 "question": row["question"],
@@ -257,6 +261,14 @@ class Asker:
                 # JSON knows no NaN, which stands for "not applicable"
                 "rewards": {name: None if math.isnan(v) else v for name, v in earned.items()},
             }
+            yield with_conversation(record, row["prompt"])
+
+
+def with_conversation(record: Record, messages: Messages) -> Record:
+    """Of a question that came with other messages than a system prompt, all of them."""
+    if sum(message["role"] != "system" for message in messages) > 1:
+        record["prompt"] = messages
+    return record
 
 
 def is_right(metric: str, given: str, expected: str, earned: dict[str, float]) -> bool:
@@ -291,7 +303,7 @@ def evaluate(
             records = [*asker.ask(args.n, numbers[part], rows[part])]
             for record in records:
                 count(scores, record)
-                save({"model": name, **record})
+                save({"model": name, "split": args.split, **record})
             shown.step(len(records), f"{config.eval_metric} {scores.pass_at(args.n, 1):.1%}")
     scores.seconds = time.perf_counter() - start
     return scores

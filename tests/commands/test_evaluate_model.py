@@ -358,3 +358,10 @@ def test_ctrl_c_keeps_what_was_asked(tmp_path):
     assert process.returncode == 130
     assert err.endswith(f"completions in {output}\n\nstopped\n")
     assert all("completion" in record for record in records_of(output))
+
+
+def test_a_question_in_a_conversation_is_saved_with_it():
+    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    assert evaluate_model.with_conversation({"index": 0}, asked) == {"index": 0}
+    more = [*asked, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert evaluate_model.with_conversation({"index": 0}, more) == {"index": 0, "prompt": more}
