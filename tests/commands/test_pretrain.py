@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_tokenizer
+from helpers import kill_pretraining, stop_pretraining
 
 from utils import pretrain
 from utils.model import embeddings
@@ -268,18 +267,9 @@ def test_tokenizer_is_trained_where_there_is_none(work):
 def test_a_stopped_run_continues_to_the_same_weights(work, monkeypatch):
     more = ("--max-tokens", 64 * 40, "--save-interval", 4, "--precision", "32-true")
     assert pretrain.main(flags(work, *more)) == 0
-    arguments, train_step = (
-        flags(work, *more, "--out-dir", work / "parts"),
-        pretrain.Trainer.train_step,
-    )
-
-    def stops(trainer):
-        if trainer.step == 6:
-            raise KeyboardInterrupt
-        return train_step(trainer)
-
+    arguments = flags(work, *more, "--out-dir", work / "parts")
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Trainer, "train_step", stops)
+        stop_pretraining(patch, 6)
         assert pretrain.main(arguments) == 130
     assert [p.name for p in (work / "parts").glob("checkpoint-*")] == ["checkpoint-4"]
     assert pretrain.main(arguments) == 0
@@ -295,14 +285,7 @@ def test_a_killed_run_continues_to_the_same_weights(work):
     whole = weights_of(work / "out/final")
     log = (work / "out/metrics.csv").read_text()
     arguments = flags(work, *more, "--out-dir", work / "killed")
-    command = [sys.executable, str(ROOT / "utils/pretrain.py"), *arguments]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ}
-    with subprocess.Popen(command, **quiet) as process:
-        deadline = time.monotonic() + 60
-        while not (work / "killed/checkpoint-20").exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    kill_pretraining(arguments, work / "killed/checkpoint-20")
     assert not (work / "killed/final").exists()
     assert pretrain.main(arguments) == 0
     assert same(weights_of(work / "killed/final"), whole)
@@ -359,9 +342,11 @@ def test_every_setting_has_a_flag_and_flags_win(work):
 
 
 def test_the_warm_up_preset_loads():
-    config = pretrain.resolve(ROOT / "configs/pretrain/warm_up.toml", [])
+    config = pretrain.filled(pretrain.resolve(ROOT / "configs/pretrain/warm_up.toml", []))
     assert config.data_class == "JSON"
     assert not config.validates
+    assert config.initial_checkpoint_dir == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert (config.train_type, config.max_seq_length) == ("lora", 512 + 128)
 
 
 def test_smoke_test_takes_one_step_and_saves_no_weights(work, capfd):
@@ -581,14 +566,7 @@ def test_overwrite_in_a_file_replaces_no_run_on_other_data(work, capsys):
 
 def interrupted(patch, arguments, step):
     """Ctrl-C after so many updates; returns the last line."""
-    train_step = pretrain.Trainer.train_step
-
-    def stops(trainer):
-        if trainer.step == step:
-            raise KeyboardInterrupt
-        return train_step(trainer)
-
-    patch.setattr(pretrain.Trainer, "train_step", stops)
+    stop_pretraining(patch, step)
     assert pretrain.main(arguments) == 130
 
 

@@ -1,11 +1,9 @@
 """Every command that a document or a preset shows is one that can be typed."""
 
-import argparse
 import ast
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -94,9 +92,7 @@ def test_pages_and_presets_have_commands():
 
 def read_by_pretrain(given):
     """Settings and files are looked at, and nothing is begun."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path, default=pretrain.DEFAULT_CONFIG)
-    path = early.parse_known_args(given)[0].config
+    path = pretrain.config_file(given)
     if pretrain.is_recipe(path):
         _, overrides = pretrain.parse(given, tiny_math_model.TinyMathConfig)
         reading.resolve(tiny_math_model.TinyMathConfig, path, overrides)

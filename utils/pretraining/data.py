@@ -183,12 +183,7 @@ def pair_rows(
     if use_chat_template and not tokenizer.chat_template:
         raise UserError("use_chat_template = true: the tokenizer has no chat template")
     encoded = _encoded_pairs(tokenizer, pairs, use_chat_template)
-    fitting = [(head, tail) for head, tail in encoded if len(head) + len(tail) <= length + 1]
-    if not fitting:
-        raise UserError(f"{option}: every row is longer than max_seq_length = {length} tokens")
-    if left_out := len(pairs) - len(fitting):
-        say(f"{option}: {left_out} of {len(pairs)} rows are longer than {length} tokens: left out")
-    return _padded(fitting, length, tokenizer.eos_token_id)
+    return padded(encoded, length, tokenizer.eos_token_id, option)
 
 
 def _encoded_pairs(
@@ -204,8 +199,20 @@ def _encoded_pairs(
     return list(zip(heads, tails, strict=True))
 
 
-def _padded(pairs: list[TokenPair], length: int, end: int) -> Rows:
-    """Rows as long as the longest pair, rounded up to 32 or `length`, filled up with `end`."""
+def padded(encoded: list[TokenPair], length: int, end: int, option: str) -> Rows:
+    """Rows as long as the longest pair, rounded up to 32 or `length`, filled up with `end`.
+
+    Pairs that are longer are left out and counted.
+
+    Raises:
+        UserError: all are.
+    """
+    pairs = [(head, tail) for head, tail in encoded if len(head) + len(tail) <= length + 1]
+    if not pairs:
+        raise UserError(f"{option}: every row is longer than max_seq_length = {length} tokens")
+    if left_out := len(encoded) - len(pairs):
+        count = len(encoded)
+        say(f"{option}: {left_out} of {count} rows are longer than {length} tokens: left out")
     width = min(length, _rounded(max(len(head) + len(tail) for head, tail in pairs) - 1))
     tokens = np.full((len(pairs), width + 1), end, dtype=np.int32)
     mask = np.zeros((len(pairs), width), dtype=bool)

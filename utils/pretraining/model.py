@@ -74,8 +74,9 @@ def check_folder(folder: str) -> ModelConfig:
         raise UserError(f"{OPTION}: {path}/config.json is no JSON object")
     if "quantization" in config:
         raise UserError(
-            f"{OPTION} = {folder!r} is quantized: packed weights have no gradient. Convert the "
-            f"model without --quantize:\n  {CONVERT} MODEL --output-dir FOLDER"
+            f"{OPTION} = {folder!r} is quantized: packed weights have no gradient. Train adapters "
+            f"(--train-type lora), or convert the model without --quantize:\n  {CONVERT} MODEL "
+            "--output-dir FOLDER"
         )
     return config
 
