@@ -282,3 +282,46 @@ def test_a_run_goes_on_bit_by_bit(mode, model_dir, data_dir, tmp_path):
         assert mx.array_equal(value, resumed.optimizer.arrays()[name]), name
     for name, value in flat(whole.model.parameters()).items():
         assert mx.array_equal(value, flat(resumed.model.parameters())[name]), name
+
+
+def adapted(kind):
+    from mlx_lm.tuner.dora import DoRALinear
+    from mlx_lm.tuner.lora import LoRALinear
+
+    model = network()
+    model.freeze()
+    layer = {"lora": LoRALinear, "dora": DoRALinear}[kind].from_base(model.layers[0], r=4)
+    model.layers[0] = layer
+    layer.unfreeze(keys=["lora_a", "lora_b", *(["m"] if kind == "dora" else [])])
+    return model
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_lora_plus_is_two_optimizers_of_mlx(kind):
+    """The second matrix at 16 times the rate, and decay; DoRA's magnitudes at the plain one."""
+    model, ratio, rate = adapted(kind), 16.0, 1e-4
+    start = flat(model.trainable_parameters())
+    assert set(start) == {"layers.0.lora_a", "layers.0.lora_b"} | (
+        {"layers.0.m"} if kind == "dora" else set()
+    )
+    ours = adamw.AdamW(model, BETAS, weight_decay=0.1, lora_plus_ratio=ratio)
+    theirs = {
+        second: optim.AdamW(rate * (ratio if second else 1), list(BETAS), weight_decay=0.1,
+                            bias_correction=True)
+        for second in (False, True)
+    }  # fmt: skip
+    parts = {
+        second: {n: x for n, x in start.items() if n.endswith("lora_b") == second}
+        for second in (False, True)
+    }
+    for update in range(5):
+        keys = iter(mx.random.split(mx.random.key(update), 8))
+        grads = {n: mx.random.normal(x.shape, key=next(keys)) for n, x in start.items()}
+        for second, weights in parts.items():
+            of_part = {n: grads[n] for n in weights}
+            parts[second] = theirs[second].apply_gradients(of_part, weights)
+        ours.update(model, tree_unflatten(list(grads.items())), rate)
+    for name, weight in flat(model.trainable_parameters()).items():
+        expected = (parts[True] | parts[False])[name]
+        assert mx.abs(weight - expected).max().item() < 1e-6
+        assert mx.abs(weight - start[name]).max().item() > 2e-4

@@ -750,6 +750,9 @@ FIELDS = {
         0.0, 0.5, last("entropy", "grad_norm"), lambda a, b: a[0] == b[0], LORA
     ),  # the rollouts are without it
     "lora_learning_rate": Watch(2e-5, 3e-3, movement, approx(3e-3, rel=1e-2), LORA),
+    "lora_plus_ratio": Watch(
+        1.0, 16.0, movement, approx(16 * 3e-3, rel=1e-2), {**LORA, "lora_learning_rate": 3e-3}
+    ),  # the first of two matrices has no gradient in the first update
     "adapter_path": Watch("", "adapted/final/adapters", adapters, saved_adapters),
     "dataset": Watch("data", "other-data", questions("train"), column("other-data/train.jsonl")),
     "dataset_config": Watch(

@@ -238,8 +238,10 @@ def stored(name: str, values: mx.array, state: Arrays, noise: mx.array) -> Array
 class AdamW:
     """AdamW (arXiv:1711.05101) with bias correction, over the trainable weights of a model.
 
-    `state` has the arrays of each weight: "m" and "v" (with "m_scale" and "v_scale" when they are
-    8-bit), and "low" or "master" of a half-precision weight. `steps` counts the updates.
+    The second matrix of LoRA's adapters, `lora_b`, has `lora_plus_ratio` times the learning rate
+    (LoRA+, arXiv:2402.12354). `state` has the arrays of each weight: "m" and "v" (with "m_scale"
+    and "v_scale" when they are 8-bit), and "low" or "master" of a half-precision weight. `steps`
+    counts the updates.
     """
 
     def __init__(
@@ -251,12 +253,14 @@ class AdamW:
         weight_decay: float = 0.0,
         master_weights: bool = True,
         moment_bits: int = 32,
+        lora_plus_ratio: float = 1.0,
         seed: int = 0,
         compiled: bool = False,
     ) -> None:
         """Raises UserError if master_weights = false has nothing to act on."""
         self.betas, self.weight_decay = betas, weight_decay
         self.master_weights, self.moment_bits, self.seed = master_weights, moment_bits, seed
+        self.lora_plus_ratio = lora_plus_ratio
         rule = partial(step, betas=betas, eps=eps, rounds=not master_weights)
         self.rule = mx.compile(rule) if compiled else rule
         self.steps = 0
@@ -319,16 +323,8 @@ class AdamW:
         """Move the model's weights against `scale` times the gradients."""
         self.steps += 1
         self.learning_rate = learning_rate
-        beta1, beta2 = self.betas
-        factors = [  # arrays, or a compiled rule would be compiled anew for each value
-            mx.array(x)
-            for x in (
-                scale,
-                1 - learning_rate * self.weight_decay,
-                learning_rate / (1 - beta1**self.steps),
-                1 / math.sqrt(1 - beta2**self.steps),
-            )
-        ]
+        usual = self._factors(scale, learning_rate)
+        of_second = self._factors(scale, learning_rate * self.lora_plus_ratio)
         keys = self._keys()
         weights: Arrays = dict(tree_flatten(model.trainable_parameters()))
         arrays: Arrays = dict(tree_flatten(gradients))
@@ -337,10 +333,24 @@ class AdamW:
             new = {}
             for name in names:
                 parts = cut(weights.pop(name)), cut(arrays[name])
+                factors = of_second if name.endswith(".lora_b") else usual
                 new[name] = self._updated(name, parts, keys, factors, pipeline)
             model.update(tree_unflatten(list(new.items())))
             pipeline.add([new, [self.state[name] for name in names]])
         mx.eval(model.parameters(), self.state)
+
+    def _factors(self, scale: float, learning_rate: float) -> list[mx.array]:
+        """Those of `step`: arrays, or a compiled rule would be compiled anew for each value."""
+        beta1, beta2 = self.betas
+        return [
+            mx.array(x)
+            for x in (
+                scale,
+                1 - learning_rate * self.weight_decay,
+                learning_rate / (1 - beta1**self.steps),
+                1 / math.sqrt(1 - beta2**self.steps),
+            )
+        ]
 
     def _updated(
         self,
@@ -375,6 +385,7 @@ def make(model: nn.Module, config: Settings) -> AdamW:
         weight_decay=config.weight_decay,
         master_weights=config.master_weights,
         moment_bits=config.moment_bits,
+        lora_plus_ratio=config.lora_plus_ratio,
         seed=config.seed,
         compiled=config.use_compile,
     )

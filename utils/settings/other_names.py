@@ -95,6 +95,7 @@ HERE: dict[str, tuple[str, str]] = {
     "num_layers": ("lora_layers", ""),
     "lora_parameters": ("lora_rank lora_scale lora_dropout lora_keys", "scale is the factor"),
     "lora_r": ("lora_rank", ""),
+    "loraplus_lr_ratio": ("lora_plus_ratio", ""),
     "r": ("lora_rank", ""),
     "rank": ("lora_rank", ""),
     "lora_alpha": ("lora_scale", "the factor itself: alpha / rank"),

@@ -106,6 +106,9 @@ class RunSettings:
     """Names inside a layer to adapt, such as self_attn.q_proj; empty: every linear layer."""
     lora_dropout: float = 0.0
     """Dropout on the adapters' input."""
+    lora_plus_ratio: float = 1.0
+    """The second matrix of an adapter, which starts at 0, learns at so many times the rate (LoRA+,
+    arXiv:2402.12354, has 16); 1: at the same rate."""
     adapter_path: str = ""
     """Adapters to start from (a checkpoint folder, or one that mlx_lm.lora wrote)."""
     trust_remote_code: bool = False
