@@ -151,6 +151,7 @@ REFUSED = {  # part of a command: exit code, and what the message speaks of
     "outputs/tiny-8bit --quantize": (2, "is quantized already"),  # so says the page
     "--q-mode mxfp4 --bits 8": (2, "does not go with --q-mode mxfp4"),
 }
+SMALLER = {"--samples 200": "--samples 20", "--samples 60": "--samples 8"}  # of 40 questions
 NOT_TYPED = ("--chat", "--serve")  # they wait for somebody
 TOOLS = [
     (path, line)
@@ -170,7 +171,7 @@ def made(place, grpo):
         shutil.copytree(full, tiny)
         for name in ("test", "train"):
             rows = (full / f"{name}.jsonl").read_text().splitlines(keepends=True)
-            (tiny / f"{name}.jsonl").write_text("".join(rows[:200]))
+            (tiny / f"{name}.jsonl").write_text("".join(rows[:40]))
         run = place / "outputs/tiny-math"
         words = [f"output_dir={run}", f"model_name={tiny}", f"dataset={tiny}", "max_updates=1"]
         words += ["batch_size=1", "gradient_accumulation_steps=1", "num_generations=2"]
@@ -178,7 +179,7 @@ def made(place, grpo):
         assert (
             grpo.main(["--config", "configs/smoke_test.toml", *sets, "--set", "save_steps=1"]) == 0
         )
-        for name in ("first", "second", "smollm2"):
+        for name in ("first", "second", "smollm2", "warm", "smollm2-warm"):
             shutil.copytree(run, place / "outputs" / name)
         (place / "models/smollm2").symlink_to(tiny)
     return place
@@ -190,16 +191,19 @@ def test_a_tool_does_what_its_command_says(made, monkeypatch, capsys, path, line
     """In their order on the pages: some take what others make."""
     monkeypatch.chdir(made)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for part, instead in SMALLER.items():
+        line = line.replace(part, instead)
     program, *given = [word for word in words_of(line) if word != "python"]
     monkeypatch.setattr("sys.argv", [program, *given])
+    for name in made.glob("*answers.jsonl"):  # pages use a name again
+        name.unlink()
     tool = {"utils/convert_model.py": convert_model, "utils/evaluate_model.py": evaluate_model}
     tool |= {"utils/inference.py": inference, "utils/report.py": report}
     code = tool[program].main()
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     expected, said = next((r for part, r in REFUSED.items() if part in line), (0, ""))
     assert code == expected, err
     assert said in err
-    assert out + err
 
 
 def test_enough_tools_are_run_for_real():
