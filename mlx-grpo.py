@@ -68,7 +68,7 @@ from utils.model.copies import quantize_copy, quantizes
 from utils.model.loading import LoadedModel, check_model, load_model
 from utils.model.tiktoken_wrapper import TiktokenTokenizerWrapper as TiktokenTokenizerWrapper
 from utils.rewards import builtin, by_name
-from utils.rewards.answers import extract_xml_answer, same_answer
+from utils.rewards.answers import extract_xml_answer, last_text, same_answer
 from utils.rewards.calls import Reward, TrainerState
 from utils.rewards.formats import (
     int_reward_func,
@@ -78,6 +78,7 @@ from utils.rewards.formats import (
 )
 from utils.rewards.rewards import Rewards
 from utils.rollouts import caches, compiled_step, draw, merged_layers
+from utils.rollouts.asking import with_turns
 from utils.rollouts.sampler import Sampler, Sampling, sampling_settings
 from utils.rollouts.stop_rule import Reader, StopRule
 from utils.run import checkpoints, command_line, dry_run, ending, evaluation, opening
@@ -242,13 +243,13 @@ def get_gsm8k_questions(split: str = "train") -> list[Row]:
     return load_questions(MLXGRPOConfig(), split)
 
 
-# Reward functions have TRL's interface: `completions` are conversations of one message each, every
-# column of the data is a keyword, and one value per completion comes back.
+# Reward functions have TRL's interface: `completions` are conversations, most often of one message,
+# every column of the data is a keyword, and one value per completion comes back.
 
 
 def correctness_reward_func(completions: list, answer: list[str], **_: Any) -> list[float]:
     """2.0 for the right answer, numbers compared as numbers."""
-    given = (extract_xml_answer(c[0]["content"]) for c in completions)
+    given = (extract_xml_answer(last_text(c)) for c in completions)
     return [2.0 if same_answer(g, a) else 0.0 for g, a in zip(given, answer, strict=True)]
 
 
@@ -707,10 +708,11 @@ class MLXGRPOTrainer:
         self.how = partial(sampling_settings, args, prefix)
         self.sampling = self.how(args.temperature, args.max_new_tokens)
         prompts = [question["prompt_ids"] for question in self.train_dataset]
-        plan = this_machine.plan_of(args, loaded, max(map(len, prompts)), self.sampling.max_tokens)
+        plan = this_machine.plan_of(args, loaded, max(map(len, prompts)), self.sampling.longest)
         self.memory = Memory(plan, self.run.state, self.run.halved, meter)
         stop = StopRule(self.tokenizer, tuple(args.stop_strings), args.reasoning_prefix)
-        self.sampler = Sampler(sample_batch, stop, self.memory, self.run.pulse)
+        plain = Sampler(sample_batch, stop, self.memory, self.run.pulse)
+        self.sampler = with_turns(plain, args, self.tokenizer)  # with an environment, if it is set
         self.rewards = Rewards(
             lambda: self.reward_funcs, args, self.tokenizer, prefix, self.progress, self.run.pulse
         )
@@ -812,11 +814,10 @@ class MLXGRPOTrainer:
             for n in range(size)
         ]
         questions = [self.train_dataset[i] for i in batch]
-        prompts = [question["prompt_ids"] for question in questions]
         room = self.memory.spare_for_rollouts
         policy = merged_layers.merged(self.refresh_old_policy(), room, unpack=not self.quantizes)
         so_far = partial(self.rewards.ahead, questions, size)  # slow rewards begin meanwhile
-        return self.sampler(policy, prompts, keys, self.sampling, so_far)
+        return self.sampler(policy, questions, keys, self.sampling, so_far)
 
     def compute_rewards(
         self, questions: list[Row], completions: list[Completion]
@@ -931,9 +932,11 @@ class MLXGRPOTrainer:
         a = self.args
         completions: list[Completion] = rollout.completions.reshape(-1).tolist()  # B
         questions = self.repeated(rollout.prompts, rollout.completions.shape[1])
-        prompts = [question["prompt_ids"] for question in questions]
+        pairs = zip(completions, questions, strict=True)
+        prompts = [completion.after(question["prompt_ids"]) for completion, question in pairs]
         truncated = np.array([c.finish_reason == "length" for c in completions])
         masked = truncated & (a.mask_truncated_completions and not with_masked)
+        masked |= np.array([c.failed for c in completions])
         advantages = advantages.reshape(-1)
         lengths = np.where(masked, 0, rollout.lengths.reshape(-1))
         weights = token_weights(lengths, a.loss_type, self.sampling.max_tokens)
@@ -1078,7 +1081,7 @@ class MLXGRPOTrainer:
         how = self.how(temperature, self.args.eval_max_new_tokens)
         keys = [random_key(self.args.seed, EVALUATION, [i]) for i in range(len(questions))]
         policy = merged_layers.unpacked(model or self.model, self.memory.spare_for_rollouts)
-        return self.sampler(policy, [q["prompt_ids"] for q in questions], keys, how)
+        return self.sampler(policy, questions, keys, how)
 
     def evaluate(self, split: str = "test") -> float:
         """Score the fixed subset of a split, log it, return the score (NaN: no questions)."""

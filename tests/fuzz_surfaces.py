@@ -311,7 +311,7 @@ def check_ids(
         if read:  # bounds_checked of fuzz.py stands before MLX
             ask = sampler.Sampler(world.grpo.sample_batch, stop, RolloutSize(1))
             how = sampler.sampling_settings(config, len(prefix), 0.0, 2)
-            ask(loaded.model, [kept["prompt_ids"]], [world.grpo.random_key(0, 0, ())], how)
+            ask(loaded.model, [kept], [world.grpo.random_key(0, 0, ())], how)
         assert all(type(i) is int and 0 <= i < VOCABULARY for i in kept["prompt_ids"])
 
 
@@ -621,8 +621,8 @@ def check_resumed(world: World, folder: Path) -> None:
     rows = trainer.prompts_of_update(run.state.rollout)
     assert all(0 <= row < len(trainer.train_dataset) for row in rows)
     assert all(isinstance(r, dict) for r in [*run.log.history, *run.state.pending])
-    prompt, key = trainer.train_dataset[0]["prompt_ids"], world.grpo.random_key(0, 0, ())
-    trainer.sampler(trainer.model, [prompt], [key], trainer.how(0.0, 1))
+    question, key = trainer.train_dataset[0], world.grpo.random_key(0, 0, ())
+    trainer.sampler(trainer.model, [question], [key], trainer.how(0.0, 1))
 
 
 def log_line(rng: Random, update: int) -> bytes:

@@ -210,7 +210,7 @@ class Asker:
         self, args: argparse.Namespace, config: Settings, rewards: dict[str, Reward], name: str
     ) -> None:
         from .rewards.rewards import Rewards
-        from .rollouts import sampler
+        from .rollouts import asking, sampler
         from .rollouts.stop_rule import StopRule
 
         self.name, self.config = name, config
@@ -219,7 +219,7 @@ class Asker:
         temperature, most = temperature_of(args, config), config.eval_max_new_tokens
         self.how = sampler.sampling_settings(config, len(prefix), temperature, most)
         stop = StopRule(loaded.tokenizer, tuple(config.stop_strings), config.reasoning_prefix)
-        self.sampler = sampler.sampler_of_command(
+        self.sampler = asking.sampler_of_command(
             load_script().sample_batch, stop, config, loaded, args.batch_size
         )
         self.rewards = Rewards(lambda: rewards, config, loaded.tokenizer, len(prefix))
@@ -241,8 +241,7 @@ class Asker:
         """n completions of each row with what they earned."""
         grpo, seed = load_script(), self.config.seed
         keys = [grpo.random_key(seed, grpo.EVALUATION, (i, j)) for i in numbers for j in range(n)]
-        prompts = [row["prompt_ids"] for row in rows]
-        completions = self.sampler(self.loaded.model, prompts, keys, self.how)
+        completions = self.sampler(self.loaded.model, rows, keys, self.how)
         repeated = [row for row in rows for _ in range(n)]
         values = self.rewards(repeated, completions)
         for i, (row, completion) in enumerate(zip(repeated, completions, strict=True)):

@@ -68,8 +68,8 @@ EXAMPLES = f"""examples:
 
 SYSTEM_ROLES = ("system", "developer")
 
-# Rewards that send completions to a server, or load another model.
-ELSEWHERE = ("remote_rm", "judge", "reward_model")
+# Rewards that send completions to a server, load another model, or need code.
+ELSEWHERE = ("remote_rm", "judge", "reward_model", "environment")
 
 
 def number(kind: Callable[[str], N], holds: Callable[[N], bool], rule: str) -> Callable[[str], N]:
@@ -526,7 +526,8 @@ class Generator:
         Each prompt has a random key of its own, so no sample depends on the batch size.
         """
         from .device import runtime
-        from .rollouts.sampler import Sampling, sampler_of_command
+        from .rollouts.asking import sampler_of_command
+        from .rollouts.sampler import Sampling
 
         args, config, grpo = self.args, self.config, load_script()
         if args.repetition_penalty != 1:
@@ -538,7 +539,8 @@ class Generator:
         ask.pulse = pulse
         keys = [grpo.random_key(args.seed, grpo.EVALUATION, [i]) for i in range(len(prompts))]
         how = Sampling(args.temperature, args.max_tokens, top_p=args.top_p)
-        return ask(self.loaded.model, prompts, keys, how, so_far)
+        rows = [{"prompt_ids": ids} for ids in prompts]
+        return ask(self.loaded.model, rows, keys, how, so_far)
 
     def one_by_one(
         self, prompts: list[list[int]], so_far: Callable[[list[Completion]], None]

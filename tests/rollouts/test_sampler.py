@@ -285,8 +285,8 @@ def test_what_is_done_is_known_in_order_while_the_rest_is_sampled(model_dir, dat
     settings = {"stop_strings": ["t", "0"], "rollout_batch_size": 2, "max_new_tokens": 40}
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
     seen, keys = [], keys_for(load_script(), 12)
-    prompts = [trainer.train_dataset[n]["prompt_ids"] for n in (0, 1, 2)]
-    ask = partial(trainer.sampler, trainer.model, prompts, keys, trainer.sampling)
+    questions = trainer.train_dataset[:3]
+    ask = partial(trainer.sampler, trainer.model, questions, keys, trainer.sampling)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "EVERY", 0)
         completions = ask(lambda done: seen.append(list(done)))

@@ -659,10 +659,9 @@ def test_exact_match_or_a_reward_is_the_metric(
         number = int(row["answer"])
         return f"so <answer> {number if number < 6 else 'blue'}.00 </answer>"
 
-    rows = {tuple(row["prompt_ids"]): row for row in trainer.eval_dataset + trainer.train_dataset}
-    trainer.sampler = lambda policy, prompts, keys, how: [
-        completion([5], text=say(rows[tuple(ids)]), finish_reason="stop" if n else "length")
-        for n, ids in enumerate(prompts)
+    trainer.sampler = lambda policy, questions, keys, how: [
+        completion([5], text=say(row), finish_reason="stop" if n else "length")
+        for n, row in enumerate(questions)
     ]
     score = trainer.evaluate("test")
     if expected is None:
@@ -698,8 +697,9 @@ def test_questions_that_the_trainer_has_not_seen_can_be_evaluated(
     rows = grpo.load_questions(trainer.args, "test")
     assert "prompt_ids" not in rows[0]
     numbers = {tuple(row["prompt_ids"]): row["answer"] for row in trainer.eval_dataset}
-    trainer.sampler = lambda policy, prompts, keys, how: [
-        completion([5], text=f"<answer>{numbers[tuple(ids)]}</answer>") for ids in prompts
+    trainer.sampler = lambda policy, questions, keys, how: [
+        completion([5], text=f"<answer>{numbers[tuple(row['prompt_ids'])]}</answer>")
+        for row in questions
     ]
     assert trainer.evaluate_em(rows, 5) == trainer.evaluate_em(trainer.eval_dataset, 5) == 1
     with pytest.raises(UserError, match="holds no questions"):
@@ -725,8 +725,9 @@ def test_many_answers_cut_off_are_warned_of(
     settings = {"eval_samples": 10, "eval_max_new_tokens": 128}
     trainer = make_trainer(model_dir, data_dir, tmp_path / "o", **settings)
     (tmp_path / "o").mkdir()
-    trainer.sampler = lambda policy, prompts, keys, how: [
-        completion([5], finish_reason="length" if n < cut else "stop") for n in range(len(prompts))
+    trainer.sampler = lambda policy, questions, keys, how: [
+        completion([5], finish_reason="length" if n < cut else "stop")
+        for n in range(len(questions))
     ]
     trainer.evaluate()
     trainer.evaluate()

@@ -63,6 +63,31 @@ def odd(completions, question, **_):
 """
 
 
+WORLDS = """
+import os, time
+
+class Talks:
+    def reset(self, **row):
+        self.said = []
+
+    def step(self, text):
+        self.said.append(text)
+        return "1 + 2 = 3 " * 9, False
+
+    def get_reward(self):
+        return float(sum(map(len, self.said)))
+
+class Breaks(Talks):
+    def step(self, text):
+        raise OSError("broken")
+
+class Late(Talks):
+    def step(self, text):
+        time.sleep(1)
+        return super().step(text)
+"""
+
+
 def write_questions(path, count, words):
     rows = [
         {
@@ -90,6 +115,7 @@ def lab(tmp_path_factory):
             write_questions(Path(folder, "train.jsonl"), 24 if folder == "data" else 20, words)
             write_questions(Path(folder, "test.jsonl"), 10, "Test:")
         Path("rewards.py").write_text(REWARDS)
+        Path("worlds.py").write_text(WORLDS)
         Path("mood.jinja").write_text("{{ mood }}: {{ messages[0].content }} ")
         trained_by_lora = {"train_type": "lora", "lora_learning_rate": 1e-2, "seed": 1}
         adapted = {**trained_by_lora, "output_dir": "adapted", "max_updates": 2}
@@ -168,6 +194,20 @@ def sampled(trainer):
     """Eight completions: four of each of two prompts."""
     trainer.refresh_old_policy()
     return trainer.generate_responses([0, 1])
+
+
+def conversations(settings):
+    """Turns and given tokens of eight completions, and how they ended."""
+    completions = sampled(trainer_of(settings))
+    turns = [c.conversation.turns if c.conversation else 0 for c in completions]
+    given = [c.mask.count(0) for c in completions]
+    return {"turns": turns, "given": given, "ends": {c.finish_reason for c in completions}}
+
+
+def longest_answer(settings):
+    """Most tokens that are given between two turns."""
+    masks = ["".join(map(str, c.mask)) for c in sampled(trainer_of(settings))]
+    return max(len(given) for mask in masks for given in mask.split("1"))
 
 
 def filtered(settings):
@@ -720,6 +760,8 @@ STEPPING = {"max_grad_norm": 1e6, "learning_rate": 0.1, "lr_scheduler_type": "co
 SHORT = {"eval_max_new_tokens": 1, "max_updates": 4}
 LENGTH = {"reward_funcs": ["rewards.py:length"], "eval_samples": 2, "max_updates": 1}
 
+TALKS = {"environment": "worlds.py:Talks", "stop_strings": STOPS, "max_new_tokens": 60}
+
 CENTRED = {"advantage_estimator": "dr_grpo"}
 
 FIELDS = {
@@ -832,6 +874,35 @@ FIELDS = {
         lambda s: [metric > 0 for (metric,) in logged("metric/elsewhere")(s)],
         [True],
         {"reward_funcs": ["rewards.py:where"], "reward_kwargs": HERE, **ONE},
+    ),
+    "environment": Watch(
+        "",
+        "worlds.py:Talks",
+        conversations,
+        lambda _, b: (
+            max(b["turns"]) > 1 and max(b["given"]) > 20 and "environment" not in b["ends"]
+        ),
+        {"stop_strings": STOPS, "max_new_tokens": 60},
+    ),
+    "max_turns": Watch(
+        8, 2, conversations, lambda a, b: max(a["turns"]) > max(b["turns"]) == 2, TALKS
+    ),
+    "max_tool_tokens": Watch(
+        256, 10, longest_answer, lambda a, b: a - b > 50 and 10 < b < 40, TALKS
+    ),
+    "environment_timeout": Watch(
+        60.0,
+        0.2,
+        lambda s: conversations(s)["ends"],
+        {"environment"},
+        {**TALKS, "environment": "worlds.py:Late", "max_turns": 2},
+    ),
+    "on_environment_error": Watch(
+        "mask",
+        "stop",
+        lambda s: console({**s, "max_updates": 1})[0],
+        1,
+        {**TALKS, "environment": "worlds.py:Breaks"},
     ),
     "remote_rm_url": Watch(
         ["http://a.test/"],

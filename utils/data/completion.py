@@ -1,6 +1,31 @@
 """What a model said to a prompt."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+Message = dict[str, object]
+"""One of a conversation: role and content, and what else its role has."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a tool or an environment made of a completion."""
+
+    prompt: list[Message]
+    prompt_ids: list[int]
+    """With what the environment added to the question."""
+    messages: list[Message]
+    """What came after the prompt, in turns."""
+    turns: int
+    """Of the model."""
+    reward: float | None = None
+    """By the environment; None where it has no opinion."""
+    environment: SimpleNamespace = field(default_factory=SimpleNamespace)
+    """Its attributes as the conversation ended."""
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often each tool was called."""
+    problem: str = ""
+    """What the environment did wrong: nothing is learnt from such a completion."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +43,22 @@ class Completion:
     mask: list[int]
     """(T,) 1: sampled, 0: given."""
     finish_reason: str
-    """"stop" (end of sequence or a stop string) or "length"."""
+    """"stop" (end of sequence or a stop string) or "length"; of a conversation also "turns" (it had
+    all of them) and "environment" (which failed)."""
     text: str
-    """Reasoning prefix and text, up to the end of the stop string."""
+    """Reasoning prefix and text, up to the end of the stop string; of a conversation the last
+    turn's."""
+    conversation: Conversation | None = None
+    """Where it is one."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is to be left out, because its environment failed."""
+        return self.conversation is not None and bool(self.conversation.problem)
+
+    def after(self, prompt_ids: list[int]) -> list[int]:
+        """The prompt that it follows: that of its question, unless an environment added to it."""
+        return self.conversation.prompt_ids if self.conversation else prompt_ids
 
     @property
     def sampled(self) -> int:

@@ -9,6 +9,12 @@ from decimal import Decimal
 from .number_forms import read_number, unframed
 
 
+def last_text(completion: list) -> str:
+    """What the model said last, in a conversation as reward functions get it."""
+    own = [m for m in completion if m.get("role", "assistant") == "assistant"]
+    return str(own[-1]["content"]) if own else ""
+
+
 def extract_xml_answer(text: str) -> str:
     """What a completion answers, in its last complete <answer>...</answer>; empty if nothing."""
     for part in reversed(text.split("<answer>")[1:]):

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 
-from .answers import same_answer
+from .answers import last_text, same_answer
 from .importing import Rewards
 from .mathematics import equivalent, import_math_verify
 from .number_forms import read_number
@@ -27,7 +27,7 @@ def table(extract_answer: Callable[[str], str], correctness: Callable[..., list]
     def math_reward_func(completions: list, answer: list[str], **_: object) -> list[float | None]:
         """1.0 for an equivalent answer, None where the expected one can't be read."""
         import_math_verify()  # complains before anything is loaded
-        texts = [c[0]["content"] for c in completions]
+        texts = [last_text(c) for c in completions]
         given = [extract_answer(text) or text for text in texts]
         values = [equivalent(g, str(a)) for g, a in zip(given, answer, strict=True)]
         return [None if value is None else float(value) for value in values]
@@ -53,6 +53,7 @@ def table(extract_answer: Callable[[str], str], correctness: Callable[..., list]
         return [cosine_scaled(len(ids), max_len, *bounds[value > 0]) for ids, value in pairs]
 
     return {
+        "environment": environment_reward_func,
         "last_number": last_number_reward_func,
         "math": math_reward_func,
         "cosine": cosine_reward_func,
@@ -65,11 +66,16 @@ def table(extract_answer: Callable[[str], str], correctness: Callable[..., list]
     }
 
 
+def environment_reward_func(completions: list, **columns: list) -> list[float | None]:
+    """What the environment of a conversation says of it."""
+    return columns.get("environment_rewards") or [None] * len(completions)
+
+
 def last_number_reward_func(
     completions: list, answer: list[str], **_: object
 ) -> list[float | None]:
     """1.0 if the last number of the text is the expected one, None where that is no number."""
-    given = (last_number(c[0]["content"]) for c in completions)
+    given = (last_number(last_text(c)) for c in completions)
     pairs = ((g, str(a)) for g, a in zip(given, answer, strict=True))
     return [None if read_number(a) is None else float(same_answer(g, a)) for g, a in pairs]
 

@@ -24,11 +24,13 @@ import numpy as np
 from ..base.errors import RunError, UserError
 from ..base.text import shown
 from . import foreign, returned
+from .answers import last_text
 from .event_loop import Loop
 
 Values = list[float]
 Completions = list[list[dict[str, str]]]
-"""Conversations of one message each, as TRL gives them to reward functions."""
+"""As TRL gives them to reward functions: the messages after the prompt, which is one of the model
+unless tools or an environment answer it."""
 Reward = Callable[..., Any]
 """A reward function with TRL's interface, as the module says: whatever its author wrote."""
 Columns = dict[str, list]
@@ -333,7 +335,7 @@ def too_long(name: str, timeout: float, columns: Columns, why: str = "") -> RunE
 
 def given(columns: Columns) -> str:
     """What a function was called with, shortened."""
-    texts = [completion[0]["content"] for completion in columns["completions"]]
+    texts = [last_text(completion) for completion in columns["completions"]]
     examples = [f"\n  {shortened(text, 200)}" for text in texts[:2]]
     more = f"\n  and {len(texts) - 2} more" if len(texts) > 2 else ""
     return f" for {len(texts)} completion{'s' * (len(texts) != 1)}:{''.join(examples)}{more}"
@@ -365,7 +367,7 @@ def checked(name: str, values: object, columns: Columns) -> Values:
     Raises:
         RunError: anything else, with the completion it was for.
     """
-    texts = [completion[0]["content"] for completion in columns["completions"]]
+    texts = [last_text(completion) for completion in columns["completions"]]
     answers = returned.listed(values)
     if answers is None:
         raise RunError(

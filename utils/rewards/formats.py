@@ -2,7 +2,7 @@
 
 import re
 
-from .answers import extract_xml_answer
+from .answers import extract_xml_answer, last_text
 from .calls import Completions
 
 INTEGER = re.compile(r"[-\u2212]?(\d{1,3}(,\d{3})+|\d+)", re.ASCII)
@@ -10,7 +10,7 @@ INTEGER = re.compile(r"[-\u2212]?(\d{1,3}(,\d{3})+|\d+)", re.ASCII)
 
 def int_reward_func(completions: Completions, **_: object) -> list[float]:
     """0.5 for an answer that is an integer ("-3" and "1,234" are)."""
-    given = (extract_xml_answer(c[0]["content"]) for c in completions)
+    given = (extract_xml_answer(last_text(c)) for c in completions)
     return [0.5 if INTEGER.fullmatch(g) else 0.0 for g in given]
 
 
@@ -36,17 +36,17 @@ def well_formed(text: str, between: str, inside: str) -> bool:
 
 def strict_format_reward_func(completions: Completions, **_: object) -> list[float]:
     """0.5 for the tags each on a line of their own."""
-    return [0.5 if well_formed(c[0]["content"], "\n", "\n") else 0.0 for c in completions]
+    return [0.5 if well_formed(last_text(c), "\n", "\n") else 0.0 for c in completions]
 
 
 def soft_format_reward_func(completions: Completions, **_: object) -> list[float]:
     """0.5 for the tags in order, however they are spaced."""
-    return [0.5 if well_formed(c[0]["content"], "", "") else 0.0 for c in completions]
+    return [0.5 if well_formed(last_text(c), "", "") else 0.0 for c in completions]
 
 
 def xmlcount_reward_func(completions: Completions, **_: object) -> list[float]:
     """0.25 per complete pair of tags, minus 0.001 per character after </answer>, at least 0."""
-    return [xmlcount(c[0]["content"]) for c in completions]
+    return [xmlcount(last_text(c)) for c in completions]
 
 
 def xmlcount(text: str) -> float:

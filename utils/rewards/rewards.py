@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..data.completion import Completion
+from ..data.completion import Completion, Message
 from ..data.files import Row
 from ..data.tokenizer import Tokenizer
 from ..settings.run_settings import Settings
@@ -71,9 +71,17 @@ class Rewards:
         questions: Sequence[Row],
         completions: Sequence[Completion],
     ) -> dict[str, np.ndarray]:
-        columns = self.keywords(questions, completions)
-        pulse = functools.partial(self.pulse, "rewards")
-        return self.calls(functions, columns, self.progress(), pulse)
+        """NaN for those whose environment failed: no function gets them."""
+        columns = self.keywords(*without_failed(questions, completions))
+        values: dict[str, np.ndarray] = dict.fromkeys(functions, np.zeros(0))
+        if columns["completions"] or not completions:
+            pulse = functools.partial(self.pulse, "rewards")
+            values = self.calls(functions, columns, self.progress(), pulse)
+        used = np.array([not completion.failed for completion in completions])
+        every = {name: np.full(len(completions), np.nan) for name in values}
+        for name, known in values.items():
+            every[name][used] = known
+        return every
 
     def ahead(self, questions: Sequence[Row], group: int, completions: list[Completion]) -> None:
         """Let functions that wait for others begin on whole groups while the next are sampled.
@@ -85,7 +93,7 @@ class Rewards:
         functions, whole = takes_parts(self.functions()), len(completions) // group
         if functions and 0 < whole < len(questions):
             repeated = [question for question in questions[:whole] for _ in range(group)]
-            columns = self.keywords(repeated, completions[: whole * group])
+            columns = self.keywords(*without_failed(repeated, completions[: whole * group]))
             self.calls.ahead(functions, columns, self.progress())
 
     def metrics(self) -> dict[str, float]:
@@ -100,11 +108,14 @@ class Rewards:
         """TRL's keywords for B question-completion pairs, and `prompt_texts`."""
         names = set().union(*questions) - {"prompt_ids", "prompt"}
         columns: Columns = {n: [q.get(n) for q in questions] for n in sorted(names)}
-        columns["prompts"] = [question["prompt"] for question in questions]
-        columns["completions"] = [[{"role": "assistant", "content": c.text}] for c in completions]
+        pairs = zip(questions, completions, strict=True)
+        columns["prompts"] = [
+            c.conversation.prompt if c.conversation else q["prompt"] for q, c in pairs
+        ]
+        columns["completions"] = [spoken(completion) for completion in completions]
         columns["completion_ids"] = [completion.sampled_ids for completion in completions]
         columns["prompt_texts"] = self.prompt_texts(questions)
-        return columns
+        return columns | of_environments(completions)
 
     def prompt_texts(self, questions: Sequence[Row]) -> list[str]:
         """Prompts as the model reads them, up to the reasoning prefix; each is decoded once."""
@@ -112,3 +123,38 @@ class Rewards:
         end = -self.prefix_tokens or None
         texts = {key: self.tokenizer.decode(ids[:end]) for key, ids in distinct.items()}
         return [texts[id(question)] for question in questions]
+
+
+def without_failed(
+    questions: Sequence[Row], completions: Sequence[Completion]
+) -> tuple[list[Row], list[Completion]]:
+    """Those whose environment did not fail, with their questions."""
+    pairs = zip(questions, completions, strict=True)
+    used = [(question, completion) for question, completion in pairs if not completion.failed]
+    return [question for question, _ in used], [completion for _, completion in used]
+
+
+def prompt_of(question: Row, completion: Completion) -> list[Message]:
+    """The messages before a completion, with what an environment added."""
+    talk = completion.conversation
+    return talk.prompt if talk else question["prompt"]
+
+
+def spoken(completion: Completion) -> list[Message]:
+    """A completion as TRL gives it to reward functions: the messages after the prompt."""
+    if completion.conversation is None:
+        return [{"role": "assistant", "content": completion.text}]
+    return completion.conversation.messages
+
+
+def of_environments(completions: Sequence[Completion]) -> Columns:
+    """Of conversations, what their environments say of them."""
+    talks = [completion.conversation for completion in completions]
+    if None in talks or not talks:
+        return {}
+    known = [talk for talk in talks if talk]
+    return {
+        "environments": [talk.environment for talk in known],
+        "environment_rewards": [talk.reward for talk in known],
+        "turns": [talk.turns for talk in known],
+    }

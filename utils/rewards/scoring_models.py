@@ -20,6 +20,7 @@ from ..base.text import Json, filled
 from ..data import files
 from ..gradient import head as head_module
 from ..model import hf_config, loading, served_prompt
+from .answers import last_text
 
 QUESTION = """Question:
 {question}
@@ -103,7 +104,7 @@ class RewardModel:
     ) -> list[float]:
         if self.model is None:
             self.load()
-        texts = [completion[0]["content"] for completion in completions]
+        texts = [last_text(completion) for completion in completions]
         if self.head is not None:
             pairs = zip(prompts, completions, strict=True)
             chats = [([*prompt, *completion], False) for prompt, completion in pairs]

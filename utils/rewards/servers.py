@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..base.errors import RunError, UserError
 from ..base.text import Json, filled, keep_secrets, redact, shown, without_secrets
+from .answers import last_text
 
 if TYPE_CHECKING:
     import httpx2
@@ -188,7 +189,7 @@ class RemoteReward:
     async def __call__(
         self, completions: list, prompt_texts: list[str], answer: list[str]
     ) -> list[float]:
-        texts = [completion[0]["content"] for completion in completions]
+        texts = [last_text(completion) for completion in completions]
         size = self.batch_size or math.ceil(len(texts) / len(self.endpoint.urls)) or 1
         parts = [slice(start, start + size) for start in range(0, len(texts), size)]
         answers = await asyncio.gather(
@@ -297,7 +298,7 @@ class Judge:
             async with slots:
                 return await self.answer(*row)
 
-        texts = [completion[0]["content"] for completion in completions]
+        texts = [last_text(completion) for completion in completions]
         rows = zip(question, answer, texts, strict=True)
         said = await asyncio.gather(*(one(*map(str, row)) for row in rows))
         grades = [grade(text, self.scale) for text in said]

@@ -92,10 +92,12 @@ def prefill(model: nn.Module, prompts: list[list[int]], rows: list[int], max_tok
     """The cache, one per layer, of `rows` (indices into `prompts`).
 
     It holds all but the last token of each prompt, and has room for `max_tokens` from there on.
-    Prompts must be one where `batches` keeps them apart.
+    The prompts of the rows must be one where `batches` keeps them apart.
     """
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+    used = sorted({*rows})
+    prompts, rows = [prompts[row] for row in used], [used.index(row) for row in rows]
     layers = make_prompt_cache(model)
     if all(type(layer) is KVCache for layer in layers):
         return _row_caches(model, layers, prompts, rows, max_tokens)

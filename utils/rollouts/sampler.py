@@ -11,11 +11,9 @@ import numpy as np
 
 from ..base.errors import RunError, UserError
 from ..data.completion import Completion
+from ..data.files import Row
 from ..device import cores
-from ..memory import this_machine
 from ..memory.memory import RolloutSize
-from ..memory.plan import HEADROOM
-from ..model.loading import LoadedModel
 from ..settings.checks import room_for_sampling
 from ..settings.run_settings import Settings
 from . import caches, merged_layers
@@ -34,16 +32,38 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    given: int = 0
+    """Tokens that tools and environments may give beside those."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest completion."""
+        return self.max_tokens + self.given
 
 
 def sampling_settings(
     a: Settings, prefix_tokens: int, temperature: float, max_tokens: int
 ) -> Sampling:
     """By the settings, and by what a completion's limit leaves after the reasoning prefix."""
-    max_tokens = min(max_tokens, room_for_sampling(a, prefix_tokens))
+    room = room_for_sampling(a, prefix_tokens)
+    max_tokens = min(max_tokens, room)
+    given = room - max_tokens if a.has_turns else 0
     if temperature == 0:  # the best token is in every filter
-        return Sampling(temperature, max_tokens)
-    return Sampling(temperature, max_tokens, a.top_k, a.top_p, a.min_p)
+        return Sampling(temperature, max_tokens, given=given)
+    return Sampling(temperature, max_tokens, a.top_k, a.top_p, a.min_p, given)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call of the sampler is about: keys[n] is for question n // group."""
+
+    questions: Sequence[Row]
+    keys: Sequence[np.ndarray]
+    how: Sampling
+
+    @property
+    def group(self) -> int:
+        return len(self.keys) // len(self.questions)
 
 
 class Sampler:
@@ -69,23 +89,26 @@ class Sampler:
     def __call__(
         self,
         policy: nn.Module,
-        prompts: list[list[int]],
+        questions: Sequence[Row],
         keys: Sequence[np.ndarray],
         how: Sampling,
         so_far: Callable[[list[Completion]], None] = lambda _: None,
     ) -> list[Completion]:
-        """len(keys) / len(prompts) completions of each prompt, in order, by (2,) random keys.
+        """len(keys) / len(questions) completions of each question, in order, by (2,) random keys.
+
+        Of a question, `prompt_ids` are what the model reads.
 
         `so_far` gets the completions that are done: none at the start, all at the end. When memory
         runs out, all is done once more in smaller batches, which changes no sample.
 
         Raises:
-            UserError: there are no prompts.
+            UserError: there are no questions.
             RunError: out of memory again, or the policy's probabilities are not numbers.
         """
-        if not prompts:
+        if not questions:
             raise UserError("there is nothing to sample: the list of rows is empty")
-        longest = max(map(len, prompts)) + how.max_tokens
+        asked = Asked(questions, keys, how)
+        longest = max(len(question["prompt_ids"]) for question in questions) + how.longest
 
         def most() -> int:  # less once memory has run out
             return min(self.memory.rows_at_once(longest), len(keys))
@@ -94,16 +117,13 @@ class Sampler:
             so_far([])
             view = merged_layers.joined(policy, self.memory.spare_for_rollouts)
             together = cores.batches_at_once(most())
-            places, group = math.ceil(most() / together), len(keys) // len(prompts)
-            chunks = list(caches.batches(view, len(keys), group, places, together))
+            places = math.ceil(most() / together)
+            chunks = list(caches.batches(view, len(keys), self.alike(asked), places, together))
             completions: list[Completion] = []
             for start in range(0, len(chunks), together):
                 at_once = chunks[start : start + together]
-                readers = [Reader(self.stop, len(c), places, how.max_tokens) for c in at_once]
-                batches = [
-                    self.batch(view, prompts, keys, how, chunk, reader)
-                    for chunk, reader in zip(at_once, readers, strict=True)
-                ]
+                begun = [self.begin(view, asked, chunk, places) for chunk in at_once]
+                readers, batches = map(list, zip(*begun, strict=True))
                 for finished in cores.in_turns(
                     batches, partial(self.between, readers, completions, so_far)
                 ):
@@ -111,9 +131,15 @@ class Sampler:
                 so_far(completions)
             return completions
 
-        completions = self.memory.sample(in_batches, most)
+        completions = self.sample(in_batches, most)
         refuse_broken_policy(completions)
         return completions
+
+    def sample(
+        self, work: Callable[[], list[Completion]], most: Callable[[], int]
+    ) -> list[Completion]:
+        """What `work` samples, `most()` at once, or fewer when memory runs out."""
+        return self.memory.sample(work, most)
 
     def between(
         self,
@@ -127,39 +153,26 @@ class Sampler:
         done = list(before)
         for reader in readers:
             done += reader.finished()
-            if len(reader.done) < len(reader.rows):
+            if not reader.all_done:
                 break
         if sum(len(reader.done) for reader in readers) > known:
             so_far(done)
 
-    def batch(
-        self,
-        policy: nn.Module,
-        prompts: list[list[int]],
-        keys: Sequence[np.ndarray],
-        how: Sampling,
-        chunk: range,
-        reader: Reader,
-    ) -> Batch:
-        """Completions n of `chunk`, each of prompt n // group by keys[n], not yet begun."""
-        group = len(keys) // len(prompts)
+    def alike(self, asked: Asked) -> int:
+        """How many completions in a row follow the same prompt."""
+        return asked.group
+
+    def begin(
+        self, policy: nn.Module, asked: Asked, chunk: range, places: int
+    ) -> tuple[Reader, Batch]:
+        """The batch of the completions n of `chunk`, not yet begun, and who reads it."""
+        reader = Reader(self.stop, len(chunk), places, asked.how.max_tokens)
+        group = asked.group
         first, last = chunk[0] // group, chunk[-1] // group
+        prompts = [question["prompt_ids"] for question in asked.questions[first : last + 1]]
         rows = [n // group - first for n in chunk]
-        own_keys = np.stack([keys[n] for n in chunk])
-        return self.sample_batch(policy, prompts[first : last + 1], rows, own_keys, how, reader)
-
-
-def sampler_of_command(
-    sample_batch: Callable[..., Batch], stop: StopRule, a: Settings, loaded: LoadedModel, rows: int
-) -> Sampler:
-    """For a command that does nothing but sample, `rows` at once.
-
-    It puts a view in the place of the loaded model, unpacked and joined as far as memory allows.
-    """
-    room = HEADROOM * this_machine.budget_bytes(a) - mx.get_active_memory()
-    # What is unpacked or joined goes: both are there only before anything is sampled.
-    loaded.model = merged_layers.joined(merged_layers.unpacked(loaded.model, room), room)
-    return Sampler(sample_batch, stop, RolloutSize(rows))
+        keys = np.stack([asked.keys[n] for n in chunk])
+        return reader, self.sample_batch(policy, prompts, rows, keys, asked.how, reader)
 
 
 def refuse_broken_policy(completions: Sequence[Completion]) -> None:

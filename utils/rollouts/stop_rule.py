@@ -62,13 +62,22 @@ def block_steps() -> int:
 
 
 @dataclass
-class _Row:
-    """A completion that is being sampled, for so many steps that are `left`."""
+class Turn:
+    """A completion, or a turn of one, that is being sampled, for so many steps that are `left`."""
 
-    left: int
+    limit: int
+    left: int = field(init=False)
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.left = self.limit
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all that it will ever be has been read."""
+        return self.ended or len(self.ids) >= self.limit
 
     @property
     def over(self) -> bool:
@@ -83,11 +92,10 @@ class Reader:
 
     def __init__(self, stop: StopRule, count: int, places: int, max_tokens: int) -> None:
         self.stop, self.places, self.block = stop, places, block_steps()
-        self.max_tokens = max_tokens
-        self.rows = [_Row(max_tokens) for _ in range(count)]
+        self.rows = [Turn(max_tokens) for _ in range(count)]
         self.begun = 0
-        self.live: list[_Row] = []
-        self.unread: tuple[list[_Row], mx.array, mx.array] | None = None
+        self.live: list[Turn] = []
+        self.unread: tuple[list[Turn], mx.array, mx.array] | None = None
         self.done: list[Completion] = []
 
     def next(self) -> list[int]:
@@ -131,12 +139,16 @@ class Reader:
     def finished(self) -> list[Completion]:
         """The completions that are done, in order, up to the first that is not."""
         for row in self.rows[len(self.done) :]:
-            if not row.ended and len(row.ids) < self.max_tokens:
+            if not row.is_read:
                 break
             self.done.append(self._completion(row))
         return self.done
 
-    def _completion(self, row: _Row) -> Completion:
+    @property
+    def all_done(self) -> bool:
+        return len(self.done) == len(self.rows)
+
+    def _completion(self, row: Turn) -> Completion:
         return Completion(
             row.ids,
             row.logprobs,
@@ -155,8 +167,8 @@ class Reader:
             if row.ended:
                 continue
             checked = len(row.ids)
-            row.ids += new[: self.max_tokens - checked]
-            row.logprobs += new_values[: self.max_tokens - checked]
+            row.ids += new[: row.limit - checked]
+            row.logprobs += new_values[: row.limit - checked]
             end = self.stop.length(row.ids, checked)
             if end is not None:
                 del row.ids[end:], row.logprobs[end:]

@@ -26,7 +26,7 @@ import numpy as np
 from ..base.errors import readable, reason
 from ..base.say import complain, say
 from ..base.text import Json, counted, json_line, redact
-from ..data.completion import Completion
+from ..data.completion import Completion, Message
 from ..data.files import Row
 from ..data.tokenizer import Tokenizer
 from ..gradient.micro_batch import MicroBatch
@@ -71,6 +71,7 @@ class Kept(TypedDict):
     correct: bool | None
     """Whether it is the expected one."""
     messages: list[dict[str, str]] | None
+    """Of a conversation, from the question on."""
     images: list[str]
 
 
@@ -437,10 +438,8 @@ class Completions:
         self, first: int, update: int, groups: Sequence[Answered], prompts: Sequence[str]
     ) -> Iterator[tuple[str, str]]:
         """The lines of tokens-N and groups-N of each group."""
-        every = [texts_of(*pair) for pair in zip(groups, prompts, strict=True)]
-        hidden = iter(redact_all([text for texts in every for text in texts]))
-        for n, (group, texts) in enumerate(zip(groups, every, strict=True), start=first):
-            prompt, question, answer, *spoken = (next(hidden) for _ in texts)
+        shown = zip(groups, without_secrets(groups, prompts), strict=True)
+        for n, (group, ((prompt, question, answer), spoken)) in enumerate(shown, start=first):
             line = {
                 **{"n": n, "update": update, "kind": group.kind, "split": group.split},
                 **{"prompt_index": group.row, "prompt": prompt, "question": question},
@@ -448,8 +447,8 @@ class Completions:
                 "completions": kept_of(group, spoken, self.args.eval_metric),
             }
             pairs = zip(group.completions, spoken, strict=True)
-            shown = [c if c.text == text else None for c, text in pairs]  # or its ids would tell
-            yield token_line(n, shown, group.trained, self.pieces), json_line(line)
+            open_ = [c if said(c) == own else None for c, own in pairs]  # or its ids would tell
+            yield token_line(n, open_, group.trained, self.pieces), json_line(line)
 
     def make_room(self) -> None:
         """Drop the oldest tokens, then the oldest groups, where the store is too large."""
@@ -504,17 +503,43 @@ class Completions:
         return f"{counted(self.kept, 'completion')} ({readable(each)} for 1,000)"
 
 
+def without_secrets(
+    groups: Sequence[Answered], prompts: Sequence[str]
+) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Prompt, question and answer of each group, and what each completion said."""
+    every = [texts_of(*pair) for pair in zip(groups, prompts, strict=True)]
+    hidden = iter(redact_all([text for texts in every for text in texts]))
+    for group in groups:
+        asked = [next(hidden) for _ in range(3)]
+        yield asked, [[next(hidden) for _ in said(c)] for c in group.completions]
+
+
 def texts_of(group: Answered, prompt: str) -> list[str]:
     question = group.question
-    spoken = [completion.text for completion in group.completions]
+    spoken = [text for completion in group.completions for text in said(completion)]
     return [prompt, str(question["question"]), str(question.get("answer")), *spoken]
 
 
-def kept_of(group: Answered, spoken: Sequence[str], metric: str) -> list[Json]:
+def said(completion: Completion) -> list[str]:
+    """The text of a completion, and those of its messages."""
+    return [completion.text, *(str(message["content"]) for message in messages_of(completion))]
+
+
+def messages_of(completion: Completion) -> list[Message]:
+    """Of a conversation, from the question on, as the environment may have added to it."""
+    talk = completion.conversation
+    return [*talk.prompt[-1:], *talk.messages] if talk else []
+
+
+def kept_of(group: Answered, spoken: Sequence[Sequence[str]], metric: str) -> list[Json]:
     """What a line of groups-N says of each completion, whose texts may be shown."""
     read = last_number if metric == "last_number" else extract_xml_answer
     found: list[Json] = []
-    for i, (completion, text) in enumerate(zip(group.completions, spoken, strict=True)):
+    for i, (completion, (text, *contents)) in enumerate(
+        zip(group.completions, spoken, strict=True)
+    ):
+        pairs = zip(messages_of(completion), contents, strict=True)
+        messages = [{"role": str(message["role"]), "content": own} for message, own in pairs]
         found.append(
             {
                 "text": text,
@@ -525,7 +550,7 @@ def kept_of(group: Answered, spoken: Sequence[str], metric: str) -> list[Json]:
                 "length": completion.sampled,
                 "parsed": read(text) or None,
                 "correct": is_right(group, i, metric),
-                "messages": None,
+                "messages": messages or None,
                 "images": [],
             }
         )

@@ -14,7 +14,7 @@ from ..data.order import subset
 from ..data.questions import encode_questions
 from ..rewards.answers import extract_xml_answer, same_answer
 from . import checkpoints
-from .log import mean
+from .log import conversation_metrics, mean
 from .run import Trainer
 from .state import Record
 
@@ -69,4 +69,5 @@ def score(trainer: Trainer, questions: list[Row], keep: Keep | None = None, **ho
         keep(questions, completions, {name: [*map(float, scores)]})
     cut = float(np.mean([c.finish_reason == "length" for c in completions]))
     score = mean(np.array(scores, float))
-    return {"em": score, "em_subset": len(questions), "truncation_rate": cut}
+    figures = {"em": score, "em_subset": len(questions), "truncation_rate": cut}
+    return figures | conversation_metrics(completions)

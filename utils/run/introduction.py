@@ -59,8 +59,8 @@ def longest_sequence(trainer: Trainer) -> tuple[int, int]:
     """Tokens of the longest prompt and completion, and the positions that reading them may take:
     none for the last token, but some for padding."""
     a, length = trainer.args, trainer.scorer.shapes.length
-    new = trainer.sampling.max_tokens
-    evaluated = trainer.how(0.0, trainer.args.eval_max_new_tokens).max_tokens
+    new = trainer.sampling.longest
+    evaluated = trainer.how(0.0, trainer.args.eval_max_new_tokens).longest
     taken = [(trainer.train_dataset, new), (trainer.eval_dataset, evaluated)]
     if a.eval_every_updates and a.eval_subset_size:
         taken.append((trainer.train_dataset, evaluated))

@@ -322,8 +322,21 @@ def rollout_metrics(
         "entropy": -mean(np.array(logprobs)),  # of the sampler, estimated from what it sampled
         "tokens": lengths.sum(),
     }
+    metrics |= conversation_metrics(completions)
     metrics |= {f"reward/{name}": mean(rollout.values[..., n]) for n, name in enumerate(names)}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def conversation_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """What the log says of conversations; nothing where there are none."""
+    talks = [completion.conversation for completion in completions if completion.conversation]
+    if not talks:
+        return {}
+    return {
+        "turns": float(np.mean([talk.turns for talk in talks])),
+        "tool_use": float(np.mean([bool(talk.calls) for talk in talks])),
+        "environment_failures": sum(bool(talk.problem) for talk in talks),
+    }
 
 
 def group_deviations(rewards: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "above 0 and finite": (
         lambda v: 0 < v < math.inf,
         "learning_rate lora_learning_rate lora_scale max_grad_norm importance_cap "
-        "reward_timeout advantage_eps lora_plus_ratio",
+        "reward_timeout advantage_eps lora_plus_ratio environment_timeout",
     ),
     # Logits divided by less than that may not be finite any more.
     "at least 0.001 and finite": (lambda v: 1e-3 <= v < math.inf, "temperature"),
@@ -38,7 +38,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda v: v >= 1,
         "lora_rank batch_size gradient_accumulation_steps num_epochs num_iterations "
         "sync_every_updates max_new_tokens max_prompt_length max_completion_length "
-        "eval_max_new_tokens logging_steps kl_horizon",
+        "eval_max_new_tokens logging_steps kl_horizon max_turns max_tool_tokens",
     ),
     "at least 0": (
         lambda v: v >= 0,
@@ -59,6 +59,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 PATHS = "model_name output_dir dataset adapter_path resume chat_template train_split test_split"
 CHOICES = {
+    "on_environment_error": ("mask", "stop"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "moment_bits": (32, 8),
     "train_type": ("auto", "full", "lora", "dora"),
@@ -141,6 +142,18 @@ def about_rewards(c: Settings) -> Complaints:
     yield (
         "reward_model has no effect unless reward_funcs has reward_model",
         bool(c.reward_model) and "reward_model" not in c.reward_funcs,
+    )
+    yield (
+        "the reward environment is what an environment says: set environment = file.py:Class",
+        "environment" in c.reward_funcs and not c.has_turns,
+    )
+    yield (
+        f"environment = {shown(c.environment)} must be written file.py:Class or module:Class",
+        bool(c.environment) and not all(c.environment.rpartition(":")[::2]),
+    )
+    yield (
+        "environment: chat_template = plain has no turns",
+        c.has_turns and c.chat_template == "plain",
     )
     yield (
         "remote_rm_url has no effect unless reward_funcs has remote_rm",
@@ -333,6 +346,11 @@ DEAD: tuple[tuple[str, Callable[[Settings], bool], str], ...] = (
         "ref_sync_alpha",
         lambda c: c.kl_coeff == 0,
         "kl_coeff = 0",
+    ),
+    (
+        "max_turns max_tool_tokens environment_timeout on_environment_error",
+        lambda c: not c.has_turns,
+        "completions of one turn: set environment",
     ),
     ("kl_horizon", lambda c: c.kl_target == 0, "kl_target = 0"),
     ("ref_sync_alpha", lambda c: c.ref_sync_updates == 0, "ref_sync_updates = 0"),

@@ -48,8 +48,9 @@ class RunSettings:
         default_factory=lambda: ["correctness", "xmlcount", "soft_format", "int"]
     )
     """Built-in names (correctness, int, strict_format, soft_format, xmlcount, last_number, math,
-    cosine, length, soft_overlong, repetition, remote_rm, reward_model, judge), or module:function,
-    or file.py:function with TRL's interface. Reward files are code: they run with your rights."""
+    cosine, length, soft_overlong, repetition, environment, remote_rm, reward_model, judge), or
+    module:function, or file.py:function with TRL's interface. Reward files are code: they run with
+    your rights."""
     reward_weights: list[float] = field(default_factory=list)
     """One factor per reward function; empty: all 1."""
 
@@ -95,6 +96,18 @@ class RunSettings:
     """Empty: the tokenizer's own. A Jinja file, or "plain" for models without a template."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed on to the chat template, such as {enable_thinking = false}."""
+
+    environment: str = ""
+    """What answers the model, in turns (docs/environments.md): file.py:Class or module:Class, made
+    once for each completion, in processes of their own. It is code: it runs with your rights."""
+    max_turns: int = 8
+    """Most turns of the model in a conversation."""
+    max_tool_tokens: int = 256
+    """Longer answers of an environment are cut to so many tokens."""
+    environment_timeout: float = 60.0
+    """Seconds that an environment may take for an answer; then its process is ended."""
+    on_environment_error: str = "mask"
+    """When an environment fails: mask (the completion is left out, and counted) or stop the run."""
 
     lora_rank: int = 16
     """Rank of the adapters."""
@@ -238,6 +251,11 @@ class RunSettings:
         """What paths count from; empty while that is the current folder, so that they are shown as
         they were written."""
         return "" if current_folder() == self.started_in else self.started_in
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether completions are conversations."""
+        return bool(self.environment)
 
     def located(self, path: str | Path) -> Path:
         """Where a path that a setting names is, whatever folder is the current one by now."""

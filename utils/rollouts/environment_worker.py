@@ -1,0 +1,239 @@
+"""Environments in a process of their own, so that none can hang a run, or end it.
+
+The worker is this file as a program: it imports the environment, and nothing of the trainer (no
+MLX, no GPU memory). It loads the environment once, begins one for each completion, which gets the
+texts of its turns, and at the end says what that has made of them.
+"""
+
+import copy
+import importlib
+import importlib.util
+import inspect
+import pickle
+import random
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol, cast
+
+if __name__ == "__main__" and not __package__:  # as a program: sys.path[0] is this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    __package__ = "utils.rollouts"
+
+from ..base.text import shown
+from ..base.worker_pool import Task
+
+ROLES = ("user", "tool", "system")
+Said = dict[str, object]
+"""A message of an environment."""
+
+
+class Environment(Protocol):
+    """A world that a model talks to; one is made for each completion."""
+
+    def reset(self, **row: object) -> str | None:
+        """The conversation about a row of the data begins. Returns what to add to the prompt."""
+
+    def step(self, text: str) -> tuple[object, bool]:
+        """The model has said that. Returns the answer, and whether the conversation is over."""
+
+
+class Wrong(Exception):
+    """What an environment did wrong, in words."""
+
+
+def load(spec: str, folder: str) -> Callable[[], Environment]:
+    """What makes environments: a class or function in `module` or `file.py`.
+
+    Raises:
+        Wrong: there is none.
+    """
+    source, _, name = spec.rpartition(":")
+    module = attempted(f"{spec!r} cannot be imported:", lambda: module_of(source, folder))
+    made = getattr(module, name, None)
+    if not callable(made):
+        known = [n for n, v in vars(module).items() if inspect.isclass(v) and not n.startswith("_")]
+        has = f" (it has {', '.join(known)})" if known else ""
+        raise Wrong(f"{spec!r}: {source} has no class {name!r}{has}")
+    if inspect.isclass(made):
+        for method in ("reset", "step"):
+            if not callable(getattr(made, method, None)):
+                raise Wrong(f"{spec!r}: {name} has no method {method!r}: see docs/environments.md")
+    return cast(Callable[[], Environment], made)
+
+
+def module_of(source: str, folder: str) -> ModuleType:
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    file = Path(folder, source)
+    if not file.is_file():
+        raise Wrong(f"file {source} does not exist")
+    name = f"environment_file:{file.resolve()}"  # a name that hides no other module
+    spec = importlib.util.spec_from_file_location(name, file.absolute())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before its code runs: dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def attempted(what: str, work: Callable[[], object]) -> object:
+    """What someone else's code returns.
+
+    Raises:
+        Wrong: whatever it raises, with the line that it came from.
+    """
+    try:
+        return work()
+    except Wrong as error:
+        raise Wrong(f"{what} {error}") from None
+    except BaseException as error:  # also sys.exit: nothing may end this process but its parent
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
+        where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise Wrong(f"{what} {told}{where}") from error
+
+
+def accepted(function: Callable[..., object], row: Mapping[str, object]) -> Mapping[str, object]:
+    """Of a row's columns, those that the function takes."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return row
+    return {name: row[name] for name in parameters if name in row}
+
+
+def added(value: object) -> str | None:
+    """What `reset` returned, checked. Raises Wrong."""
+    if value is None or isinstance(value, str):
+        return value
+    raise Wrong(f"reset returned {shown(value)}, which is neither a text nor None")
+
+
+def answer(value: object) -> tuple[list[Said], bool]:
+    """What `step` returned, as messages, and whether the conversation is over. Raises Wrong."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise Wrong(f"step returned {shown(value)}, not (a text or messages, whether it is over)")
+    said, over = value
+    if type(over).__name__ not in ("bool", "bool_"):  # NumPy's has no part in this process
+        raise Wrong(f"step returned {shown(over)} for whether it is over, not true or false")
+    messages = as_messages(said)
+    if messages is None or not (messages or over):
+        raise Wrong(f"step returned {shown(said)}, which is neither a text nor messages")
+    return messages, bool(over)
+
+
+def as_messages(said: object) -> list[Said] | None:
+    """A text is one of a user; None where it is no answer."""
+    if said is None:
+        return []
+    if isinstance(said, str):
+        return [{"role": "user", "content": said}]
+    if isinstance(said, Sequence) and all(map(is_message, said)):
+        return [dict(message) for message in said]
+    return None
+
+
+def is_message(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.get("role") in ROLES
+        and isinstance(value.get("content"), str)
+    )
+
+
+def reward(value: object) -> float | None:
+    """What `get_reward` returned, checked. Raises Wrong."""
+    try:
+        number = None if value is None else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    if number is not None and not abs(number) < float("inf"):
+        raise Wrong(f"get_reward returned {shown(value)}, which is no finite number")
+    return number
+
+
+def attributes(environment: Environment) -> dict[str, object]:
+    """Of those that it holds, the ones that can be sent."""
+    found: dict[str, object] = {}
+    for name, value in vars(environment).items() if hasattr(environment, "__dict__") else ():
+        try:
+            pickle.loads(pickle.dumps(value))
+        except Exception:  # noqa: BLE001, S112 - a socket, a lock: rewards get the others
+            continue
+        if type(value).__module__ in ("builtins", "collections", "datetime", "numpy", "decimal"):
+            found[name] = value
+    return found
+
+
+class Served:
+    """The environments of this process, by number."""
+
+    def __init__(self) -> None:
+        self.make: Callable[[], Environment] | None = None
+        self.problem = "nothing is loaded"
+        self.open: dict[int, Environment] = {}
+
+    def do(self, task: Task) -> object:
+        """The answer to a task. Raises Wrong."""
+        if "load" in task:
+            try:
+                self.make = load(task["load"], task["folder"])
+            except Wrong as error:
+                self.problem = str(error)
+            return None
+        if self.make is None:
+            raise Wrong(self.problem)
+        if "check" in task:
+            return None
+        # The same in a run that goes on, whatever was played before in this process.
+        random.seed(task["seed"])
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(task["seed"] % 2**32)
+        number = task["number"]
+        if "row" in task:
+            return self.begin(number, task["row"])
+        if "text" in task:
+            environment = self.open[number]
+            return answer(attempted("step raised", lambda: environment.step(task["text"])))
+        return self.close(self.open.pop(number))
+
+    def begin(self, number: int, row: dict[str, object]) -> str | None:
+        assert self.make is not None
+        made = cast(Environment, attempted("could not be made:", self.make))
+        self.open[number] = made
+        row = copy.deepcopy(row)
+        return added(attempted("reset raised", lambda: made.reset(**accepted(made.reset, row))))
+
+    def close(
+        self, environment: Environment
+    ) -> tuple[float | None, dict[str, object], dict[str, int]]:
+        """Its reward, what it holds, and how often its tools were called."""
+        score = getattr(environment, "get_reward", None)
+        value = reward(attempted("get_reward raised", score)) if score else None
+        calls = getattr(environment, "calls", {})
+        counts = dict(calls) if isinstance(calls, Mapping) else {}
+        return value, attributes(environment), counts
+
+
+def serve(connection: Connection) -> None:
+    """A worker's life, until the parent is gone: answers are (whether it went well, what)."""
+    served = Served()
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            told = True, served.do(task)
+        except Wrong as error:
+            told = False, str(error)
+        connection.send(told)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))
