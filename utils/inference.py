@@ -517,11 +517,12 @@ class Generator:
 
     def batch(
         self,
-        prompts: list[list[int]],
+        questions: list[Row],
         so_far: Callable[[list[Completion]], None] = lambda _: None,
         pulse: Callable[[str], None] = lambda _: None,
     ) -> list[Completion]:
-        """A completion of each prompt, sampled as in training; `so_far` gets what is done.
+        """A completion of each row's `prompt_ids`, sampled as in training; `so_far` gets what is
+        done.
 
         Each prompt has a random key of its own, so no sample depends on the batch size.
         """
@@ -532,15 +533,15 @@ class Generator:
         args, config, grpo = self.args, self.config, load_script()
         if args.repetition_penalty != 1:
             note("--repetition-penalty: one prompt at a time, as batches keep no history of tokens")
-            return self.one_by_one(prompts, so_far)
+            return self.one_by_one([row["prompt_ids"] for row in questions], so_far)
         runtime.set_memory_limits(config.wired_limit_gb, config.cache_limit_gb)
         size = args.batch_size or 32
         ask = sampler_of_command(grpo.sample_batch, self.stop, config, self.loaded, size)
         ask.pulse = pulse
-        keys = [grpo.random_key(args.seed, grpo.EVALUATION, [i]) for i in range(len(prompts))]
-        how = Sampling(args.temperature, args.max_tokens, top_p=args.top_p)
-        rows = [{"prompt_ids": ids} for ids in prompts]
-        return ask(self.loaded.model, rows, keys, how, so_far)
+        keys = [grpo.random_key(args.seed, grpo.EVALUATION, [i]) for i in range(len(questions))]
+        given = config.max_turns * config.max_tool_tokens if config.has_turns else 0
+        how = Sampling(args.temperature, args.max_tokens, top_p=args.top_p, given=given)
+        return ask(self.loaded.model, questions, keys, how, so_far)
 
     def one_by_one(
         self, prompts: list[list[int]], so_far: Callable[[list[Completion]], None]
@@ -598,6 +599,7 @@ def answer_one(args: argparse.Namespace) -> int:
     if not is_unicode(question):
         raise UserError("the prompt is not UTF-8 text")
     generator = Generator(args)
+    note_one_turn(generator.config)
     ids = generator.encode(generator.conversation(question))
     text = generator.config.reasoning_prefix
     if args.stream:
@@ -610,6 +612,11 @@ def answer_one(args: argparse.Namespace) -> int:
     if args.grpo_prompt:
         write(f"{generator.extracted(text)}\n")
     return 0
+
+
+def note_one_turn(config: Settings) -> None:
+    if config.has_turns:
+        note("one turn: --chat and --batch go on with the environment")
 
 
 QUIT = ("/quit", "/exit", "quit", "exit")
@@ -644,6 +651,11 @@ class Chat:
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
+        self.partner = None
+        if generator.config.has_turns:
+            from .rollouts.partner import Partner  # nothing of it is loaded without
+
+            self.partner = Partner(generator.config, generator.args.seed, note)
         self.clear()
 
     def clear(self) -> None:
@@ -684,15 +696,27 @@ class Chat:
             note(self.HELP if name == "help" else f"unknown command /{name}\n{self.HELP}")
 
     def reply(self, line: str) -> None:
-        """Ask, show the reply as it comes, remember both; Ctrl-C keeps what came."""
-        generator = self.generator
+        """Ask, and go on for as long as an environment answers what is said."""
         question = {"role": "user", "content": line}
-        messages = [*self.messages, question] if self.messages else generator.conversation(line)
+        first = [*self.messages, question] if self.messages else self.generator.conversation(line)
+        if self.partner is None:
+            self.turn(first)
+            return
+        messages = self.partner.begin(first)
+        while messages and self.turn(messages):
+            if answer := self.partner.answer(self.messages[-1]["content"]):
+                write("".join(f"[{m['role']}] {m['content']}\n" for m in answer))
+            messages = [*self.messages, *answer] if answer else []
+
+    def turn(self, messages: Messages) -> bool:
+        """Show the reply to these messages as it comes, and remember both; Ctrl-C keeps what came.
+        Returns whether it came to its end."""
+        generator, whole = self.generator, True
         try:
             ids = generator.encode(messages)
         except UserError as error:
             note(f"error: {error}")
-            return
+            return False
         text, tokens = generator.config.reasoning_prefix, []  # type: tuple[str, list[int]]
         try:  # Ctrl-C is for the reply from its first character on, and that may be the prefix
             write(text)
@@ -701,12 +725,13 @@ class Chat:
                 write(piece)
             self.cached = (ids + tokens)[: self.cache[0].offset] if self.trimmable() else []
         except KeyboardInterrupt:  # mid-step: layers of the cache may differ in length
-            self.cached = []
+            self.cached, whole = [], False
             note(" (stopped)")
         write("\n")
         if self.generator.args.grpo_prompt:
             write(f"{generator.extracted(text)}\n")
         self.messages = [*messages, {"role": "assistant", "content": text}]
+        return whole
 
     def trimmable(self) -> bool:
         from mlx_lm.models.cache import can_trim_prompt_cache
@@ -785,26 +810,28 @@ def answer_batch(args: argparse.Namespace) -> int:
     terminal = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what is said of memory and speed is no result
         generator = Generator(args)
-        prompts = [
-            generator.encode(
-                generator.with_system(row["messages"])
-                if row.get("messages")
-                else generator.conversation(row.get("prompt") or row["question"])
-            )
+        asked = [
+            generator.with_system(row["messages"])
+            if row.get("messages")
+            else generator.conversation(row.get("prompt") or row["question"])
             for row in rows
         ]
+        questions = [
+            {**row, "prompt": messages, "prompt_ids": generator.encode(messages)}
+            for row, messages in zip(rows, asked, strict=True)
+        ]
         if args.output is None:
-            write_results(generator, rows, prompts, functools.partial(write, file=terminal))
+            write_results(generator, rows, questions, functools.partial(write, file=terminal))
             return 0
         with args.output.open("x", encoding="utf-8", buffering=1) as file:  # a line at a time
-            write_results(generator, rows, prompts, file.write)
+            write_results(generator, rows, questions, file.write)
     return 0
 
 
 def write_results(
     generator: Generator,
     rows: list[Row],
-    prompts: list[list[int]],
+    questions: list[Row],
     write_text: Callable[[str], object],
 ) -> None:
     written = 0
@@ -820,18 +847,20 @@ def write_results(
             if count > 0:
                 shown.step(count)
 
-        generator.batch(prompts, so_far, shown.stage)
+        generator.batch(questions, so_far, shown.stage)
     if generator.args.output:
         note(f"{counted(written, 'result')} in {generator.args.output}")
 
 
 def as_line(row: Row, completion: Completion, with_answer: bool) -> str:
     """A row with what was replied to it, as JSON."""
-    result = {
+    result: Row = {
         "completion": completion.text,
         "finish_reason": completion.finish_reason,
         "tokens": completion.sampled,
     }
+    if completion.conversation:
+        result["messages"] = completion.conversation.messages
     if with_answer:
         result["extracted_answer"] = extract_xml_answer(completion.text)
     return json_line(row | result, default=str) + "\n"

@@ -151,7 +151,8 @@ def test_a_sample_does_not_depend_on_the_batch_size(many):
         generator = generator_of(*words, "--batch-size", size)
         rows = inference.read_prompts(many, grpo_prompt=False)
         prompts = [generator.encode(generator.conversation(row["question"])) for row in rows]
-        ids[size] = [completion.ids for completion in generator.batch(prompts)]
+        asked = [{"prompt_ids": ids} for ids in prompts]
+        ids[size] = [completion.ids for completion in generator.batch(asked)]
     assert ids[1] == ids[8]
     assert len({*map(tuple, ids[1])}) > 4, "a key for each prompt"
 
@@ -327,7 +328,7 @@ def test_a_tokenizer_that_is_not_from_transformers_is_enough(ask):
     generator.tokenizer = generator.stop.tokenizer = Minimal(generator.tokenizer)
     ids = generator.encode(generator.conversation(QUESTION))
     assert "".join(generator.stream(ids, [])) + "\n" == expected
-    (reply,) = generator.batch([ids])
+    (reply,) = generator.batch([{"prompt_ids": ids}])
     assert (reply.text + "\n", reply.finish_reason) == (expected, "stop")
 
 
@@ -395,6 +396,57 @@ def test_chat_remembers_and_the_cache_changes_nothing(ask):
         following = {"role": "user", "content": questions[(number + 1) % 3]}
         messages = [*messages, {"role": "assistant", "content": text}, following]
     assert not out, "replies alone; prompts and notes go to standard error"
+
+
+COUNTER = """
+class Counter:
+    def reset(self, question, **row):
+        self.count = 0
+        return " Quickly!"
+
+    def step(self, text):
+        self.count += 1
+        if "Break" in text:
+            raise LookupError("broken")
+        return f"That was {self.count}.", self.count == 2
+
+    def get_reward(self):
+        return self.count / 4
+"""
+
+
+@pytest.fixture
+def with_counter(tmp_path):
+    """Words that ask with an environment of two turns."""
+    (tmp_path / "counter.py").write_text(COUNTER)
+    environment = f"environment={tmp_path / 'counter.py'}:Counter"
+    words = ("--model", TINY, "--grpo-prompt", "--set", environment, "--set", "system_prompt=")
+    return *words, "--set", "reasoning_prefix=", "--max-tokens", 40
+
+
+def test_chat_goes_on_with_an_environment(ask, with_counter):
+    code, out, err = ask(*with_counter, "--chat", stdin=f"{QUESTION}\n/history\n")
+    assert code == 0
+    assert out.count("[user] That was 1.") == 1
+    assert out.count("answer: ") == 2
+    assert "[user] That was 2.\n(over, its reward is 0.5)" in err
+    assert f"[user] {QUESTION} Quickly!" in err, "of the history"
+
+
+def test_a_batch_is_of_conversations_with_an_environment(ask, with_counter, many):
+    code, out, _ = ask(*with_counter, "--batch", many)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, len(lines)) == (0, 10)
+    ended = [line for line in lines if line["finish_reason"] == "stop"]
+    assert len(ended) > 2
+    for line in ended:
+        roles = [message["role"] for message in line["messages"]]
+        assert roles == ["assistant", "user"] * 2
+        assert line["completion"] == line["messages"][2]["content"]
+
+
+def test_one_prompt_has_one_turn_and_that_is_said(ask, with_counter):
+    assert "one turn: --chat and --batch go on" in ask(*with_counter, QUESTION)[2]
 
 
 def test_chat_reads_only_what_is_new(monkeypatch):

@@ -9,6 +9,7 @@ from utils.base.errors import UserError
 from utils.rollouts import asking, environment_worker
 from utils.rollouts.environment_worker import Wrong
 from utils.rollouts.environments import Environments, Failed
+from utils.rollouts.partner import Partner
 
 COUNTS = """
 import os, threading, time, random
@@ -120,3 +121,21 @@ def test_a_class_without_the_methods_is_refused(tmp_path):
 def test_without_an_environment_the_sampler_is_the_plain_one():
     plain = object()
     assert asking.with_turns(plain, load_script().MLXGRPOConfig(), None) is plain
+
+
+def test_a_partner_says_what_went_wrong(tmp_path):
+    (tmp_path / "counts.py").write_text(COUNTS)
+    spec = f"{tmp_path / 'counts.py'}:Count"
+    config = load_script().MLXGRPOConfig(environment=spec, environment_timeout=1.0, max_turns=2)
+    said = []
+    partner = Partner(config, 5, said.append)
+    first = partner.begin([{"role": "user", "content": "Why?"}])
+    assert first[0]["content"].startswith("Why? 0.")
+    assert partner.answer("a")[0]["content"].startswith("1 0.")
+    assert partner.answer("b") == []
+    assert said[0].startswith("[user] 2 0.")
+    assert said[1:] == ["(over, its reward is 2)"]
+    partner.begin([{"role": "user", "content": "Why?"}])
+    assert partner.answer("hang") == []
+    assert said[2].endswith(":Count took longer than environment_timeout = 1 s")
+    partner.environments.stop()
