@@ -449,7 +449,8 @@ def sample_batch(
         last = mx.array([prompts[rows[n]][-1] for n in new], tokens.dtype)
         tokens = mx.concatenate([tokens[index], last])
         keys_now = mx.concatenate([keys_now[index], mx.array(keys[new])])
-        caches.refill(cache, keep, model, prompts, [rows[n] for n in new], how.max_tokens)
+        going_on = [rows[n] for n in new]
+        caches.refill(cache, keep, model, prompts, going_on, how.max_tokens, reader.waiting)
     return reader.completions()
 
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from conftest import load_script
-from helpers import gradient, keys_for, make_trainer, micro_batches, sample
+from helpers import gradient, make_trainer, micro_batches, sample
+from mlx_lm.models import llama
 
-from utils.base.errors import RunError, UserError
-from utils.rollouts import turns
+from utils.base.errors import RunError
+from utils.rollouts import turns, waiting
 
 WORLDS = """
 import os, random, time
@@ -313,4 +314,32 @@ def test_rewards_get_the_conversation(trainer_in):
         assert len(said) == count
         assert environment.question == prompt[-1]["content"]
         assert environment.said == said[: len(environment.said)]
-    assert {UserError, keys_for}
+
+
+@pytest.fixture
+def tokens_read(monkeypatch):
+    """Sizes of all that a model of the tests reads beside single tokens."""
+    sizes, forward = [], llama.Model.__call__
+
+    def noted(self, tokens, *args, **kwargs):
+        if tokens.shape[1] > 1:
+            sizes.append(tokens.size)
+        return forward(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(llama.Model, "__call__", noted)
+    return sizes
+
+
+@pytest.mark.parametrize(("places", "known"), [(16, True), (8, True), (2, False)])
+def test_a_turn_reads_only_what_is_new(trainer_in, tokens_read, monkeypatch, places, known):
+    """With places for all; where rows wait for places, there is no memory for what they read."""
+    trainer = trainer_in("Echo", rollout_batch_size=places)
+    tokens_read.clear()
+    kept = trainer.generate_responses([0, 1])
+    once = sum(tokens_read)
+    monkeypatch.setattr(waiting.Waiting, "read", lambda *_: None)
+    tokens_read.clear()
+    again = trainer.generate_responses([0, 1])
+    assert parts(kept) == parts(again)
+    assert [c.logprobs for c in kept] == [pytest.approx(c.logprobs, abs=1e-5) for c in again]
+    assert (once < 0.6 * sum(tokens_read)) is known

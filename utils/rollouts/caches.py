@@ -11,7 +11,7 @@ Three kinds, whichever the model's own caches allow:
 import functools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +29,19 @@ R = TypeVar("R")
 Layer = Any
 """One layer's cache: ours, or one of mlx-lm's, whose kinds have no method in common."""
 Cache = list[Layer]
+
+
+class Waiting(Protocol):
+    """Rows that leave a batch and come back (rollouts/waiting.py)."""
+
+    def save(self, cache: Cache, staying: int, rows: list[int]) -> None:
+        """Before rows leave the batch, in which some stay, and to which those come back that go on
+        from the prompts `rows`."""
+
+    def read(
+        self, model: nn.Module, prompts: list[list[int]], rows: list[int], max_tokens: int
+    ) -> Cache | None:
+        """The cache of rows that have left before; None where they have not."""
 
 
 def batches(
@@ -116,14 +129,18 @@ def refill(
     prompts: list[list[int]],
     rows: list[int],
     max_tokens: int,
+    waiting: Waiting | None = None,
 ) -> None:
     """Keep the rows `keep`, and put `rows` (indices into `prompts`) behind them, as `prefill` has
-    them."""
+    them, or `waiting`, which knows rows that have left before."""
+    if waiting:
+        waiting.save(cache, len(keep), rows)
     if not rows:
         if keep:  # else all is sampled
             keep_rows(cache, keep)
         return
-    new = prefill(model, prompts, rows, max_tokens)
+    new = waiting.read(model, prompts, rows, max_tokens) if waiting else None
+    new = new or prefill(model, prompts, rows, max_tokens)
     if isinstance(cache[0], RolloutCache):
         shared, index = cache[0].rows, mx.array(keep, mx.int32)
         unused = shared.keep(keep)

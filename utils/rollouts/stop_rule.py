@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from ..data.completion import Completion
 from ..data.tokenizer import Tokenizer
+from .caches import Waiting
 
 
 class StopRule:
@@ -61,7 +62,7 @@ def block_steps() -> int:
     return 2 if mx.default_device() == mx.cpu else 8
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """A completion, or a turn of one, that is being sampled, for so many steps that are `left`."""
 
@@ -89,6 +90,8 @@ class Reader:
     """Reads sampled tokens, one block behind the device, which so never waits, into `count`
     completions of up to `max_tokens`, of which so many at once are sampled as there are `places`.
     """
+
+    waiting: Waiting | None = None  # rows that leave and come back
 
     def __init__(self, stop: StopRule, count: int, places: int, max_tokens: int) -> None:
         self.stop, self.places, self.block = stop, places, block_steps()

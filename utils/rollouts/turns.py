@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -28,6 +29,7 @@ from ..settings.run_settings import Settings
 from .environments import Environments, Failed, Instance, settled
 from .sampler import Asked, Batch, Sampler
 from .stop_rule import Reader, StopRule, Turn
+from .waiting import Waiting
 
 
 @dataclass
@@ -77,7 +79,7 @@ class World:
         return self.tokenizer.decode(ids[:most])
 
 
-@dataclass
+@dataclass(eq=False)
 class Talk:
     """A conversation that is under way."""
 
@@ -229,43 +231,58 @@ class TurnReader(Reader):
         for n, talk in enumerate(self.players):
             self.keys[n] = talk.key
         self.playing: list[tuple[Turn, Talk]] = []
-        self.waiting: list[Talk] = []
-        self.closing: list[Talk] = []
+        self.asking: list[Talk] = []
+        self.waiting: Waiting = Waiting(places)
+        self.partners: list[Talk] = []  # of the turns in the batch, in order
 
     def next(self) -> list[int]:
         new = super().next()
-        self.playing += [(self.rows[n], self.players[n]) for n in new]
+        begun = [self.players[n] for n in new]
+        self.playing += zip(self.live[len(self.live) - len(new) :], begun, strict=True)
+        self.partners += begun
         if any(turn not in self.live for turn, _ in self.playing):  # its last block is unread
             self._read_unread()
             self.unread = None
-        if self.begun == len(self.rows) and len(self.waiting) >= len(self.live):
-            new += self.rejoin()
+        if not new and self.begun == len(self.rows) and len(self.asking) >= len(self.live):
+            return self.rejoin()
         return new
+
+    def read(self, block: Sequence[tuple[mx.array, mx.array]], part_to_leave: float) -> list[int]:
+        keep = super().read(block, part_to_leave)
+        if len(keep) < len(self.partners):
+            stay = {*keep}
+            left = [(i, talk) for i, talk in enumerate(self.partners) if i not in stay]
+            self.waiting.leaving = [(i, self.players.index(talk)) for i, talk in left]
+            self.partners = [self.partners[i] for i in keep]
+        return keep
 
     def rejoin(self) -> list[int]:
         """The numbers of turns that begin in free places, in the order in which those before them
         ended; waits for their environments."""
         new: list[int] = []
-        while self.waiting and (free := self.places - len(self.live)):
-            some, self.waiting = self.waiting[:free], self.waiting[free:]
+        while self.asking and (free := self.places - len(self.live)):
+            some, self.asking = self.asking[:free], self.asking[free:]
             settled([talk.answer for talk in some if talk.answer], self.pulse)
             for talk in some:
                 if given := talk.hear(self.world):
                     new.append(self.go_on(talk, given))
-                elif talk.answer:
-                    self.closing.append(talk)
+                else:
+                    self.waiting.forget(self.players.index(talk))
         return new
 
     def go_on(self, talk: Talk, given: list[int]) -> int:
         """The number of the turn that begins after what was given."""
         talk.give(given)
-        number = self.players.index(talk) + talk.turns * len(self.players)
+        player = self.players.index(talk)
+        number = player + talk.turns * len(self.players)
+        self.waiting.owners[len(self.prompts)] = player
         self.prompt_of[number] = len(self.prompts)
         self.prompts.append(talk.prompt_ids + talk.ids)
         self.keys[number] = turn_key(talk.key, talk.turns)
         turn = Turn(min(talk.left, talk.room))
         self.live.append(turn)
         self.playing.append((turn, talk))
+        self.partners.append(talk)
         return number
 
     def _read_unread(self) -> None:
@@ -273,7 +290,10 @@ class TurnReader(Reader):
         for turn, talk in self.playing:
             if turn.is_read:
                 talk.add(turn, self.world)
-                (self.closing if talk.end else self.waiting).append(talk)
+                if not talk.end:
+                    self.asking.append(talk)
+                    length = len(talk.prompt_ids) + len(talk.ids)
+                    self.waiting.lengths[self.players.index(talk)] = length
         self.playing = [(turn, talk) for turn, talk in self.playing if not turn.is_read]
 
     def completions(self) -> list[Completion]:
