@@ -49,7 +49,8 @@ def test_its_settings_train_with_it(typed, tmp_path):
         assert roles[:2] == ["user", "assistant"]
         said = [m["content"] for m in kept["messages"] if m["role"] == "user"][1:]
         assert {*said} <= {"higher", "lower", "right"}
-        assert kept["rewards"]["environment"] >= -6
+        found = said[-1:] == ["right"]
+        assert kept["rewards"]["environment"] == (1 - len(said) / 10 if found else 0)
         assert 0 in kept["mask"] or len(said) <= 1
 
 

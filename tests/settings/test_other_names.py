@@ -21,7 +21,11 @@ PAGE = ROOT / "docs/coming_from.md"
         ("max_steps=9", "unknown key 'max_steps' in --set: it is 'max_updates' here"),
         ("lr=1e-5", "it is 'learning_rate' here (of adapters: lora_learning_rate)"),
         ("num_gpus=2", "num_gpus is not a setting here: one process on one device"),
-        ("tools=x", "tools is not a setting here: turns with tools are not trained yet"),
+        (
+            "tools=x",
+            "tools is not a setting here: an environment answers the model here, "
+            "see docs/environments.md",
+        ),
         ("tensor_parallel=2", "tensor_parallel is not a setting here: one process on one device"),
         ("num-generations-eval=1", "one greedy answer of each question"),
         ("warmup_steps=5", "it is 'warmup_ratio' here (a share of all updates)"),

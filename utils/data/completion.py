@@ -22,8 +22,6 @@ class Conversation:
     """By the environment; None where it has no opinion."""
     environment: SimpleNamespace = field(default_factory=SimpleNamespace)
     """Its attributes as the conversation ended."""
-    calls: dict[str, int] = field(default_factory=dict)
-    """How often each tool was called."""
     problem: str = ""
     """What the environment did wrong: nothing is learnt from such a completion."""
 

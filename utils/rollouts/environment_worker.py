@@ -209,15 +209,11 @@ class Served:
         row = copy.deepcopy(row)
         return added(attempted("reset raised", lambda: made.reset(**accepted(made.reset, row))))
 
-    def close(
-        self, environment: Environment
-    ) -> tuple[float | None, dict[str, object], dict[str, int]]:
-        """Its reward, what it holds, and how often its tools were called."""
+    def close(self, environment: Environment) -> tuple[float | None, dict[str, object]]:
+        """Its reward, and what it holds."""
         score = getattr(environment, "get_reward", None)
         value = reward(attempted("get_reward raised", score)) if score else None
-        calls = getattr(environment, "calls", {})
-        counts = dict(calls) if isinstance(calls, Mapping) else {}
-        return value, attributes(environment), counts
+        return value, attributes(environment)
 
 
 def serve(connection: Connection) -> None:

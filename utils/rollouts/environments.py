@@ -69,7 +69,7 @@ class Instance:
         return self.later({"text": text})
 
     def close(self) -> Future:
-        """(reward, attributes, calls by tool)."""
+        """(reward, attributes)."""
         return self.later({})
 
     def later(self, task: Task) -> Future:

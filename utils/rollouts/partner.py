@@ -38,7 +38,7 @@ class Partner:
                 return messages
             for message in messages:
                 self.note(f"[{message['role']}] {message['content']}")
-            reward, _, _ = self.instance.close().result()
+            reward, _ = self.instance.close().result()
         except Failed as error:
             return self.failed(error)
         self.note("(over)" if reward is None else f"(over, its reward is {reward:g})")

@@ -147,7 +147,7 @@ class Talk:
     def fail(self, problem: str, world: World) -> None:
         world.failed(problem)
         self.end, self.problem, self.answer = "environment", problem, None
-        self.completion = self.completed(None, {}, {})
+        self.completion = self.completed(None, {})
 
     def hear(self, world: World) -> list[int]:
         """The environment has answered. Returns the ids that are given for the next turn, if there
@@ -179,9 +179,7 @@ class Talk:
         self.mask += [0] * len(ids)
         self.room -= len(ids)
 
-    def completed(
-        self, reward: float | None, attributes: dict[str, object], calls: dict[str, int]
-    ) -> Completion:
+    def completed(self, reward: float | None, attributes: dict[str, object]) -> Completion:
         conversation = Conversation(
             self.prompt,
             self.prompt_ids,
@@ -189,7 +187,6 @@ class Talk:
             self.turns,
             reward,
             SimpleNamespace(**attributes),
-            calls,
             self.problem,
         )
         whole = self.ids, self.logprobs, self.mask

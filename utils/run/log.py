@@ -334,7 +334,6 @@ def conversation_metrics(completions: Sequence[Completion]) -> dict[str, float]:
         return {}
     return {
         "turns": float(np.mean([talk.turns for talk in talks])),
-        "tool_use": float(np.mean([bool(talk.calls) for talk in talks])),
         "environment_failures": sum(bool(talk.problem) for talk in talks),
     }
 

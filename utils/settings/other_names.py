@@ -44,6 +44,7 @@ HERE: dict[str, tuple[str, str]] = {
         "0: found, and halved when memory runs out",
     ),
     "max_tokens": ("max_new_tokens", ""),
+    "max_tool_calling_iterations": ("max_turns", "turns of the model: one more"),
     "max_seq_length": ("max_prompt_length max_new_tokens", "a prompt that is too long is left out"),
     "max_completion_len": ("max_completion_length", ""),
     "max_prompt_len": ("max_prompt_length", ""),
@@ -180,7 +181,7 @@ NOT_HERE: dict[str, str] = {
         "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
         "length_column_name label_names"
     ),
-    "turns with tools are not trained yet": "tools max_tool_calling_iterations environment_factory",
+    "an environment answers the model here, see docs/environments.md": "tools environment_factory",
     "text only": "log_multimodal",
     "nothing is sent to the hub": (
         "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
