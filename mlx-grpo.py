@@ -56,7 +56,7 @@ from utils.data.completion import Completion
 from utils.data.files import Row
 from utils.data.questions import encode_questions, load_questions
 from utils.data.questions import extract_hash_answer as extract_hash_answer
-from utils.device import cores, fast
+from utils.device import cores, fast, ranks, team
 from utils.gradient import adamw, loss_scale, on_cores, shared_prompts
 from utils.gradient.micro_batch import MicroBatch
 from utils.gradient.scorer import Scorer
@@ -77,11 +77,11 @@ from utils.rewards.formats import (
     xmlcount_reward_func,
 )
 from utils.rewards.rewards import Rewards
-from utils.rollouts import caches, compiled_step, draw, merged_layers
+from utils.rollouts import caches, compiled_step, draw, merged_layers, whole
 from utils.rollouts.asking import with_turns
 from utils.rollouts.sampler import Sampler, Sampling, sampling_settings
 from utils.rollouts.stop_rule import Reader, StopRule
-from utils.run import checkpoints, command_line, dry_run, ending, evaluation, opening
+from utils.run import checkpoints, command_line, dry_run, ending, evaluation, launch, opening
 from utils.run.log import TokenSums, rollout_metrics
 from utils.run.run import Run, due
 from utils.run.state import Record
@@ -806,15 +806,20 @@ class MLXGRPOTrainer:
         epoch, position = divmod(rollout, self.rollouts_per_epoch)
         return self.order(epoch)[position * size : (position + 1) * size].tolist()
 
-    def generate_responses(self, batch: list[int]) -> list[Completion]:
-        """`num_generations` completions for each prompt (index of the training set), in order."""
+    def generate_responses(
+        self, batch: list[int], mine: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """`num_generations` completions for each prompt (index of the training set), in order; with
+        `mine`, only for those at these places."""
         size, update = self.args.num_generations, self.update_step
+        drawn = order.occurrences(batch)  # a weighted prompt may come twice
+        drawn = drawn if mine is None else [drawn[place] for place in mine]
         keys = [
             random_key(self.args.seed, ROLLOUT, (update, prompt, again * size + n))
-            for prompt, again in order.occurrences(batch)  # a weighted prompt may come twice
+            for prompt, again in drawn
             for n in range(size)
         ]
-        questions = [self.train_dataset[i] for i in batch]
+        questions = [self.train_dataset[prompt] for prompt, _ in drawn]
         room = self.memory.spare_for_rollouts
         policy = merged_layers.merged(self.refresh_old_policy(), room, unpack=not self.quantizes)
         so_far = partial(self.rewards.ahead, questions, size)  # slow rewards begin meanwhile
@@ -835,17 +840,19 @@ class MLXGRPOTrainer:
 
     def roll_out(self, batch: list[int], metrics: dict[str, float]) -> Rollout:
         """Completions of each prompt (index of the training set), and their rewards."""
-        shape = len(batch), self.args.num_generations  # (P, G)
+        mine = ranks.here().places([1.0] * len(batch))  # of several machines, each has a part
+        own, shape = [batch[i] for i in mine], (len(mine), self.args.num_generations)  # (P, G)
         with timed(metrics, "seconds_rollout"):
-            completions = self.generate_responses(batch)
+            completions = self.generate_responses(batch, mine) if mine else []
         with timed(metrics, "seconds_rewards"):
-            rewards, values = self.compute_rewards(self.repeated(batch, shape[1]), completions)
-        rollout = Rollout(
-            np.array(batch),
+            rewards, values = self.compute_rewards(self.repeated(own, shape[1]), completions)
+        groups, stacked, rewards = whole.whole(
+            mine,
             np.array(completions, dtype=object).reshape(shape),
-            np.stack(list(values.values()), axis=-1).reshape(*shape, -1),
+            np.stack(list(values.values()), axis=-1).reshape(*shape, len(values)),
             rewards.reshape(shape),
         )
+        rollout = Rollout(np.array(batch), groups, stacked, rewards)
         metrics["tokens_sampled"] = metrics.get("tokens_sampled", 0.0) + rollout.lengths.sum()
         return rollout
 
@@ -944,22 +951,25 @@ class MLXGRPOTrainer:
         kl_in_loss = self.ref_model is not None and a.kl_placement == "loss"
         always = kl_in_loss or a.entropy_coeff > 0 or a.top_entropy_quantile < 1
         used = np.flatnonzero(~masked & (always | (advantages != 0))).tolist()
+        used = whole.own_groups(used, rollout.lengths)
         plan = self.memory.plan
         return self.scorer.micro_batches(prompts, completions, advantages, weights, used, plan)
 
     def select_tokens(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         """Mark the update's tokens of highest entropy (arXiv:2506.01939), and weigh the bonus for
         entropy: a mean over all tokens that are trained."""
-        a = self.args
-        if a.top_entropy_quantile < 1 and batches:
+        a, now = self.args, self.run.state.rollout
+        if a.top_entropy_quantile < 1:
             entropies = [self.rescored(self.model, batch, True)[1] for batch in batches]  # (B, W)
             pairs = list(zip(entropies, batches, strict=True))
-            every = np.concatenate([np.array(e)[np.array(b.mask) > 0] for e, b in pairs])
+            own = [np.array(e)[np.array(b.mask) > 0] for e, b in pairs]
+            every = whole.of_all(f"entropies {now}", own)
             least = np.quantile(every, 1 - a.top_entropy_quantile)
             for entropy, batch in pairs:
                 batch.selected = (entropy >= least).astype(mx.float32)
-        if a.entropy_coeff and batches:
-            count = sum(batch.trained.sum().item() for batch in batches)
+        if a.entropy_coeff:
+            counts = np.array([batch.trained.sum().item() for batch in batches])
+            count = whole.of_all(f"trained {now}", [counts]).sum()
             for batch in batches:
                 batch.entropy_weight = mx.array(a.entropy_coeff / count)
         return batches
@@ -989,6 +999,7 @@ class MLXGRPOTrainer:
         self.model.eval()
         if grads is None:  # no completion had an advantage
             grads = tree_map(mx.zeros_like, self.model.trainable_parameters())
+        loss, grads = sums.of_all(loss), ranks.here().added(grads)
         if self.loss_scale.overflowed(loss, grads):  # in float16: once more with a smaller scale
             return self.update(batches, number, iteration, tokens)
         norm, skipped = self.apply_gradients(loss, grads, number)
@@ -1050,7 +1061,7 @@ class MLXGRPOTrainer:
                 sums = (KL[self.args.kl_estimator](x) * batch.mask).sum(axis=1)
                 # Rows that only fill up a batch are completion 0 with an empty mask.
                 np.add.at(total, np.array(batch.completion, int), np.array(sums))
-            return total
+            return whole.total(total)
 
         kl = self.memory.score(partial(self.micro_batches, rollout, np.ones(shape), True), summed)
         metrics["kl"] = kl.sum() / rollout.lengths.sum()
@@ -1082,7 +1093,7 @@ class MLXGRPOTrainer:
         how = self.how(temperature, self.args.eval_max_new_tokens)
         keys = [random_key(self.args.seed, EVALUATION, [i]) for i in range(len(questions))]
         policy = merged_layers.unpacked(model or self.model, self.memory.spare_for_rollouts)
-        return self.sampler(policy, questions, keys, how)
+        return whole.answers(self.sampler, policy, questions, keys, how)
 
     def evaluate(self, split: str = "test") -> float:
         """Score the fixed subset of a split, log it, return the score (NaN: no questions)."""
@@ -1135,7 +1146,7 @@ def build_trainer(config: MLXGRPOConfig, command: str) -> MLXGRPOTrainer:
 
 def start(config: MLXGRPOConfig, command: str) -> int:
     """Train from the settings to `final/`, in the run's folder. Returns the exit code."""
-    with opening.locked(config, command) as place:
+    with team.together(config.rank_timeout), opening.locked(config, command) as place:
         if place.finished:
             return 0
         trainer = build_trainer(config, command)
@@ -1149,10 +1160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         config = read_config(given.config, given.overrides)
+        if launch.is_to_start(given):
+            return launch.ranks(given, __file__)
         return dry_run.of(config, REWARDS, given) if given.dry_run else start(config, given.command)
 
     return command_line.exit_code_of(work, given.debug)
 
 
 if __name__ == "__main__":
-    ending.leave(main())
+    ending.leave(launch.told(main))

@@ -29,6 +29,7 @@ import pytest
 from conftest import load_script, make_model
 from helpers import completion, make_config, make_trainer, mostly_long, read_log
 from mlx.utils import tree_flatten, tree_map
+from several import free_ports
 
 from utils.rewards import servers
 from utils.run import completions, trackers
@@ -140,6 +141,17 @@ def console(settings):
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         code = grpo.main(["--config", "settings.toml"])
     return [code, *printed.getvalue().splitlines()]
+
+
+def waited_for(settings):
+    """What rank 0 of two says when the other does not come."""
+    config_of(settings)  # leaves settings.toml
+    Path("hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    printed = io.StringIO()
+    place = {"MLX_RANK": "0", "MLX_HOSTFILE": "hosts.json"}
+    with mock.patch.dict(os.environ, place), contextlib.redirect_stderr(printed):
+        assert grpo.main(["--config", "settings.toml"]) == 2
+    return re.findall("did not come within (.*) s", printed.getvalue())
 
 
 def lines(start):
@@ -926,6 +938,7 @@ FIELDS = {
         0, 2, logged("update", "lr"), [[1, 1e-3], [2, 5e-4]], {"max_train_samples": 6}
     ),
     "max_hours": Watch(0.0, 0.5, timed, lambda _, b: 0 < b[0] < b[1], {"max_updates": 6}),
+    "rank_timeout": Watch(0.5, 0.2, waited_for, ["0.2"]),
     "num_iterations": Watch(1, 2, iterated, [24, [1, False], [2, True]]),
     "sync_every_updates": Watch(
         1, 2, last("sampler_mismatch", steps=2), lambda a, b: a[0] < 1e-4 < 1e-2 < b[0]

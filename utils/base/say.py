@@ -34,12 +34,23 @@ def out_of_the_way(file: TextIO) -> contextlib.AbstractContextManager[None]:
     return below.lifted()
 
 
+silent_as = ""  # the name of a process whose lines another one says as well
+
+
+def as_one_of_many(name: str) -> None:
+    """From here on this process says nothing, and complains under its name."""
+    global silent_as
+    silent_as = name
+
+
 def say(text: str) -> None:
     """A line on standard output that does not tear the progress bar, and never ends a run.
 
     What the terminal can't show is replaced; when the output has nowhere to go (`| head`, a closed
     terminal, a full disk), it is dropped.
     """
+    if silent_as:
+        return
     try:
         line = fit(redact(text), sys.stdout)
         bars = sys.modules.get("tqdm")  # libraries show bars of their own
@@ -57,6 +68,7 @@ def say(text: str) -> None:
 
 def complain(text: str, end: str = "\n") -> None:
     """A line on standard error: an error, or what is no result."""
+    text = f"{silent_as}: {text}" if silent_as else text
     try:
         with out_of_the_way(sys.stderr):
             sys.stderr.write(fit(redact(text), sys.stderr) + end)

@@ -8,6 +8,7 @@ import numpy as np
 from ..data.completion import Completion, Message
 from ..data.files import Row
 from ..data.tokenizer import Tokenizer
+from ..device import ranks
 from ..settings.run_settings import Settings
 from .calls import Columns, Reward, RewardCalls, TrainerState, takes_parts
 
@@ -52,6 +53,8 @@ class Rewards:
         Raises:
             RunError: a function failed, or returned something else than a number or None for each.
         """
+        if not completions:  # this rank has no part of them
+            return {name: np.zeros(0) for name in self.functions()}
         values = self.call(self.functions(), questions, completions)
         for name, numbers in self.calls.logged.metrics.items():
             self.logged.setdefault(name, []).extend(numbers)
@@ -98,11 +101,15 @@ class Rewards:
 
     def metrics(self) -> dict[str, float]:
         """What functions logged in this update, averaged over all their calls."""
-        return {f"metric/{name}": float(np.mean(x)) for name, x in self.logged.items()}
+        said: dict[str, list[float]] = {}
+        for logged in ranks.here().all_say(self.logged):
+            for name, numbers in logged.items():
+                said.setdefault(name, []).extend(numbers)
+        return {f"metric/{name}": float(np.mean(x)) for name, x in said.items()}
 
     def shown(self) -> dict[str, list]:
         """Values to show with the completions, by column, if there was one call for all of them."""
-        return self.columns if self.called == 1 else {}
+        return self.columns if self.called == 1 and ranks.here().size == 1 else {}
 
     def keywords(self, questions: Sequence[Row], completions: Sequence[Completion]) -> Columns:
         """TRL's keywords for B question-completion pairs, and `prompt_texts`."""

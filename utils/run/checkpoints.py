@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..base.errors import DiskError, RunError, UserError, disk_errors_named
 from ..base.json_files import write_json
 from ..base.say import say
-from ..device import runtime
+from ..device import ranks, runtime
 from ..model import served_prompt
 from ..model.writing import (
     flat,
@@ -28,7 +28,7 @@ from ..rewards import importing
 from ..settings import reading
 from ..settings.on_resume import changes, refuse_changes
 from ..settings.run_settings import Settings
-from . import completions, consent, ours, trackers
+from . import completions, consent, in_step, ours, trackers
 from .folders import (
     claim,
     clear_leftovers,
@@ -79,6 +79,9 @@ def save(path: Path, trainer: Trainer) -> None:
     """
     run, loaded = trainer.run, trainer.loaded
     assert run.between is not None, "`run.mark` comes first"
+    if ranks.here().rank:  # rank 0 writes
+        run.saved_at = run.between.update_step
+        return
     arrays = state_arrays(trainer)
     weights = flat(trainer.model.parameters() if loaded.train_type == "full" else {})
     refuse_broken(flat(trainer.model.trainable_parameters()) | trainer.optimizer.arrays())
@@ -116,6 +119,7 @@ def save_now(path: Path, trainer: Trainer) -> None:
     if run.moved:
         raise RunError(f"{path} was not saved: an update was stopped halfway; load a checkpoint")
     run.mark()
+    in_step.compare_weights(trainer)
     save(path, trainer)
 
 
@@ -193,7 +197,9 @@ def load(folder: Path, trainer: Trainer) -> None:
 
 
 def restore(folder: Path, trainer: Trainer) -> None:
-    counters, arrays = read_state(folder)
+    us = ranks.here()
+    counters, arrays = ({}, {}) if us.rank else read_state(folder)
+    counters, arrays = us.all_say(counters)[0], us.of_first(arrays)
     run, config = trainer.run, trainer.args
     run.state.take(counters)
     refuse_changes(counters["config"], config)
@@ -206,7 +212,7 @@ def restore(folder: Path, trainer: Trainer) -> None:
 
 def restore_weights(folder: Path, trainer: Trainer, arrays: Arrays) -> None:
     kind = "model" if trainer.loaded.train_type == "full" else "adapters"
-    for file in sorted(folder.glob(f"{kind}*.safetensors")):
+    for file in sorted(folder.glob(f"{kind}*.safetensors")):  # rank 0's go to all: see opening
         weights: Arrays = mx.load(str(file))  # type: ignore[assignment]
         load_weights(trainer.model, weights)
     parts: dict[str, Arrays] = {"optimizer": {}, "old": {}, "reference": {}}
@@ -357,6 +363,8 @@ def resumptions(run: Run, resume_from: Path) -> list[Record]:
 def keep_best(trainer: Trainer) -> None:
     """Write `best/` if the newest evaluation beats all before it, the one before training too."""
     run = trainer.run
+    if ranks.here().rank:
+        return
     *earlier, newest = run.log.history
     known = [record["em"] for record in earlier if not math.isnan(record["em"])]
     if not earlier or not newest["em"] > max(known, default=-math.inf):

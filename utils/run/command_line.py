@@ -14,13 +14,14 @@ from ..base.say import Parser, complain, tell_everything
 from ..rewards import foreign
 from ..settings import checks, reading
 from ..settings.run_settings import Settings
-from . import ending, trackers
+from . import ending, launch, trackers
 
 
 def command_line(script: str, config: str | None, overrides: Sequence[str]) -> str:
     """What to type for the same run again; runs are continued and replaced by adding to it."""
     words = ["uv", "run"] if "UV" in os.environ else ["python"]  # `uv run` sets it
-    words += [os.path.relpath(script), *(["--config", config] if config else [])]
+    typed = shlex.split(os.environ.get(launch.TYPED, ""))
+    words += [os.path.relpath(script), *typed, *(["--config", config] if config else [])]
     shown = map(reading.shown_override, overrides)
     return shlex.join([*words, *(word for text in shown for word in ("--set", text))])
 
@@ -44,6 +45,8 @@ def parse_arguments(
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     add("--dry-run", action="store_true", help="print plan and settings, write nothing")
     add("--all", action="store_true", help="with --dry-run: also settings that have their default")
+    add("--ranks", type=int, metavar="N", help="train with N processes on this machine")
+    add("--hostfile", help="train on the machines of this file (docs/distributed.md)")
     again = "go on from the newest whole checkpoint of output_dir, or from this one"
     add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=again)
     add("--quiet", action="store_true", help="show only warnings, errors and how the run ended")

@@ -23,6 +23,7 @@ from ..base.errors import DiskError, RunError, Signalled, UserError
 from ..base.json_files import write_json
 from ..base.say import complain, say
 from ..base.text import redact, visible
+from ..device import ranks
 from ..rewards import foreign
 from . import checkpoints, closing, completions, folders, model_card, ours, page_at_end
 from .log import RunLog
@@ -47,6 +48,7 @@ class Guard:
 
     def __enter__(self) -> "Guard":
         self.handlers = listen(self.on_signal)
+        ranks.here().listen(lambda: self.signal * self.run.interrupted, self.obey)
         self.start, self.wall = time.perf_counter(), time.time()
         self.process = os.getpid()
         self.before = self.run.state.elapsed
@@ -60,6 +62,11 @@ class Guard:
         self.signal = signal.Signals(number)
         with contextlib.suppress(RuntimeError):  # it came in the middle of another line
             say("stopping  and saving the last finished update; once more leaves at once")
+
+    def obey(self, number: int) -> NoReturn:
+        """Another rank got a signal."""
+        self.run.interrupted, self.signal = True, signal.Signals(number)
+        raise Interrupted
 
     def seconds(self) -> float:
         """How long the run has been going, by a clock that nobody can set back.
@@ -89,6 +96,7 @@ class Guard:
             if since >= a.early_stopping_patience:
                 self.reason = f"early_stopping_patience: {since} evaluations without "
                 self.reason += better_than(best, log)
+        self.reason = next(filter(None, ranks.here().all_say(self.reason)), "")
         return bool(self.reason)
 
     def __exit__(
@@ -97,6 +105,8 @@ class Guard:
         if os.getpid() != self.process:  # a child of the run has nothing to save
             return False
         stop = foreign_exit(error) if isinstance(error, SystemExit) else error
+        if isinstance(stop, Exception):
+            ranks.here().tell(self.signal if isinstance(stop, Interrupted) else stop)
         try:
             if isinstance(stop, Exception):  # not the KeyboardInterrupt of the second Ctrl-C
                 keep(self.trainer, stop)
@@ -211,6 +221,8 @@ def keep(trainer: Trainer, stop: Exception | None = None) -> None:
     `stop`: what ends the run, which its last line will say.
     """
     run = trainer.run
+    if ranks.here().rank:  # rank 0 does
+        return None
     if run.between is None:
         return say("stopped   before the first update was finished: nothing to save")
     update, path = run.between.update_step, run.checkpoint()
@@ -246,6 +258,15 @@ def finish(trainer: Trainer, early: str) -> None:
         trainer.save_checkpoint(run.checkpoint())
     if not evaluated(run):
         trainer.evaluate("test")
+    if not ranks.here().rank:
+        with ranks.here().by_itself():
+            write_final(trainer, early)
+
+
+def write_final(trainer: Trainer, early: str) -> None:
+    """`final/`, and the last lines."""
+    run, state = trainer.run, trainer.run.state
+    adapters = trainer.loaded.train_type != "full"
     run.progress.stage("writing final/")
     with folders.written_aside(run.folder / "final") as folder:
         checkpoints.write_final(folder, trainer)

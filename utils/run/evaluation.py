@@ -13,6 +13,7 @@ from ..data.files import Row
 from ..data.order import subset
 from ..data.questions import encode_questions
 from ..rewards.answers import extract_xml_answer, same_answer
+from ..rollouts.whole import shared_out
 from . import checkpoints
 from .log import conversation_metrics, mean
 from .run import Trainer
@@ -64,7 +65,12 @@ def score(trainer: Trainer, questions: list[Row], keep: Keep | None = None, **ho
         pairs = zip(completions, questions, strict=True)
         scores = [same_answer(extract_xml_answer(c.text), q["answer"]) for c, q in pairs]
     else:
-        scores = trainer.rewards.of(name, questions, completions).tolist()
+
+        def valued(mine: list[int]) -> np.ndarray:
+            own = [questions[i] for i in mine], [completions[i] for i in mine]
+            return trainer.rewards.of(name, *own) if mine else np.zeros(0)
+
+        scores = shared_out([1.0] * len(questions), valued).tolist()
     if keep:
         keep(questions, completions, {name: [*map(float, scores)]})
     cut = float(np.mean([c.finish_reason == "length" for c in completions]))

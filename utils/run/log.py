@@ -16,6 +16,7 @@ from ..base.say import say
 from ..base.text import Json, counted, json_line, redacted, shown
 from ..data.completion import Completion
 from ..data.files import Row
+from ..device import ranks
 from ..settings.run_settings import Settings
 from . import trackers, warnings_of_learning
 from .state import Record, State
@@ -293,6 +294,14 @@ class TokenSums:
         self.tokens += float(mask.sum())
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def of_all(self, loss: float) -> float:
+        """Become the sums over all ranks; returns that of their losses."""
+        said = ranks.here().all_say([loss, self.tokens, self.sums])
+        names = dict.fromkeys(name for _, _, sums in said for name in sums)
+        self.sums = {n: sum(sums.get(n, 0.0) for _, _, sums in said) for n in names}
+        self.tokens = sum(tokens for _, tokens, _ in said)
+        return sum(loss for loss, _, _ in said)
 
     def means(self, tokens: float) -> dict[str, float | None]:
         """Per token; `tokens` are those of the whole update."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ..base.say import say
 from ..base.script import ROOT
-from ..device import runtime
+from ..device import ranks, runtime
 from ..rewards.about import about
 from ..settings import reading
 from ..settings.run_settings import Settings
-from . import checkpoints, completions, consent, folders, introduction, trackers
+from . import checkpoints, completions, consent, folders, in_step, introduction, trackers
 from .lock import RunLock
 from .run import Trainer
 
@@ -20,7 +20,8 @@ from .run import Trainer
 class Place:
     """A folder that no other run holds, and the checkpoint to go on from."""
 
-    lock: RunLock
+    lock: RunLock | None
+    """None: rank 0 of several holds it."""
     resume_from: Path | None
     finished: bool = False
     """The run there had come to its end: there is nothing to do."""
@@ -33,12 +34,18 @@ def locked(config: Settings, command: str) -> Iterator[Place]:
     Raises:
         UserError: another run holds it, or it can't be written or gone on with.
     """
-    folder = Path(config.output_dir)
+    folder, us = Path(config.output_dir), ranks.here()
+    if us.rank:  # rank 0 looks after the folder
+        (resume_from, finished, vars(config)["started_on"]), *_ = us.all_say(None)
+        yield Place(None, Path(resume_from) if resume_from else None, finished)
+        return
     with RunLock(folder) as lock:
         with folders.as_user_error(folder, "output_dir"):
             place = find_place(config, folder, command, lock)
         if not place.finished and (note := runtime.keep_compiled_kernels()):
             say(f"speed     {note}")
+        resume_from = str(place.resume_from) if place.resume_from else None
+        us.all_say([resume_from, place.finished, config.started_on])
         yield place
 
 
@@ -66,10 +73,16 @@ def opened(trainer: Trainer, place: Place, blas: str | None) -> Iterator[None]:
         UserError: the checkpoint does not belong to the run, or the folder can't be written.
     """
     config, run = trainer.args, trainer.run
+    in_step.refuse_others(trainer)
     introduction.introduce(trainer, blas)
     resume_from = config.located(place.resume_from) if place.resume_from else None
     if resume_from:
         checkpoints.load(resume_from, trainer)
+    in_step.take_weights(trainer)
+    if place.lock is None:
+        in_step.keep_nothing(trainer, resumed=resume_from is not None)
+        yield
+        return
     made_of = checkpoints.sources(trainer)
     run.rewards_say = about(trainer.reward_funcs)
     records = checkpoints.open_run(run, made_of, place.lock, resume_from, ROOT)

@@ -11,6 +11,7 @@ from ..base.errors import RunError
 from ..base.say import say
 from ..data.completion import Completion
 from ..data.files import Row
+from ..device import ranks
 from ..gradient.adamw import AdamW
 from ..gradient.scorer import Scorer
 from ..memory.memory import Memory
@@ -57,6 +58,7 @@ class Run:
         self.interrupted = False
         self.saved_at = 0
         self.without_reward = 0  # updates in a row in which no reward function applied
+        self.apart = False  # ranks have been seen to differ in their weights
         self.moved = False  # weights have changed since `between`
         self.prompt: ServedPrompt | None = None  # what folders of models say of it
         self.rewards_say: dict[str, str] = {}  # what reward functions say of themselves, by name
@@ -68,6 +70,7 @@ class Run:
         if self.interrupted:
             raise Interrupted
         self.completions.check()
+        ranks.here().check()
 
     @contextmanager
     def doing(self, activity: str) -> Iterator[None]:
@@ -177,7 +180,8 @@ class Run:
         return self.folder / f"checkpoint-{(self.between or self.state).step}"
 
     def prune(self) -> None:
-        folders.prune(self.folder, self.args.save_total_limit, self.args.max_ckpt_gb)
+        if not ranks.here().rank:
+            folders.prune(self.folder, self.args.save_total_limit, self.args.max_ckpt_gb)
 
     def say_newest(self) -> None:
         found = folders.found(self.folder)

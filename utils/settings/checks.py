@@ -20,7 +20,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "above 0 and finite": (
         lambda v: 0 < v < math.inf,
         "learning_rate lora_learning_rate lora_scale max_grad_norm importance_cap "
-        "reward_timeout advantage_eps lora_plus_ratio environment_timeout",
+        "reward_timeout advantage_eps lora_plus_ratio environment_timeout rank_timeout",
     ),
     # Logits divided by less than that may not be finite any more.
     "at least 0.001 and finite": (lambda v: 1e-3 <= v < math.inf, "temperature"),

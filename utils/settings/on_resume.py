@@ -14,7 +14,7 @@ MAY_CHANGE = {
     *("wired_limit_gb", "cache_limit_gb", "memory_limit_gb", "use_compile"),
     *("max_ckpt_gb", "save_best", "early_stopping_patience", "watchdog_window"),
     *("report", "remote_rm_url", "reward_timeout", "reward_workers"),
-    "environment_timeout",
+    *("environment_timeout", "rank_timeout"),
     *("keep_completions", "max_completions_gb", "plot_every"),
 }
 

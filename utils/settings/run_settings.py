@@ -68,6 +68,9 @@ class RunSettings:
     the same data and model; typed with --set, any."""
     max_hours: float = 0.0
     """Stop cleanly after so many hours; 0 never."""
+    rank_timeout: float = 60.0
+    """Of several machines, one that nothing is heard of for so many seconds is lost, and the others
+    stop."""
 
     dataset_config: str = "main"
     """Configuration (subset) of a hub data set."""
