@@ -806,14 +806,12 @@ class MLXGRPOTrainer:
         epoch, position = divmod(rollout, self.rollouts_per_epoch)
         return self.order(epoch)[position * size : (position + 1) * size].tolist()
 
-    def generate_responses(
-        self, batch: list[int], mine: Sequence[int] | None = None
-    ) -> list[Completion]:
-        """`num_generations` completions for each prompt (index of the training set), in order; with
-        `mine`, only for those at these places."""
+    def generate_responses(self, batch: list[int]) -> list[Completion]:
+        """`num_generations` completions for each prompt (index of the training set), in order; of
+        several machines, each has its own prompts."""
         size, update = self.args.num_generations, self.update_step
         drawn = order.occurrences(batch)  # a weighted prompt may come twice
-        drawn = drawn if mine is None else [drawn[place] for place in mine]
+        drawn = [drawn[place] for place in ranks.here().places([1.0] * len(batch))]
         keys = [
             random_key(self.args.seed, ROLLOUT, (update, prompt, again * size + n))
             for prompt, again in drawn
@@ -843,7 +841,7 @@ class MLXGRPOTrainer:
         mine = ranks.here().places([1.0] * len(batch))  # of several machines, each has a part
         own, shape = [batch[i] for i in mine], (len(mine), self.args.num_generations)  # (P, G)
         with timed(metrics, "seconds_rollout"):
-            completions = self.generate_responses(batch, mine) if mine else []
+            completions = self.generate_responses(batch) if mine else []
         with timed(metrics, "seconds_rewards"):
             rewards, values = self.compute_rewards(self.repeated(own, shape[1]), completions)
         groups, stacked, rewards = whole.whole(

@@ -48,7 +48,7 @@ def start(size, folder, *command, ranks=None, **environment):
     return started
 
 
-def ended(started, seconds=120):
+def ended(started, seconds=300):
     """Their exit codes; whatever has not come to its end by then is killed, and has none."""
     codes = []
     for process in started:

@@ -178,6 +178,15 @@ def test_who_hangs_in_a_collective_is_ended(monkeypatch):
     closed(ends[:1])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_has_left_is_not_waited_for(rank):
+    ends = meet(2)
+    peer = ends[rank].peers[1 - rank]
+    ends[rank].try_to(peer, {"kind": "bye"})
+    with pytest.raises(RunError, match=f"rank {rank} has ended"):
+        ends[1 - rank].exchange(None)
+
+
 def test_names():
     assert named([2]) == "rank 2"
     assert named([1, 3]) == "ranks 1, 3"

@@ -50,6 +50,7 @@ def stopped(completion_ids, trainer_state, **_):
 """
 BASE = {
     "dtype": "float32",
+    "learning_rate": 1e-4,  # AdamW makes as large a step of rounding as of a gradient
     "eval_samples": 5,
     "eval_subset_size": 0,
     "eval_every_updates": 0,
@@ -69,7 +70,7 @@ FEATURES = {
     "kl_in_reward": {**REFERENCE, "kl_placement": "reward"},
     "moving_reference": {**REFERENCE, "ref_sync_updates": 1},
     "num_iterations": {"num_iterations": 2},
-    "lora": {"train_type": "lora", "lora_learning_rate": 1e-3, **REFERENCE},
+    "lora": {"train_type": "lora", "lora_learning_rate": 1e-4, **REFERENCE},
     "entropy": {"entropy_coeff": 0.01, "top_entropy_quantile": 0.5},
     "running_norm": {"reward_running_norm": True, "advantage_estimator": "rloo"},
     "dapo": {

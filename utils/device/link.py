@@ -189,9 +189,9 @@ class Link:
         with self.changed:
             expected = self.closed or peer.left
             peer.left = True
+            if not expected:
+                self.end(Stop(peer.rank, f"rank {peer.rank} {why}"))
             self.changed.notify_all()
-        if not expected:
-            self.end(Stop(peer.rank, f"rank {peer.rank} {why}"))
 
     def take(self, peer: Peer, message: dict[str, Json]) -> None:
         kind = message.get("kind")
@@ -294,12 +294,15 @@ class Link:
         start, told = time.monotonic(), False
         while not ready():
             self.check()
+            late = whom or self.missing(there or {})
+            if gone := [rank for rank in late if self.peers[rank].left]:
+                self.end(Stop(gone[0], f"rank {gone[0]} has ended"))
+                continue
             if number := self.asked():
                 self.ask(Stop(self.rank, "", number))
             self.changed.wait(0.2)
             if not told and time.monotonic() > start + SHOW_AFTER:
                 told = True
-                late = whom or self.missing(there or {})
                 self.say(f"waiting   for {named(late)}")
 
     def close(self) -> None:
