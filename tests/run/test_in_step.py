@@ -42,6 +42,16 @@ def test_what_differs_is_named(trainer, name):
     in_step.refuse_others(trainer)  # alone
 
 
+def test_conversations_are_for_one_process(trainer):
+    trainer.args.environment = "game.py:Game"
+    in_step.refuse_others(trainer)  # alone
+    with (
+        mock.patch.object(ranks, "team", [Two()]),
+        pytest.raises(UserError, match="environment: conversations are not dealt out"),
+    ):
+        in_step.refuse_others(trainer)
+
+
 def test_weights_that_are_apart_are_told_once(trainer, capsys):
     with mock.patch.object(ranks, "team", [Two()]):
         in_step.compare_weights(trainer)

@@ -18,9 +18,14 @@ OWN = {"model_name", "dataset", "output_dir", "resume", "chat_template", "adapte
 
 
 def refuse_others(trainer: Trainer) -> None:
-    """Raises UserError where a rank has other data, another model or other settings than rank 0."""
+    """Raises UserError where a rank has other data, another model or other settings than rank 0, or
+    where the settings are for one process alone."""
     if ranks.here().size == 1:
         return
+    if trainer.args.has_turns:
+        raise UserError(
+            "environment: conversations are not dealt out to several ranks yet; train with one"
+        )
     own = {n: v for n, v in reading.recorded(trainer.args).items() if n not in OWN}
     mine = {"training data": trainer.data_sha256, "a model": trainer.loaded.fingerprint, **own}
     first, *others = ranks.here().all_say(mine)
