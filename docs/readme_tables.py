@@ -1,7 +1,7 @@
-"""Write the generated parts of README.md: main loop, settings, which preset fits which machine.
+"""Write the generated parts of README.md (main loop, which preset fits where) and docs/settings.md.
 
 uv run python docs/readme_tables.py           rewrite them
-uv run python docs/readme_tables.py --check   exit 1 if README.md is out of date (a test)
+uv run python docs/readme_tables.py --check   exit 1 if one is out of date (a test)
 """
 
 import argparse
@@ -127,17 +127,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare, exit 1 on a difference")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    parts = {"loop": loop_rows(), "hardware": hardware_rows(), "settings": setting_rows()}
-    new = text
+    readme = {"loop": loop_rows(), "hardware": hardware_rows()}
+    pages = {"README.md": readme, "docs/settings.md": {"settings": setting_rows()}}
+    return max([written(ROOT / name, parts, check) for name, parts in pages.items()])
+
+
+def written(path: Path, parts: dict[str, list[str]], check: bool) -> int:
+    """Whether a page is out of date; unless that is all that is asked, it no longer is."""
+    text = new = path.read_text(encoding="utf-8")
     for name, rows in parts.items():
         new = replaced(new, name, rows)
-    if check and new != text:
-        print("README.md is out of date: uv run python docs/readme_tables.py", file=sys.stderr)
-        return 1
     if not check:
         path.write_text(new, encoding="utf-8")
+    elif new != text:
+        print(f"{path.name} is out of date: uv run python docs/readme_tables.py", file=sys.stderr)
+        return 1
     return 0
 
 
