@@ -114,7 +114,9 @@ def test_a_reward_is_a_number_or_none(value):
 def test_a_class_without_the_methods_is_refused(tmp_path):
     (tmp_path / "half.py").write_text("class Half:\n    def reset(self, **row):\n        pass\n")
     config = load_script().MLXGRPOConfig(environment=f"{tmp_path / 'half.py'}:Half")
-    with pytest.raises(UserError, match=r"Half has no method 'step': see docs/environments.md"):
+    with pytest.raises(
+        UserError, match=r"Half': has no method 'step', and none that could be a tool"
+    ):
         Environments(config)
 
 

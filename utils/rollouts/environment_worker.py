@@ -6,6 +6,7 @@ texts of its turns, and at the end says what that has made of them.
 """
 
 import copy
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -25,6 +26,8 @@ if __name__ == "__main__" and not __package__:  # as a program: sys.path[0] is t
 
 from ..base.text import shown
 from ..base.worker_pool import Task
+from . import tool_parsers, tools
+from .tools import accepted
 
 ROLES = ("user", "tool", "system")
 Said = dict[str, object]
@@ -45,24 +48,63 @@ class Wrong(Exception):
     """What an environment did wrong, in words."""
 
 
-def load(spec: str, folder: str) -> Callable[[], Environment]:
-    """What makes environments: a class or function in `module` or `file.py`.
+def load(task: Task) -> Callable[[], Environment]:
+    """What makes environments: a class or function in `module` or `file.py`, alone or as tools.
 
     Raises:
         Wrong: there is none.
     """
+    spec, folder, names = task["load"], task["folder"], task.get("tools", [])
+    made = of_file(spec, folder, "class") if spec else None
+    if made is not None and has_step(spec, made):
+        if names:
+            raise Wrong(f"{spec!r} has a method 'step', and so takes no tools")
+        return cast(Callable[[], Environment], made)
+    return as_tools(spec, made, task)
+
+
+def has_step(spec: str, made: Callable[[], object]) -> bool:
+    """Whether it answers texts by itself."""
+    look = made if inspect.isclass(made) else attempted(f"{spec!r} cannot be made:", made)
+    if callable(getattr(look, "step", None)) and not callable(getattr(look, "reset", None)):
+        raise Wrong(f"{spec!r} has no method 'reset': see docs/environments.md")
+    return callable(getattr(look, "step", None))
+
+
+def as_tools(spec: str, made: Callable[[], object] | None, task: Task) -> Callable[[], Environment]:
+    """Functions, and methods of an object, that the model may call. Raises Wrong."""
+    names = task.get("tools", [])
+    functions = [
+        (name, tools.BUILT_IN.get(name) or of_file(name, task["folder"], "function"))
+        for name in names
+    ]
+    what = f"{spec!r}" if spec else f"tools = {names}"
+    make_world = cast("Callable[[], tools.World] | None", made)
+
+    def parser() -> tool_parsers.Parser:
+        if not task.get("parser"):
+            raise Wrong(task.get("problem") or "no parser for calls of tools is known")
+        return tool_parsers.load(task["parser"])
+
+    given = functions, make_world, parser, task.get("schemas")
+    work = functools.partial(tools.as_environment_factory, *given)
+    return cast(Callable[[], Environment], attempted(f"{what}:", work))
+
+
+def of_file(spec: str, folder: str, kind: str) -> Callable[..., object]:
+    """The class or function of this name. Raises Wrong."""
     source, _, name = spec.rpartition(":")
+    if not (source and name):
+        known = ", ".join(tools.BUILT_IN)
+        raise Wrong(f"{spec!r} is not built in ({known}), and not written file.py:name")
     module = attempted(f"{spec!r} cannot be imported:", lambda: module_of(source, folder))
     made = getattr(module, name, None)
     if not callable(made):
-        known = [n for n, v in vars(module).items() if inspect.isclass(v) and not n.startswith("_")]
-        has = f" (it has {', '.join(known)})" if known else ""
-        raise Wrong(f"{spec!r}: {source} has no class {name!r}{has}")
-    if inspect.isclass(made):
-        for method in ("reset", "step"):
-            if not callable(getattr(made, method, None)):
-                raise Wrong(f"{spec!r}: {name} has no method {method!r}: see docs/environments.md")
-    return cast(Callable[[], Environment], made)
+        test = inspect.isclass if kind == "class" else inspect.isfunction
+        known = ", ".join(n for n, v in vars(module).items() if test(v) and not n.startswith("_"))
+        has = f" (it has {known})" if known else ""
+        raise Wrong(f"{spec!r}: {source} has no {kind} {name!r}{has}")
+    return cast(Callable[..., object], made)
 
 
 def module_of(source: str, folder: str) -> ModuleType:
@@ -89,7 +131,7 @@ def attempted(what: str, work: Callable[[], object]) -> object:
     """
     try:
         return work()
-    except Wrong as error:
+    except (Wrong, tools.WrongTools) as error:
         raise Wrong(f"{what} {error}") from None
     except BaseException as error:  # also sys.exit: nothing may end this process but its parent
         frames = traceback.extract_tb(error.__traceback__)
@@ -97,14 +139,6 @@ def attempted(what: str, work: Callable[[], object]) -> object:
         where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
         told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise Wrong(f"{what} {told}{where}") from error
-
-
-def accepted(function: Callable[..., object], row: Mapping[str, object]) -> Mapping[str, object]:
-    """Of a row's columns, those that the function takes."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return row
-    return {name: row[name] for name in parameters if name in row}
 
 
 def added(value: object) -> str | None:
@@ -160,6 +194,8 @@ def reward(value: object) -> float | None:
 def attributes(environment: Environment) -> dict[str, object]:
     """Of those that it holds, the ones that can be sent."""
     found: dict[str, object] = {}
+    if isinstance(environment, tools.ToolEnvironment):
+        environment = cast(Environment, environment.world)
     for name, value in vars(environment).items() if hasattr(environment, "__dict__") else ():
         try:
             pickle.loads(pickle.dumps(value))
@@ -182,14 +218,14 @@ class Served:
         """The answer to a task. Raises Wrong."""
         if "load" in task:
             try:
-                self.make = load(task["load"], task["folder"])
+                self.make = load(task)
             except Wrong as error:
                 self.problem = str(error)
             return None
         if self.make is None:
             raise Wrong(self.problem)
         if "check" in task:
-            return None
+            return getattr(self.make, "schemas", [])
         # The same in a run that goes on, whatever was played before in this process.
         random.seed(task["seed"])
         if numpy := sys.modules.get("numpy"):

@@ -7,6 +7,7 @@ of another one: the answers are the same, since random numbers are seeded before
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from typing import cast
 
 from ..base.errors import UserError
 from ..base.worker_pool import Ended, Pool, Task
@@ -89,21 +90,25 @@ class Environments:
 
     Args:
         a: Of these, `environment` and `environment_timeout`.
+        tools: Names of `tools`, and by which `parser` calls of them are found, or the `problem`
+            if there is none.
 
     Raises:
-        UserError: there is no such environment, or it cannot be imported.
+        UserError: there is no such environment or tool, or it cannot be imported.
     """
 
-    def __init__(self, a: Settings) -> None:
-        preparation: Task = {"load": a.environment, "folder": a.started_in}
+    def __init__(self, a: Settings, tools: Task | None = None) -> None:
+        preparation: Task = {"load": a.environment, "folder": a.started_in, **(tools or {})}
         self.processes = [
             Process(preparation, a.started_in, a.environment_timeout) for _ in range(cores.cores())
         ]
         self.begun = 0
         try:
-            self.processes[0].ask({"check": a.environment})
+            self.schemas = cast("list[dict]", self.processes[0].ask({"check": a.environment}))
         except Failed as error:
-            raise UserError(f"environment = {error}") from None
+            what = "environment = " if a.environment else ""
+            raise UserError(f"{what}{error}") from None
+        preparation["schemas"] = self.schemas  # of the tools, which take seconds to make
 
     def make(self, seed: int) -> Instance:
         """One for a completion; what it draws at random comes from the seed."""
