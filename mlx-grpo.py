@@ -78,7 +78,7 @@ from utils.rewards.formats import (
 )
 from utils.rewards.rewards import Rewards
 from utils.rollouts import caches, compiled_step, draw, merged_layers, whole
-from utils.rollouts.asking import with_turns
+from utils.rollouts.asking import environments_of, with_turns
 from utils.rollouts.sampler import Sampler, Sampling, sampling_settings
 from utils.rollouts.stop_rule import Reader, StopRule
 from utils.run import checkpoints, command_line, dry_run, ending, evaluation, launch, opening
@@ -700,6 +700,7 @@ class MLXGRPOTrainer:
             shared_prompts.checkpoint_layers(self.model)
         meter = Meter()
         self.run = Run(args, command, meter)
+        environments = environments_of(args, self.tokenizer)  # prompts tell of their tools
         encode = partial(encode_questions, self.tokenizer, loaded.vocabulary, args)
         self.train_dataset = encode(train_dataset, "training")
         self.eval_dataset = encode(eval_dataset, "evaluation") if eval_dataset else []
@@ -713,7 +714,7 @@ class MLXGRPOTrainer:
         self.memory = Memory(plan, self.run.state, self.run.halved, meter)
         stop = StopRule(self.tokenizer, tuple(args.stop_strings), args.reasoning_prefix)
         plain = Sampler(sample_batch, stop, self.memory, self.run.pulse)
-        self.sampler = with_turns(plain, args, self.tokenizer)  # with an environment, if it is set
+        self.sampler = with_turns(plain, args, self.tokenizer, environments)
         self.rewards = Rewards(
             lambda: self.reward_funcs, args, self.tokenizer, prefix, self.progress, self.run.pulse
         )

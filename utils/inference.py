@@ -653,9 +653,11 @@ class Chat:
         self.generator = generator
         self.partner = None
         if generator.config.has_turns:
-            from .rollouts.partner import Partner  # nothing of it is loaded without
+            from .rollouts import asking, partner  # nothing of it is loaded without
 
-            self.partner = Partner(generator.config, generator.args.seed, note)
+            given = generator.config, generator.tokenizer
+            if made := asking.environments_of(*given):
+                self.partner = partner.Partner(given[0], made, generator.args.seed, note)
         self.clear()
 
     def clear(self) -> None:

@@ -13,8 +13,8 @@ from utils.run import completions
 TEXT = (ROOT / "docs/environments.md").read_text()
 
 
-def block(language):
-    return re.search(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)[1]
+def block(language, number=0):
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)[number]
 
 
 def test_the_environment_is_short():
@@ -54,7 +54,41 @@ def test_its_settings_train_with_it(typed, tmp_path):
         assert 0 in kept["mask"] or len(said) <= 1
 
 
+CALLING = (
+    "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{# <tool_call> tool_call.name #}"
+)
+
+
+def test_its_tool_answers(typed, tmp_path):
+    assert len(block("python", 1).splitlines()) <= 10
+    (tmp_path / "words.py").write_text(block("python", 1))
+    (tmp_path / "calling.jinja").write_text(CALLING)
+    call = '<tool_call>{"name": "length", "arguments": {"word": "eleven"}}</tool_call>'
+    settings = tomllib.loads(block("toml", 1))
+    code, _, err, _ = typed(
+        **settings,
+        chat_template="calling.jinja",
+        reasoning_prefix=call,
+        stop_strings=[*"bfjkqxyz0123456789"],
+        max_updates=1,
+        max_new_tokens=40,
+        max_turns=3,
+        eval_samples=0,
+        eval_every_updates=0,
+    )
+    assert (code, err) == (0, "")
+    (group, *_) = completions.read(tmp_path / "out")
+    said = [m for kept in group["completions"] for m in kept["messages"]]
+    answers = [m for m in said if m["role"] == "tool"]
+    assert answers
+    assert all(m["content"] == "6" for m in answers)
+
+
 @pytest.mark.parametrize("name", re.findall(r"`((?:max|environment|on)_\w+|environment)`", TEXT))
 def test_the_settings_that_it_names_are_there(grpo, name):
     known = {*vars(grpo.MLXGRPOConfig()), *grpo.REWARDS, "environment_failures"}
+    known |= {"environment_factory"}  # TRL's
     assert name in known

@@ -121,8 +121,8 @@ def test_a_class_without_the_methods_is_refused(tmp_path):
 
 
 def test_without_an_environment_the_sampler_is_the_plain_one():
-    plain = object()
-    assert asking.with_turns(plain, load_script().MLXGRPOConfig(), None) is plain
+    plain, config = object(), load_script().MLXGRPOConfig()
+    assert asking.with_turns(plain, config, None, asking.environments_of(config, None)) is plain
 
 
 def test_a_partner_says_what_went_wrong(tmp_path):
@@ -130,7 +130,7 @@ def test_a_partner_says_what_went_wrong(tmp_path):
     spec = f"{tmp_path / 'counts.py'}:Count"
     config = load_script().MLXGRPOConfig(environment=spec, environment_timeout=1.0, max_turns=2)
     said = []
-    partner = Partner(config, 5, said.append)
+    partner = Partner(config, Environments(config), 5, said.append)
     first = partner.begin([{"role": "user", "content": "Why?"}])
     assert first[0]["content"].startswith("Why? 0.")
     assert partner.answer("a")[0]["content"].startswith("1 0.")

@@ -272,7 +272,7 @@ class Deck:
 '''
 
 
-def of_run(folder, how, **settings):
+def of_run(how, **settings):
     return environments.Environments(
         load_script().MLXGRPOConfig(**settings, environment_timeout=60.0), how
     )
@@ -281,8 +281,8 @@ def of_run(folder, how, **settings):
 def test_tools_run_in_processes_without_mlx(tmp_path):
     (tmp_path / "deck.py").write_text(FILE)
     file = tmp_path / "deck.py"
-    how = {"tools": [f"{file}:loaded", "calculator"], "parser": "json_tools"}
-    served = of_run(tmp_path, how, environment=f"{file}:Deck")
+    named = [f"{file}:loaded", "calculator"]
+    served = of_run({"parser": "json_tools"}, tools=named, environment=f"{file}:Deck")
     try:
         names = [schema["function"]["name"] for schema in served.schemas]
         assert served.processes[-1].preparation["schemas"] == served.schemas, "made once"
@@ -295,7 +295,7 @@ def test_tools_run_in_processes_without_mlx(tmp_path):
         assert (contents, over) == (["3 cards", "False", "18446744073709551616"], False)
         assert one.step("I have three.").result() == ([], True)
         calls = {"take": 1, "loaded": 1, "calculator": 1}
-        assert one.close().result() == (3.0, {"taken": 3}, calls)
+        assert one.close().result() == (3.0, {"taken": 3, "calls": calls, "failures": 0})
     finally:
         served.stop()
 
@@ -315,12 +315,9 @@ def test_tools_run_in_processes_without_mlx(tmp_path):
 def test_a_file_of_tools_that_fails_is_bad_input(tmp_path, text, tool, problem):
     file = tmp_path / "own.py"
     file.write_text(text)
-    how = {
-        "tools": [tool.format(file=file, folder=tmp_path)],
-        "problem": "the template has no calls",
-    }
+    spec = tool.format(file=file, folder=tmp_path)
     with pytest.raises(UserError, match=problem):
-        of_run(tmp_path, how)
+        of_run({"problem": "the template has no calls"}, tools=[spec])
     assert UserError.exit_code == 2
 
 
@@ -329,4 +326,4 @@ def test_an_environment_with_steps_takes_no_tools(tmp_path):
         "class Game:\n    def reset(self): pass\n    def step(self, text): return 'a', True\n"
     )
     with pytest.raises(UserError, match="has a method 'step', and so takes no tools"):
-        of_run(tmp_path, {"tools": ["calculator"]}, environment=f"{tmp_path / 'game.py'}:Game")
+        of_run({}, tools=["calculator"], environment=f"{tmp_path / 'game.py'}:Game")

@@ -343,3 +343,33 @@ def test_a_turn_reads_only_what_is_new(trainer_in, tokens_read, monkeypatch, pla
     assert parts(kept) == parts(again)
     assert [c.logprobs for c in kept] == [pytest.approx(c.logprobs, abs=1e-5) for c in again]
     assert (once < 0.6 * sum(tokens_read)) is known
+
+
+CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "2 ** 70"}}</tool_call>'
+TOOLS = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}: {% endfor %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{# <tool_call> tool_call.name #}"
+)
+
+
+def test_tools_answer_what_the_model_calls(trainer_in, tmp_path, capsys):
+    """Every turn opens with a call, whatever the random model says after it."""
+    (tmp_path / "tools.jinja").write_text(TOOLS)
+    template = str(tmp_path / "tools.jinja")
+    given = {"tools": ["calculator"], "reasoning_prefix": CALL, "chat_template": template}
+    given["stop_strings"] = [*"bdfhkwy134568"]  # that are not in the call
+    trainer = trainer_in("", **given, max_turns=3, max_completion_length=900)
+    prompt = trainer.tokenizer.decode(trainer.train_dataset[0]["prompt_ids"])
+    assert prompt.startswith("calculator: ")
+    completions = trainer.generate_responses([0, 1])
+    assert max(c.conversation.turns for c in completions) > 1
+    for completion in completions:
+        said = [m["content"] for m in completion.conversation.messages if m["role"] == "tool"]
+        assert {*said} == {"1180591620717411303424"} or not said
+        assert sum(completion.conversation.environment.calls.values()) == len(said)
+        text = trainer.tokenizer.decode(completion.ids)
+        given = f"<|im_start|>tool\n1180591620717411303424<|im_end|>\n<|im_start|>assistant\n{CALL}"
+        assert text.count(given) == completion.conversation.turns - 1
+    assert "writes earlier turns" not in capsys.readouterr().out

@@ -118,6 +118,10 @@ def lab(tmp_path_factory):
         Path("rewards.py").write_text(REWARDS)
         Path("worlds.py").write_text(WORLDS)
         Path("mood.jinja").write_text("{{ mood }}: {{ messages[0].content }} ")
+        Path("tools.jinja").write_text(
+            "{% for tool in tools or [] %}{{ tool.function.name }}: <tool_call>{% endfor %}"
+            "{% for m in messages %}{{ m.content }} {% endfor %}{# tool_call.name #}"
+        )
         trained_by_lora = {"train_type": "lora", "lora_learning_rate": 1e-2, "seed": 1}
         adapted = {**trained_by_lora, "output_dir": "adapted", "max_updates": 2}
         saved = {"output_dir": "saved", "save_steps": 2, "max_updates": 2}
@@ -766,6 +770,7 @@ class Watch:
 STOPS = [*"0123456789", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]  # ends random texts here and there
 LORA = {"train_type": "lora"}
 CALM = {"chat_template": "mood.jinja"}
+CALLS = {"chat_template": "tools.jinja", "max_updates": 1}
 ONE = {"max_updates": 1}
 HERE = {"rewards.py:where": {"pid": os.getpid()}}
 STEPPING = {"max_grad_norm": 1e6, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
@@ -895,6 +900,13 @@ FIELDS = {
             max(b["turns"]) > 1 and max(b["given"]) > 20 and "environment" not in b["ends"]
         ),
         {"stop_strings": STOPS, "max_new_tokens": 60},
+    ),
+    "tools": Watch(
+        [],
+        ["calculator"],
+        prompt,
+        "calculator: <tool_call>How many is 0? <reasoning>\n",
+        CALLS,
     ),
     "max_turns": Watch(
         8, 2, conversations, lambda a, b: max(a["turns"]) > max(b["turns"]) == 2, TALKS

@@ -48,6 +48,8 @@ def chat_ids(
 def template_options(tokenizer: Tokenizer, config: Settings) -> dict[str, Any]:
     """What the tokenizer is to be called with: arguments, and a template that is not its own."""
     options = dict(config.chat_template_kwargs)
+    if config.tool_schemas:
+        options["tools"] = list(config.tool_schemas)
     if config.chat_template:
         options["chat_template"] = read(str(config.located(config.chat_template)))
     elif getattr(tokenizer, "has_chat_template", True) is False:

@@ -195,6 +195,7 @@ def attributes(environment: Environment) -> dict[str, object]:
     """Of those that it holds, the ones that can be sent."""
     found: dict[str, object] = {}
     if isinstance(environment, tools.ToolEnvironment):
+        found = {"calls": dict(environment.calls), "failures": environment.failures}
         environment = cast(Environment, environment.world)
     for name, value in vars(environment).items() if hasattr(environment, "__dict__") else ():
         try:

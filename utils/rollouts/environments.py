@@ -89,16 +89,20 @@ class Environments:
     """Of a run, or of a command that asks as a run does.
 
     Args:
-        a: Of these, `environment` and `environment_timeout`.
-        tools: Names of `tools`, and by which `parser` calls of them are found, or the `problem`
-            if there is none.
+        a: Of these, `environment`, `tools` and `environment_timeout`.
+        calls: By which `parser` calls of tools are found, or the `problem` if there is none.
 
     Raises:
         UserError: there is no such environment or tool, or it cannot be imported.
     """
 
-    def __init__(self, a: Settings, tools: Task | None = None) -> None:
-        preparation: Task = {"load": a.environment, "folder": a.started_in, **(tools or {})}
+    def __init__(self, a: Settings, calls: Task | None = None) -> None:
+        preparation: Task = {
+            "load": a.environment,
+            "tools": a.tools,
+            "folder": a.started_in,
+            **(calls or {}),
+        }
         self.processes = [
             Process(preparation, a.started_in, a.environment_timeout) for _ in range(cores.cores())
         ]
@@ -119,6 +123,11 @@ class Environments:
         """End all processes, whatever they are at."""
         for process in self.processes:
             process.pool.stop()
+
+
+def whose(a: Settings) -> str:
+    """Failures are, for a message."""
+    return f"environment {a.environment}" if a.environment else "a tool"
 
 
 def settled(futures: Iterable[Future], pulse: Callable[[], None]) -> None:

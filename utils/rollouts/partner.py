@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..data.tokenizer import Messages
 from ..settings.run_settings import Settings
-from .environments import Environments, Failed
+from .environments import Environments, Failed, whose
 
 
 class Partner:
@@ -14,9 +14,10 @@ class Partner:
         note: Is told what the environment did wrong, and how it ended.
     """
 
-    def __init__(self, a: Settings, seed: int, note: Callable[[str], None]) -> None:
-        self.a, self.seed, self.note = a, seed, note
-        self.environments = Environments(a)
+    def __init__(
+        self, a: Settings, environments: Environments, seed: int, note: Callable[[str], None]
+    ) -> None:
+        self.a, self.environments, self.seed, self.note = a, environments, seed, note
 
     def begin(self, messages: Messages) -> Messages:
         """The question, with what the environment adds; none if it cannot begin."""
@@ -46,5 +47,5 @@ class Partner:
 
     def failed(self, error: Failed) -> Messages:
         """Say what the environment did; there is nothing to go on with."""
-        self.note(f"environment {self.a.environment} {error}")
+        self.note(f"{whose(self.a)} {error}")
         return []

@@ -107,7 +107,7 @@ def named(tokenizer: Tokenizer, options: Mapping[str, object]) -> str:
         found = LLAMA
     if found is None:
         raise UserError(
-            "tools: the chat template shows no way to call tools that is known here (mlx-lm's "
+            "the chat template shows no way to call tools that is known here (mlx-lm's "
             f"{', '.join(known())}; {LLAMA}): set chat_template to a Jinja file of a model that "
             "has one"
         )

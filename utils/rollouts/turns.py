@@ -26,7 +26,7 @@ from ..data.questions import encode_prompt
 from ..data.tokenizer import Tokenizer
 from ..data.turns import TurnTemplate
 from ..settings.run_settings import Settings
-from .environments import Environments, Failed, Instance, settled
+from .environments import Environments, Failed, Instance, settled, whose
 from .sampler import Asked, Batch, Sampler
 from .stop_rule import Reader, StopRule, Turn
 from .waiting import Waiting
@@ -53,7 +53,7 @@ class World:
     def failed(self, problem: str) -> None:
         """Raises RunError where an environment's failure ends the run."""
         if self.a.on_environment_error == "stop":
-            raise RunError(f"environment {self.a.environment} {problem}")
+            raise RunError(f"{whose(self.a)} {problem}")
 
     def tell(self) -> None:
         """Say once that answers were cut."""
@@ -377,13 +377,19 @@ def nothing(reader: Reader) -> Batch:
     return reader.completions()
 
 
-def conversations(plain: Sampler, a: Settings, tokenizer: Tokenizer) -> Conversations:
+def conversations(
+    plain: Sampler, a: Settings, tokenizer: Tokenizer, environments: Environments
+) -> Conversations:
     """The sampler of conversations for these settings.
 
     Raises:
-        UserError: an environment that cannot be imported, or a chat template without turns.
+        UserError: a chat template without turns.
     """
-    options = {**template_options(tokenizer, a)}
-    template = TurnTemplate(tokenizer, options)
+    template = TurnTemplate(tokenizer, template_options(tokenizer, a), a.tool_schemas)
+    if template.rewrites():
+        say(
+            "warning   the chat template writes earlier turns in another way than they were "
+            "sampled (without thoughts, or their opening): training keeps what was sampled"
+        )
     prefix = tokenizer.encode(a.reasoning_prefix, add_special_tokens=False)
-    return Conversations(plain, World(a, tokenizer, template, Environments(a), plain.stop, prefix))
+    return Conversations(plain, World(a, tokenizer, template, environments, plain.stop, prefix))

@@ -145,14 +145,14 @@ def about_rewards(c: Settings) -> Complaints:
     )
     yield (
         "the reward environment is what an environment says: set environment = file.py:Class",
-        "environment" in c.reward_funcs and not c.has_turns,
+        "environment" in c.reward_funcs and not c.environment,
     )
     yield (
         f"environment = {shown(c.environment)} must be written file.py:Class or module:Class",
         bool(c.environment) and not all(c.environment.rpartition(":")[::2]),
     )
     yield (
-        "environment: chat_template = plain has no turns",
+        "tools and environment: chat_template = plain has no turns",
         c.has_turns and c.chat_template == "plain",
     )
     yield (
@@ -350,7 +350,7 @@ DEAD: tuple[tuple[str, Callable[[Settings], bool], str], ...] = (
     (
         "max_turns max_tool_tokens environment_timeout on_environment_error",
         lambda c: not c.has_turns,
-        "completions of one turn: set environment",
+        "completions of one turn: set environment or tools",
     ),
     ("kl_horizon", lambda c: c.kl_target == 0, "kl_target = 0"),
     ("ref_sync_alpha", lambda c: c.ref_sync_updates == 0, "ref_sync_updates = 0"),

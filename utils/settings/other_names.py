@@ -181,7 +181,7 @@ NOT_HERE: dict[str, str] = {
         "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
         "length_column_name label_names"
     ),
-    "an environment answers the model here, see docs/environments.md": "tools environment_factory",
+    "environment names the class here, see docs/environments.md": "environment_factory",
     "text only": "log_multimodal",
     "nothing is sent to the hub": (
         "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "

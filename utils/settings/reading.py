@@ -123,7 +123,7 @@ def replaced(config: S, **changes: Any) -> S:
     """`dataclasses.replace`, after which only what was set on purpose counts as that."""
     result = dataclasses.replace(config, **changes)
     result.explicit = config.explicit
-    kept = ("inherited", "from_preset", "started_in", "started_on")
+    kept = ("inherited", "from_preset", "started_in", "started_on", "tool_schemas")
     vars(result).update({name: getattr(config, name) for name in kept})
     return result
 

@@ -103,6 +103,11 @@ class RunSettings:
     environment: str = ""
     """What answers the model, in turns (docs/environments.md): file.py:Class or module:Class, made
     once for each completion, in processes of their own. It is code: it runs with your rights."""
+    tools: list[str] = field(default_factory=list)
+    """What the model may call, in turns: calculator, file.py:function or module:function, with a
+    docstring and type hints as TRL's tools; also beside an environment of TRL's, whose methods are
+    tools. Calls are found by mlx-lm's parser for the model. They are code: they run with your
+    rights."""
     max_turns: int = 8
     """Most turns of the model in a conversation."""
     max_tool_tokens: int = 256
@@ -232,6 +237,7 @@ class RunSettings:
     inherited = frozenset[str]()  # what of that a file says, and not this command
     from_preset = False  # whether that file is one of this project's
     started_on = ""  # date and time of the run's start, which some chat templates tell the model
+    tool_schemas = tuple[dict, ...]()  # that prompts tell the model of, once tools are loaded
     started_in = "."  # the current folder when the settings were made: others' code may leave it
 
     def __new__(cls, **given: object) -> Self:
@@ -258,7 +264,7 @@ class RunSettings:
     @property
     def has_turns(self) -> bool:
         """Whether completions are conversations."""
-        return bool(self.environment)
+        return bool(self.environment or self.tools)
 
     def located(self, path: str | Path) -> Path:
         """Where a path that a setting names is, whatever folder is the current one by now."""
