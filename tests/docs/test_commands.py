@@ -119,7 +119,8 @@ def test_a_command_can_be_typed(grpo, place, monkeypatch, capsys, path, line):
         assert code == 0 or missing, err
         assert code or "update" in out
     else:
-        assert program in ("pytest", "hf") or (ROOT / program).is_file(), program
+        known = program in ("pytest", "hf") or program.startswith("mlx_lm.")
+        assert known or (ROOT / program).is_file(), program
 
 
 def in_docstrings():
@@ -158,6 +159,7 @@ TOOLS = [
     for path, line in dict((line, (path, line)) for path, line in EVERY).values()
     if re.search(rf"utils/({'|'.join(RUN_FOR_REAL)})\.py", line)
     and not any(word in line for word in NOT_TYPED)
+    and path.name != "serving.md"  # test_serving_page.py types it from top to bottom
 ]
 
 

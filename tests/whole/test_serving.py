@@ -1,12 +1,7 @@
 """What a run wrote, behind mlx_lm's server: an OpenAI client gets what the evaluator counted."""
 
 import json
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -14,6 +9,7 @@ import openai
 import pytest
 from conftest import ROOT
 from helpers import mostly_long, run_training
+from servers import free_port, up
 
 from utils import convert_model, evaluate_model
 from utils.rewards.answers import extract_xml_answer, same_answer
@@ -42,27 +38,10 @@ SETTINGS = {
 @contextmanager
 def served(*words):
     """The address of a server that is up."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlx_lm", "server", "--port", str(port), *map(str, words)]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as it:
-        try:
-            while not answers(port):
-                log.seek(0)
-                assert it.poll() is None, log.read().decode()
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            it.terminate()
-
-
-def answers(port):
-    try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-    except OSError:
-        return False
-    return True
+    with up(command, port):
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 def right(url, rows, stop):
