@@ -22,8 +22,8 @@ PAGE = ROOT / "docs/coming_from.md"
         ("lr=1e-5", "it is 'learning_rate' here (of adapters: lora_learning_rate)"),
         ("num_gpus=2", "num_gpus is not a setting here: one process on one device"),
         (
-            "tools=x",
-            "tools is not a setting here: an environment answers the model here, "
+            "environment_factory=x",
+            "environment_factory is not a setting here: environment names the class here, "
             "see docs/environments.md",
         ),
         ("tensor_parallel=2", "tensor_parallel is not a setting here: one process on one device"),
