@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..base.errors import RunError
+from ..base.errors import RunError, readable
 from ..base.say import complain
 from ..data import files
 from ..data.tokenizer import Tokenizer
@@ -158,9 +158,9 @@ def describe(folder: Path, after: Reading) -> str:
     files = [folder] if folder.is_file() else folder.rglob("*")
     size = sum(file.stat().st_size for file in files if file.is_file())
     bits = 8 * size / after.parameters if folder.is_file() else after.bits_per_weight
-    disk = f"{size / 1e9:,.2f} GB" if size > 1e9 else f"{size / 1e6:,.1f} MB"
+    count, unit = after.parameters, "B" if after.parameters >= 1e9 else "M"
     return (
-        f"{after.parameters / 1e6:,.1f} M parameters, {disk} on disk, "
+        f"{count / (1e9 if unit == 'B' else 1e6):.3g} {unit} parameters, {readable(size)} on disk, "
         f"{bits:.2f} bits per weight; it continues "
         f"{PROMPT!r} with {after.continuation!r}"
     )
