@@ -32,6 +32,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from utils.base.errors import (  # noqa: E402
+    DiskError,
     RunError,
     UserError,
     disk_errors_named,
@@ -94,6 +95,7 @@ USED_BY = {  # options that only some results have
     "peft": ("base",),
     "mlx": (*FOR_MLX.split(), "dequantize", "adapter_path", "revision", "trust_remote_code"),
 }
+TOKENIZERS = ("tokenizer.*", "tokenization*", "*vocab*", "spiece*", "*.model", "*.tiktoken")
 MODELFILE = ".Modelfile"  # beside a GGUF file, for Ollama
 GGUF_TYPES = ("f16", "q8_0", "bf16", "f32")
 
@@ -282,16 +284,23 @@ def own_name(source: str) -> str:
 def check_adapters(args: argparse.Namespace) -> None:
     """--to peft takes adapters as mlx-lm keeps them. Raises UserError for anything else."""
     folder = Path(args.hf_path).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        inside = folder / "adapters"
-        hint = f"; {inside} does" if (inside / "adapter_config.json").is_file() else ""
+    if none := without_adapters(folder):
         raise UserError(
-            f"--to peft writes adapters, and {args.hf_path} holds none (no adapter_config.json)"
-            f"{hint}. A whole model in Hugging Face's layout needs no conversion for PEFT"
+            f"--to peft writes adapters, and {none}. A whole model in Hugging Face's layout needs "
+            "no conversion for PEFT"
         )
     config = read_object(folder / "adapter_config.json")
     if "peft_type" in config:
         raise UserError(f"{args.hf_path} holds adapters of PEFT already")
+
+
+def without_adapters(folder: Path) -> str:
+    """Why a folder can't be taken as one of adapters, and which one can; empty where it can."""
+    if (folder / peft_adapters.CONFIG).is_file():
+        return ""
+    inside = folder / "adapters"
+    hint = f"; {inside} does" if (inside / peft_adapters.CONFIG).is_file() else ""
+    return f"{folder} holds none (no {peft_adapters.CONFIG}){hint}"
 
 
 def check_quantization(args: argparse.Namespace) -> None:
@@ -351,6 +360,8 @@ def check_source(args: argparse.Namespace) -> None:
         raise UserError(f"--revision is for models on the hub, and {name} is on this machine")
     if args.to == "gguf":
         gguf_file.check_installed()
+    if args.adapter_path and (none := without_adapters(args.adapter_path.expanduser())):
+        raise UserError(f"--adapter-path takes adapters, and {none}")
     if gguf_file.is_gguf(source):
         check_gguf_source(args)
         return
@@ -738,7 +749,9 @@ def check_tokenizer(folder: Path) -> None:
 
     file = folder / "tokenizer.json"
     if not file.is_file():
-        return  # a tokenizer of another kind, which mlx-lm tries to load
+        if not any(any(folder.glob(name)) for name in TOKENIZERS):
+            raise UserError(f"{folder} has no tokenizer (tokenizer.json)")
+        return  # one of another kind, which mlx-lm tries to load
     try:
         Tokenizer.from_file(str(file))
     except Exception as error:  # what `tokenizers` raises is no narrower
@@ -771,9 +784,10 @@ def convert_text_model(
         config.pop("quantization_config", None)
     if args.quantize:
         model, config = quantize(args, model, config)
-    save(folder, source, model, tokenizer, config)
-    if args.eos_token:
-        update_json(folder / "generation_config.json", eos_token_id=config["eos_token_id"])
+    with disk_errors_named(folder):
+        save(folder, source, model, tokenizer, config)
+        if args.eos_token:
+            update_json(folder / "generation_config.json", eos_token_id=config["eos_token_id"])
 
 
 def cast(model: nn.Module, config: ModelConfig, dtype: str | None) -> None:
@@ -888,11 +902,12 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
                 convert_text_model(args, source.packed, source.config, folder)
         except READ_ERRORS as error:
             raise explain(error, args) from error
-        served_prompt.carry_over(source.folder, folder)
-        if source.card:
-            write_model_card(source.card, folder)
-        elif (folder / served_prompt.MARKER).is_file():
-            carry_card(args, source.folder, folder)
+        with disk_errors_named(folder):
+            served_prompt.carry_over(source.folder, folder)
+            if source.card:
+                write_model_card(source.card, folder)
+            elif (folder / served_prompt.MARKER).is_file():
+                carry_card(args, source.folder, folder)
     note("checking the result")
     try:
         after = read_fixed_text(folder, args.trust_remote_code, sees, {})
@@ -900,11 +915,14 @@ def run_conversion(args: argparse.Namespace, folder: Path) -> str:
         raise RunError(f"the converted model is broken ({error}); try --dtype bfloat16") from error
     except READ_ERRORS as error:
         raise RunError(f"the converted model does not work: {one_line(error)}") from error
-    use = how_to_use(args.output_dir, sees, problem)
+    use = how_to_use(args, sees, problem)
     return f"{describe(folder, after)}\n{compare(before, after)}\n{use}"
 
 
-def how_to_use(output: Path, sees: bool, problem: str) -> str:
+def how_to_use(args: argparse.Namespace, sees: bool, problem: str) -> str:
+    output = args.output_dir
+    if args.lm_studio:
+        return f"In LM Studio it is {args.lm_studio}, under My Models"
     if sees or problem:
         command = "mlx_vlm.generate" if sees else "mlx_lm.generate"
         return f"Ask it with: {shlex.join([command, '--model', str(output)])}"
@@ -924,6 +942,7 @@ def run_to_gguf(args: argparse.Namespace, path: Path) -> str:
     kind = args.gguf_type or GGUF_TYPES[0]
     with unpacked(args) as source, beside(args.output_dir) as scratch:
         plain, back = source.packed, Path(scratch) / "back"
+        stops = ollama.stops(source.folder)
         note(f"reading {args.hf_path}")
         try:
             added = translate_config(source.config)
@@ -942,8 +961,8 @@ def run_to_gguf(args: argparse.Namespace, path: Path) -> str:
             text, left_out = ollama.modelfile(args.output_dir.name, tokenizer, source.folder)
         except READ_ERRORS as error:
             raise explain(error, args) from error
-        stops = ollama.stops(source.folder)
-    path.with_suffix(MODELFILE).write_text(text, encoding="utf-8")
+    with disk_errors_named(path):
+        path.with_suffix(MODELFILE).write_text(text, encoding="utf-8")
     if stops:
         notes.append(
             f"the model stops at {', '.join(map(repr, stops))}, which a GGUF file cannot say: give "
@@ -954,6 +973,8 @@ def run_to_gguf(args: argparse.Namespace, path: Path) -> str:
 
 
 def how_to_ask(args: argparse.Namespace) -> str:
+    if args.lm_studio:
+        return f"In LM Studio it is {args.lm_studio}, under My Models"
     place, name = str(args.output_dir), own_name(args.hf_path).lower()
     modelfile = str(args.output_dir.with_suffix(MODELFILE))
     return (
@@ -1056,18 +1077,25 @@ def convert_and_report(args: argparse.Namespace) -> None:
     check_arguments(args)
     runtime.preload_blas()
     # mlx-lm's progress goes where ours does: a pipe that nobody reads any more would end it.
-    with contextlib.redirect_stdout(sys.stderr):
-        if args.to == "gguf":
-            with partial_files(args.output_dir) as path:
-                summary = run_to_gguf(args, path)
-        else:
-            run = run_to_peft if args.to == "peft" else run_conversion
-            with partial_folder(args.output_dir) as folder:
-                summary = run(args, folder)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            summary = convert_to(args)
+    except DiskError as error:  # of a name for a while, which is gone when the user reads it
+        raise RunError(str(error).replace(str(error.path), str(args.output_dir))) from error
     say(f"{args.output_dir}: {summary}")
     if args.upload_repo:
         upload(args.output_dir, args.upload_repo)
         say(f"Uploaded to https://huggingface.co/{args.upload_repo}")
+
+
+def convert_to(args: argparse.Namespace) -> str:
+    """What came of it, once the result has its name."""
+    if args.to == "gguf":
+        with partial_files(args.output_dir) as path:
+            return run_to_gguf(args, path)
+    run = run_to_peft if args.to == "peft" else run_conversion
+    with partial_folder(args.output_dir) as folder:
+        return run(args, folder)
 
 
 def main() -> int:

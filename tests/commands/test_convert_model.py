@@ -447,6 +447,11 @@ DAMAGES = {
         2,
         "tokenizer.json is damaged",
     ),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        2,
+        "has no tokenizer (tokenizer.json)",
+    ),
     "config": (
         lambda f: (f / "config.json").write_text("[]"),
         2,
@@ -642,6 +647,17 @@ def test_hub_errors_are_one_line(tmp_path, monkeypatch, name, expected):
     assert code == expected
     assert "owner/name" in err
     assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_not_the_fault_of_the_source(source, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[write] Unable to write 8 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    place = tmp_path / "deep/out"
+    code, _, err = convert("--hf-path", source, "--output-dir", place)
+    assert (code, f"error: {place} cannot be written: " in err) == (1, True), err
     assert list(tmp_path.iterdir()) == []
 
 

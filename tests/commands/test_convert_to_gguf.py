@@ -1,6 +1,9 @@
 """convert_model.py --to gguf: what is written says what the folder says, or is refused."""
 
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import gguf_layout
 import mlx.core as mx
@@ -203,8 +206,6 @@ LAMED = {
 
 
 def copied(source, folder, **settings):
-    import shutil
-
     shutil.copytree(source, folder)
     edit_json(folder / "config.json", **settings)
     return folder
@@ -296,7 +297,9 @@ def test_a_gguf_file_is_no_source_for_one(source, tmp_path):
     ("error", "expected", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted: nothing was written"),
-        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (OSError(28, "No space left on device"), 1, "m.gguf cannot be written: No space left on"),
+        # What NumPy says of a full disk.
+        (OSError("73728 requested and 32400 written"), 1, "m.gguf cannot be written: the disk is"),
     ],
 )
 def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch, error, expected, message):
@@ -306,9 +309,38 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch, error, expect
         raise error
 
     monkeypatch.setattr(GGUFWriter, "write_tensor_data", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     code, _, err = to_gguf(source, tmp_path / "deep" / "m.gguf")
     assert (code, message in err) == (expected, True), err
+    assert "partial" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def full_for(monkeypatch, suffix):
+    """A disk that has no room for texts in files of this kind."""
+    write = Path.write_text
+
+    def refuse(path, *args, **kwargs):
+        if path.suffix == suffix:
+            raise OSError(28, "No space left on device")
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+
+
+def test_no_room_for_the_modelfile(source, tmp_path, monkeypatch):
+    full_for(monkeypatch, ".Modelfile")
+    code, _, err = to_gguf(source, tmp_path / "m.gguf")
+    assert (code, f"{tmp_path / 'm.gguf'} cannot be written: No space" in err) == (1, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_strings_that_cannot_be_read_are_not_lost_silently(source, tmp_path):
+    folder = copied(source, tmp_path / "hf")
+    (folder / "generation_config.json").write_text("{")
+    code, _, err = to_gguf(folder, tmp_path / "m.gguf")
+    assert (code, "generation_config.json cannot be read" in err) == (2, True), err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_missing_package_says_what_to_install(source, tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ def test_adapters_are_refused_on_another_base(work, quantized_dir, model_dir, gr
     config = make_config(model_dir, work / "data", work / "x", adapter_path=str(adapters))
     with pytest.raises(pretrain.UserError, match="was trained on another base") as caught:
         grpo.load_model(config)
-    for part in (str(quantized_dir), str(model_dir), "base_sha256", "set model_name to that base"):
+    for part in (str(quantized_dir), str(model_dir), "base_sha256", "take that base"):
         assert part in str(caught.value)
     assert pretrain.main(command(work, out="y", adapter_path=adapters, lora_rank=16)) == 0
     preset(work, model_dir)

@@ -22,15 +22,15 @@ def home(tmp_path, monkeypatch):
 
 def test_a_folder_for_mlx_and_a_file_beside_it(home):
     words = ("--hf-path", TINY, "--lm-studio", "me/tiny-math")
-    code, _, err = convert(*words)
-    assert code == 0, err
+    code, out, err = convert(*words)
+    assert (code, "In LM Studio it is me/tiny-math" in out) == (0, True), err
     place = home / ".lmstudio/models/me/tiny-math"
     assert mlx_lm.load(str(place))
     code, _, err = convert(*words)
     assert (code, f"{place} exists already" in err) == (2, True), err
     words = ("--hf-path", TINY, "--to", "gguf", "--lm-studio", "me/tiny-math-gguf")
-    code, _, err = convert(*words)
-    assert code == 0, err
+    code, out, err = convert(*words)
+    assert (code, "In LM Studio it is me/tiny-math" in out) == (0, True), err
     assert (home / ".lmstudio/models/me/tiny-math-gguf/tiny-math-f16.gguf").is_file()
 
 

@@ -331,6 +331,11 @@ def test_adapters_are_merged_into_their_model(models, tmp_path, monkeypatch, cap
     assert f"--hf-path MODEL --adapter-path {folder}" in capsys.readouterr().err
     assert run(monkeypatch, *words, "--output-dir", folder, "--force") == 2
     assert "would replace the source" in capsys.readouterr().err
+    folder.rename(tmp_path / "adapters")
+    none = ("--hf-path", models / "llama", "--adapter-path", tmp_path)
+    assert run(monkeypatch, *none, "--output-dir", tmp_path / "no") == 2
+    said = f"{tmp_path} holds none (no adapter_config.json); {tmp_path / 'adapters'} does"
+    assert f"--adapter-path takes adapters, and {said}" in capsys.readouterr().err
 
 
 def test_the_prompt_of_adapters_comes_with_them(models, tmp_path):

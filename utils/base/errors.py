@@ -66,14 +66,18 @@ def disk_errors_named(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        raise DiskError(path, error.strerror or str(error)) from error
+    except OSError as error:  # NumPy's has no number, and says only how much was written
+        raise DiskError(path, error.strerror or unnamed(error, path)) from error
     except RuntimeError as error:
         if not str(error).startswith(("[write]", "[save_safetensors] Failed to open")):
             raise
-        free = shutil.disk_usage(nearest_existing(path.parent)).free
-        reason = "the disk is full" if free < 2**20 else str(error)
-        raise DiskError(path, f"{reason} ({readable(free)} free)") from error
+        raise DiskError(path, unnamed(error, path)) from error
+
+
+def unnamed(error: Exception, path: Path) -> str:
+    """Why `path` was refused, where the error does not tell."""
+    free = shutil.disk_usage(nearest_existing(path.parent)).free
+    return f"{'the disk is full' if free < 2**20 else error} ({readable(free)} free)"
 
 
 @contextmanager

@@ -78,8 +78,8 @@ def check_base(folder: Path, said: str, base: str, fingerprint: str) -> None:
     if before != fingerprint:
         raise UserError(
             f"adapter_path {said} was trained on another base: on {found.get('model')} with "
-            f"{BASE} = {str(before)[:12]}..., and {base} has {fingerprint[:12]}...: set model_name "
-            f"to that base, or delete {BASE} from {folder / peft_adapters.CONFIG} if the adapters "
+            f"{BASE} = {str(before)[:12]}..., and {base} has {fingerprint[:12]}...: take that "
+            f"base, or delete {BASE} from {folder / peft_adapters.CONFIG} if the adapters "
             "are meant for this one"
         )
 

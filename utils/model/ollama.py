@@ -74,10 +74,11 @@ def literal(text: str) -> str:
 
 
 def stops(folder: Path) -> list[str]:
-    """The stop strings that a folder's generation settings name."""
-    try:
-        found = read_object(folder / "generation_config.json").get("stop_strings")
-    except UserError:
-        return []
+    """The stop strings that a folder's generation settings name.
+
+    Raises:
+        UserError: the file is damaged, and what it says would be lost.
+    """
+    found = read_object(folder / "generation_config.json").get("stop_strings")
     found = [found] if isinstance(found, str) else found
     return [text for text in found or [] if isinstance(text, str)]

@@ -174,7 +174,8 @@ def load(path: Path) -> dict[str, mx.array]:
         model_shape.read_header(path)
         loaded = mx.load(str(path))
     except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} is damaged: {reason(error)}") from error
+        why = reason(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path} is damaged: {why}") from error
     assert isinstance(loaded, dict)
     return loaded
 
