@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import formats_out
 import pytest
 from conftest import ROOT
 from servers import free_port, up
@@ -92,6 +93,45 @@ def test_the_page_can_be_typed_from_top_to_bottom(tmp_path):
     assert replies == [shown.strip()] * 2
     check_evaluation(next(out for line, out in said.items() if "evaluate_model" in line))
     check_results(tmp_path)
+
+
+@pytest.mark.long
+def test_the_table_of_formats_is_what_they_give():
+    table = PAGE[PAGE.index("| format | bits per weight |") :].partition("\n\n")[0]
+    written, made = (cells_of(text) for text in (table, formats_out.table()))
+    assert len(made) == len(formats_out.FORMATS)
+    for (label, *values), (name, *wanted) in zip(written, made, strict=True):
+        assert label == name
+        # Another BLAS or version of MLX rounds otherwise.
+        found = [float(value) for value in values[:3]]
+        assert found == pytest.approx([float(x) for x in wanted], rel=0.3, abs=1e-4)
+
+
+def cells_of(table):
+    rows = table.splitlines()[2:]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
+def test_messages_of_the_page_are_those_of_the_code():
+    """The parts that do not depend on the case."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "utils").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    for part in (
+        "bytes of weights are missing",
+        " has no tokenizer (tokenizer.json)",
+        "those that can become a GGUF file are ",
+        " is quantized, and a GGUF file would hold rounded numbers rounded again: add --dequantize",
+        " is a GGUF file already; llama.cpp's llama-quantize changes its type",
+        " holds adapters, not a model. To merge them into the model that they were trained on: ",
+        "--adapter-path takes adapters, and ",
+        " was trained on another base: on ",
+        " has no counterpart here: ",
+        " holds adapters of PEFT already",
+        " should be PUBLISHER/NAME, such as my-models/tiny-math: ",
+        " cannot be written: ",
+    ):
+        assert part in source, part
+        assert part in PAGE, part
 
 
 def check_evaluation(out):
