@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from utils import convert_model, convert_nanochat, evaluate_model, inference, pretrain, report
 from utils.pretraining import tiny_math_model
+from utils.pretraining.names import own_name
 from utils.settings import reading
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("utils/**/*.md")]
@@ -137,7 +138,7 @@ def test_a_command_of_a_docstring_names_a_file_and_options_that_it_has(path, lin
     text = (ROOT / program).read_text(encoding="utf-8")
     for option in (word.partition("=")[0] for word in given if word.startswith("--")):
         pretraining = program == "utils/pretrain.py"  # whose options are the fields of its settings
-        name = option.lstrip("-").replace("-", "_")
+        name = own_name(option.lstrip("-").replace("-", "_"))
         assert f'"{option}"' in text or option == "--help" or (pretraining and name in FIELDS), line
     if program == "tests/fuzz.py" and "--only" in given:
         surfaces = (ROOT / "tests/fuzz_surfaces.py").read_text(encoding="utf-8")
