@@ -943,7 +943,7 @@ class MLXGRPOTrainer:
         prompts = [completion.after(question["prompt_ids"]) for completion, question in pairs]
         truncated = np.array([c.finish_reason == "length" for c in completions])
         masked = truncated & (a.mask_truncated_completions and not with_masked)
-        masked |= np.array([c.failed for c in completions])
+        masked |= np.array([c.failed for c in completions], dtype=bool)
         advantages = advantages.reshape(-1)
         lengths = np.where(masked, 0, rollout.lengths.reshape(-1))
         weights = token_weights(lengths, a.loss_type, self.sampling.max_tokens)

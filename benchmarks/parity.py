@@ -16,6 +16,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -323,6 +324,7 @@ def our_result(case: Case, given: dict[str, Any]) -> dict[str, Any]:
     class Trainer:
         def __init__(self) -> None:
             self.args, self.model = args, None
+            self.run = SimpleNamespace(state=SimpleNamespace(rollout=0))
 
         def rescored(self, *_: Any) -> tuple:
             return None, entropies

@@ -120,7 +120,7 @@ def test_a_command_can_be_typed(grpo, place, monkeypatch, capsys, path, line):
         assert code == 0 or missing, err
         assert code or "update" in out
     else:
-        known = program in ("pytest", "hf") or program.startswith("mlx_lm.")
+        known = program in ("pytest", "hf") or program.startswith(("mlx.", "mlx_lm."))
         assert known or (ROOT / program).is_file(), program
 
 

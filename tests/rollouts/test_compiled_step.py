@@ -148,9 +148,9 @@ def test_places_that_are_filled_again_compile_nothing_anew(
         shapes.append((len(given[2]), given[5][0][0].shape[2]))
         return trace(*given)
 
-    def noted(cache, keep, model, prompts, rows, max_tokens):
+    def noted(cache, keep, model, prompts, rows, *more):
         refills.append(len(rows))
-        refill(cache, keep, model, prompts, rows, max_tokens)
+        refill(cache, keep, model, prompts, rows, *more)
 
     monkeypatch.setattr(compiled_step, "_at_position", traced)
     monkeypatch.setattr(caches, "refill", noted)

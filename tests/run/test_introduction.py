@@ -130,4 +130,4 @@ def test_a_typed_learning_rate_of_adapters_has_a_line_of_its_own(typed):
     lora = {"train_type": "lora", "max_updates": 1}
     _, out, *_ = typed("--set", "learning_rate=5e-7", **lora)
     line = "learning_rate has no effect on adapters; lora_learning_rate = 2e-5 counts"
-    assert f"          {line}\n" in out
+    assert f"settings  {line}\n" in out

@@ -15,13 +15,13 @@ from utils.base.errors import UserError
 from utils.model import loading
 
 SOURCES = [ROOT / "mlx-grpo.py", *sorted((ROOT / "utils").rglob("*.py"))]
-# What turns data into code. Two places do on purpose: the script is imported by its path, and a
-# reward file is code. convert_nanochat reads the pickles that nanochat writes, by an unpickler that
+# What turns data into code. Three places do on purpose: the script is imported by its path, and the
+# files of rewards and of environments are code. convert_nanochat reads the pickles that nanochat writes, by an unpickler that
 # knows one name and with torch's weights_only.
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_IMPORT = {("convert_nanochat.py", "pickle")}
-MAY_EXECUTE = {"script.py", "importing.py"}
+MAY_EXECUTE = {"script.py", "importing.py", "environment_worker.py"}
 
 
 def calls(tree):
@@ -201,5 +201,6 @@ def test_the_watch_for_the_network_sees_a_model_from_the_hub(tmp_path):
     assert done.stderr.startswith("error: model owner/model: cannot be read from the hub")
 
 
-def test_the_readme_says_that_reward_files_are_code():
-    assert "Reward files are code" in (ROOT / "README.md").read_text()
+def test_the_pages_say_that_reward_files_are_code():
+    assert "Reward files are code" in (ROOT / "docs/settings.md").read_text()
+    assert "Reward files and models with" in (ROOT / "README.md").read_text()

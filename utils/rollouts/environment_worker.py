@@ -10,12 +10,12 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import pickle
 import random
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
@@ -199,7 +199,7 @@ def attributes(environment: Environment) -> dict[str, object]:
         environment = cast(Environment, environment.world)
     for name, value in vars(environment).items() if hasattr(environment, "__dict__") else ():
         try:
-            pickle.loads(pickle.dumps(value))
+            ForkingPickler.dumps(value)
         except Exception:  # noqa: BLE001, S112 - a socket, a lock: rewards get the others
             continue
         if type(value).__module__ in ("builtins", "collections", "datetime", "numpy", "decimal"):
