@@ -842,7 +842,7 @@ class MLXGRPOTrainer:
         mine = ranks.here().places([1.0] * len(batch))  # of several machines, each has a part
         own, shape = [batch[i] for i in mine], (len(mine), self.args.num_generations)  # (P, G)
         with timed(metrics, "seconds_rollout"):
-            completions = self.generate_responses(batch) if mine else []
+            completions = self.generate_responses(batch) if mine or not batch else []
         with timed(metrics, "seconds_rewards"):
             rewards, values = self.compute_rewards(self.repeated(own, shape[1]), completions)
         groups, stacked, rewards = whole.whole(

@@ -16,8 +16,8 @@ from utils.model import loading
 
 SOURCES = [ROOT / "mlx-grpo.py", *sorted((ROOT / "utils").rglob("*.py"))]
 # What turns data into code. Three places do on purpose: the script is imported by its path, and the
-# files of rewards and of environments are code. convert_nanochat reads the pickles that nanochat writes, by an unpickler that
-# knows one name and with torch's weights_only.
+# files of rewards and of environments are code. convert_nanochat reads the pickles that nanochat
+# writes, by an unpickler that knows one name and with torch's weights_only.
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_IMPORT = {("convert_nanochat.py", "pickle")}
