@@ -168,8 +168,10 @@ def test_two_ranks_train_as_one_process(tmp_path, model_dir, questions):
 @pytest.mark.long
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_feature_stays_in_step(tmp_path, model_dir, questions, size):
-    runs = train(tmp_path, model_dir, questions, [*FEATURES], [1, size])
-    for name in FEATURES:
+    """All with 2 ranks; every fourth with more, for each takes as long."""
+    names = [*FEATURES][:: 1 if size == 2 else 4]
+    runs = train(tmp_path, model_dir, questions, names, [1, size])
+    for name in names:
         assert_equal(runs[1][name], runs[size][name])
 
 

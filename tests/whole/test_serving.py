@@ -19,7 +19,6 @@ QUESTIONS, TOKENS = 100, 32
 CASES = [
     ("full", "", False),
     ("full", "Think, then answer.", False),
-    ("lora", "", False),
     ("lora", "Think, then answer.", False),
     ("full", "", True),
 ]
