@@ -20,13 +20,19 @@ PAGE = ROOT / "docs/coming_from.md"
         ("beta=0.1", "unknown key 'beta' in --set: it is 'kl_coeff' here"),
         ("max_steps=9", "unknown key 'max_steps' in --set: it is 'max_updates' here"),
         ("lr=1e-5", "it is 'learning_rate' here (of adapters: lora_learning_rate)"),
-        ("num_gpus=2", "num_gpus is not a setting here: one process on one device"),
+        (
+            "num_gpus=2",
+            "num_gpus is not a setting here: --ranks and --hostfile train on several devices",
+        ),
         (
             "environment_factory=x",
             "environment_factory is not a setting here: environment names the class here, "
             "see docs/environments.md",
         ),
-        ("tensor_parallel=2", "tensor_parallel is not a setting here: one process on one device"),
+        (
+            "tensor_parallel=2",
+            "tensor_parallel is not a setting here: every device holds the whole model",
+        ),
         ("num-generations-eval=1", "one greedy answer of each question"),
         ("warmup_steps=5", "it is 'warmup_ratio' here (a share of all updates)"),
         ("learning_rat=1", "did you mean 'learning_rate'?"),

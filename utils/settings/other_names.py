@@ -163,12 +163,15 @@ NOT_HERE: dict[str, str] = {
         "use_transformers_paged cache_implementation use_cache fast_inference "
         "gpu_memory_utilization lm_studio_name generation_kwargs"
     ),
-    "one process on one device": (
-        "vllm_tensor_parallel_size tensor_parallel tensor_parallel_size num_gpus n_gpus "
-        "ds3_gather_for_generation average_tokens_across_devices log_on_each_node "
-        "save_on_each_node log_level_replica accelerator_config parallelism_config "
-        "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
-        "ddp_backend ddp_timeout fsdp fsdp_config deepspeed local_rank eval_use_gather_object"
+    "--ranks and --hostfile train on several devices, see docs/distributed.md": (
+        "num_gpus n_gpus average_tokens_across_devices log_on_each_node save_on_each_node "
+        "log_level_replica accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb "
+        "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank "
+        "eval_use_gather_object"
+    ),
+    "every device holds the whole model": (
+        "vllm_tensor_parallel_size tensor_parallel tensor_parallel_size "
+        "ds3_gather_for_generation parallelism_config fsdp fsdp_config deepspeed"
     ),
     "of PyTorch; MLX has nothing to set there": (
         "cast_lm_head_to_fp32 tf32 torch_compile_backend torch_compile_mode use_liger_kernel "
