@@ -1,7 +1,7 @@
 """Kill runs with SIGKILL at random moments, resume them, and compare with runs that never stopped.
 
     python tests/kill_resume.py --kills 30        the long version; prints where the kills fell
-    python tests/kill_resume.py --kills 10        the short one, which pytest runs
+    python tests/kill_resume.py --kills 6         the short one, which pytest runs
 
 Each cycle starts a run of its own, kills it (some twice: the resumed run as well), resumes it to
 the end and compares final weights, last checkpoint, log and what lies in the folder with the run

@@ -244,10 +244,10 @@ def test_a_stopped_warm_start_goes_on_to_the_same_weights(work, model_dir, kind,
 @pytest.mark.long
 def test_a_killed_warm_start_goes_on_to_the_same_weights(work, quantized_dir):
     preset(work, quantized_dir)
-    more = {"save_interval": 10, "num_epochs": 40}
+    more = {"save_interval": 5, "num_epochs": 16}
     assert pretrain.main(command(work, **more)) == 0
     killed = command(work, **more, out="killed")
-    kill_pretraining(killed, work / "killed/checkpoint-10")
+    kill_pretraining(killed, work / "killed/checkpoint-5")
     assert not (work / "killed/final").exists()
     assert pretrain.main(killed) == 0
     runs = (work / run / "final/adapters" for run in ("warm", "killed"))

@@ -100,10 +100,10 @@ def fail(error):
 @pytest.mark.long
 def test_killed_at_random_moments():
     """The short version; `--kills 30` is the long one."""
-    command = [sys.executable, str(ROOT / "tests" / "kill_resume.py"), "--kills", "10"]
+    command = [sys.executable, str(ROOT / "tests" / "kill_resume.py"), "--kills", "6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^\d\d kills in \d+ runs, each resumed to the same", done.stdout, re.M)
+    assert re.search(r"^\d+ kills in \d+ runs, each resumed to the same", done.stdout, re.M)
 
 
 KILLED_BETWEEN = """

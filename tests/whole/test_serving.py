@@ -18,7 +18,6 @@ TINY = ROOT / "models/tiny-math"
 QUESTIONS, TOKENS = 100, 32
 CASES = [
     ("full", "", False),
-    ("full", "Think, then answer.", False),
     ("lora", "Think, then answer.", False),
     ("full", "", True),
 ]
