@@ -812,7 +812,7 @@ class MLXGRPOTrainer:
         several machines, each has its own prompts."""
         size, update = self.args.num_generations, self.update_step
         drawn = order.occurrences(batch)  # a weighted prompt may come twice
-        drawn = [drawn[place] for place in ranks.here().places([1.0] * len(batch))]
+        drawn = [drawn[place] for place in whole.dealt(len(batch))]
         keys = [
             random_key(self.args.seed, ROLLOUT, (update, prompt, again * size + n))
             for prompt, again in drawn
@@ -839,7 +839,7 @@ class MLXGRPOTrainer:
 
     def roll_out(self, batch: list[int], metrics: dict[str, float]) -> Rollout:
         """Completions of each prompt (index of the training set), and their rewards."""
-        mine = ranks.here().places([1.0] * len(batch))  # of several machines, each has a part
+        mine = whole.dealt(len(batch))  # of several machines, each has a part
         own, shape = [batch[i] for i in mine], (len(mine), self.args.num_generations)  # (P, G)
         with timed(metrics, "seconds_rollout"):
             completions = self.generate_responses(batch) if mine or not batch else []

@@ -191,6 +191,9 @@ def reward(value: object) -> float | None:
     return number
 
 
+SENT = ("builtins", "collections", "datetime", "numpy", "decimal")  # modules of types
+
+
 def attributes(environment: Environment) -> dict[str, object]:
     """Of those that it holds, the ones that can be sent."""
     found: dict[str, object] = {}
@@ -198,12 +201,13 @@ def attributes(environment: Environment) -> dict[str, object]:
         found = {"calls": dict(environment.calls), "failures": environment.failures}
         environment = cast(Environment, environment.world)
     for name, value in vars(environment).items() if hasattr(environment, "__dict__") else ():
+        if type(value).__module__ not in SENT:
+            continue
         try:
             ForkingPickler.dumps(value)
         except Exception:  # noqa: BLE001, S112 - a socket, a lock: rewards get the others
             continue
-        if type(value).__module__ in ("builtins", "collections", "datetime", "numpy", "decimal"):
-            found[name] = value
+        found[name] = value
     return found
 
 

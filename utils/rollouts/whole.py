@@ -12,6 +12,11 @@ from ..device import ranks
 from .sampler import Sampler, Sampling
 
 
+def dealt(count: int) -> list[int]:
+    """Which of so many prompts this rank rolls out; all are taken to cost the same."""
+    return ranks.here().places([1.0] * count)
+
+
 def shared_out(costs: Sequence[float], work: Callable[[list[int]], np.ndarray]) -> np.ndarray:
     """`work` on the places of a list, on each rank some of them, with an item for each place.
 

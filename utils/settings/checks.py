@@ -3,7 +3,6 @@
 All of it is checked before anything is loaded; a complaint names key, value and what is allowed.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias
@@ -11,7 +10,7 @@ from typing import TypeAlias
 from ..base.errors import UserError
 from ..base.text import counted, shown
 from .reading import refuse_infinite
-from .run_settings import Loss, Settings
+from .run_settings import Loss, Settings, differs
 
 Complaints: TypeAlias = Iterator[tuple[str, bool]]  # what is wrong, and whether it is
 
@@ -494,8 +493,7 @@ def short(rate: float) -> str:
 
 def dead_by_another(c: Settings) -> Complaints:
     """Settings that the value of another one leaves without effect."""
-    defaults = {f.name: f.default for f in dataclasses.fields(c)}
     for names, without_effect, why in DEAD:
-        dead = [n for n in names.split() if n in c.explicit and getattr(c, n) != defaults[n]]
+        dead = [n for n in names.split() if n in c.explicit and differs(c, n)]
         complaint = f"{', '.join(dead)} has no effect with {why}: leave it out"
         yield complaint, bool(dead) and without_effect(c)

@@ -4,11 +4,10 @@ What could lead somebody astray about the result is refused (checks.py). These a
 where to and which of something that does not happen: the run goes on, and says so once.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 from .checks import short
-from .run_settings import Settings, default_of
+from .run_settings import Settings, differs
 
 Rule = tuple[str, Callable[[Settings], bool], str]
 """Settings, when they have no effect, and why."""
@@ -101,12 +100,6 @@ def lines(c: Settings, train_type: str, platform: str) -> Iterator[str]:
 
 def _line(names: list[str], why: str) -> str:
     return f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no effect: {why}"
-
-
-def differs(c: Settings, name: str) -> bool:
-    """Whether a setting has another value than the default."""
-    field = next(f for f in dataclasses.fields(c) if f.name == name)
-    return bool(getattr(c, name) != default_of(field))
 
 
 def learning_rate(c: Settings, train_type: str) -> str:

@@ -310,6 +310,12 @@ def default_of(field: dataclasses.Field) -> object:
     return field.default if factory is dataclasses.MISSING else factory()
 
 
+def differs(settings: RunSettings, name: str) -> bool:
+    """Whether a setting has another value than the default."""
+    field = next(f for f in dataclasses.fields(settings) if f.name == name)
+    return bool(getattr(settings, name) != default_of(field))
+
+
 class Loss(Protocol):
     """What settings have to know of an objective: its row of LOSSES in mlx-grpo.py."""
 
